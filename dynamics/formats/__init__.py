@@ -1,11 +1,13 @@
 """Formats: what a run can be read from. A format is one file and one line of `FORMATS`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from zarr.abc.store import Store
 
 from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.checkpoints import CheckpointsRun
+from dynamics.formats.files import children, is_remote, located, refused
 from dynamics.formats.peft_adapters import PeftAdaptersRun
 from dynamics.formats.recording import RecordingRun
 from dynamics.run import Run
@@ -37,7 +39,12 @@ def open_run(
     """
     if isinstance(path, Store):
         return RecordingRun(path)
-    path = Path(path)
+    path = located(path)
+    with refused(path) if is_remote(path) else nullcontext():
+        return _opened(path, format, base)
+
+
+def _opened(path: Path, format: str | None, base: str | Path | None) -> Run:
     if not path.exists():
         raise FormatError(f"{path} does not exist.")
     if not path.is_dir():
@@ -46,7 +53,7 @@ def open_run(
     if base is not None and found is not PeftAdaptersRun:
         raise DynamicsError(f"{path} is of format {found.format!r}, which takes no base model.")
     if base is not None:
-        return PeftAdaptersRun(path, Path(base))
+        return PeftAdaptersRun(path, located(base))
     return found(path)
 
 
@@ -60,7 +67,7 @@ def _named(format: str) -> _Format:
 
 
 def _detected(path: Path) -> _Format:
-    entries = sorted(child.name + "/" * child.is_dir() for child in path.iterdir())
+    entries = [child.name + "/" * child.is_dir() for child in children(path)]
     if not entries:
         raise FormatError(f"{path} is empty.")
     for known in FORMATS:

@@ -19,7 +19,9 @@ import numpy as np
 from dynamics import names, schema
 from dynamics.errors import FormatError
 from dynamics.formats.checkpoints import checkpoint_directories
-from dynamics.formats.safetensors_files import SafetensorsFiles, has_safetensors, read_json
+from dynamics.formats.files import read_json, root_of
+from dynamics.formats.model_files import ADAPTER, MODEL, has_model, model_tensors
+from dynamics.formats.tensors import Tensor
 from dynamics.run import Dense, Factored, Matrix, Run, matrices_of
 
 _CONFIG = "adapter_config.json"
@@ -42,8 +44,9 @@ class _Checkpoint:
     """One checkpoint: where each adapter's factors, each saved module and each base weight lies."""
 
     directory: Path
-    adapter: SafetensorsFiles
-    base: SafetensorsFiles | None
+    adapter: Mapping[str, Tensor]
+    base: Mapping[str, Tensor] | None
+    base_directory: Path | None
     factors: dict[str, dict[str, str]]  # clean name -> {"A": stored, "B": stored}
     saved: dict[str, str]  # clean name -> stored, modules that PEFT trained in full
     base_names: dict[str, str]
@@ -54,8 +57,8 @@ class _Checkpoint:
         if name not in self.factors:
             return None
         stored = self.factors[name]
-        a, dtype = self.adapter.read(stored["A"])
-        b, _ = self.adapter.read(stored["B"])
+        a, b = (self.adapter[stored[factor]].read() for factor in "AB")
+        dtype = self.adapter[stored["A"]].dtype
         scale = scaling(self.config, name.removesuffix(".weight"), rank=a.shape[0])
         if self._is_transposed(name):
             return Factored(a.T, b.T, scale, dtype)
@@ -63,17 +66,17 @@ class _Checkpoint:
 
     def adapter_shape(self, name: str) -> tuple[int, ...]:
         """(rows, cols) of s·B·A of an adapted parameter, from the files' headers."""
-        stored, shapes = self.factors[name], self.adapter.shapes
-        out_in = shapes[stored["B"]][0], shapes[stored["A"]][1]
+        stored = self.factors[name]
+        out_in = self.adapter[stored["B"]].shape[0], self.adapter[stored["A"]].shape[1]
         return out_in[::-1] if self._is_transposed(name) else out_in
 
     def base_shape(self, name: str) -> tuple[int, ...] | None:
         """(rows, cols) of a parameter in the base model; None without one."""
         if name in self.saved:
-            return self.adapter.shapes[self.saved[name]]
+            return self.adapter[self.saved[name]].shape
         if self.base is None or name not in self.base_names:
             return None
-        return self.base.shapes[self.base_names[name]]
+        return self.base[self.base_names[name]].shape
 
     def _is_transposed(self, name: str) -> bool:
         # Embeddings and GPT-2's Conv1D store (in, out).
@@ -83,10 +86,12 @@ class _Checkpoint:
     def base_matrix(self, name: str) -> Dense | None:
         """The weight of a parameter without its adapter."""
         if name in self.saved:
-            return Dense(*self.adapter.read(self.saved[name]))
-        if self.base is None or name not in self.base_names:
+            tensor = self.adapter[self.saved[name]]
+        elif self.base is None or name not in self.base_names:
             return None
-        return Dense(*self.base.read(self.base_names[name]))
+        else:
+            tensor = self.base[self.base_names[name]]
+        return Dense(tensor.read(), tensor.dtype)
 
 
 class PeftAdaptersRun(Run):
@@ -193,12 +198,12 @@ def _open(directory: Path, run: Path, base: Path | None) -> _Checkpoint:
         raise FormatError(f"{directory} has no {_CONFIG}.")
     config = read_json(directory / _CONFIG)
     _check_is_plain(config, directory)
-    adapter = SafetensorsFiles(directory, "adapter_model")
-    if not has_safetensors(directory, "adapter_model"):
+    if not has_model(directory, ADAPTER):
         raise FormatError(f"{directory} has {_CONFIG} but no adapter_model.safetensors.")
+    adapter = model_tensors(directory, root_of(run), ADAPTER)
     factors: dict[str, dict[str, str]] = {}
     saved: dict[str, str] = {}
-    for stored in adapter.shapes:
+    for stored in adapter:
         found = _FACTOR.fullmatch(stored)
         if found:
             name = names.clean_name(found["path"]) + ".weight"
@@ -208,9 +213,11 @@ def _open(directory: Path, run: Path, base: Path | None) -> _Checkpoint:
     for name, pair in factors.items():
         if len(pair) != 2:
             raise FormatError(f"{directory} holds lora_{next(iter(pair))} of {name} only.")
-    files = _base_files(directory, run, base, config)
-    base_names = {names.clean_name(stored): stored for stored in files.shapes} if files else {}
-    checkpoint = _Checkpoint(directory, adapter, files, factors, saved, base_names, config)
+    found = _base_directory(directory, run, base, config)
+    inside = found is not None and found.is_relative_to(run)
+    files = model_tensors(found, root_of(run if inside else found), MODEL) if found else None
+    base_names = {names.clean_name(stored): stored for stored in files} if files else {}
+    checkpoint = _Checkpoint(directory, adapter, files, found, factors, saved, base_names, config)
     for name in factors:
         _check_fits(checkpoint, name)
     return checkpoint
@@ -238,7 +245,7 @@ def _check_is_plain(config: Mapping[str, Any], directory: Path) -> None:
 def _check_fits(checkpoint: _Checkpoint, name: str) -> None:
     """Refuse an adapter that has no counterpart of its shape in the base model."""
     base, adapter = checkpoint.base_shape(name), checkpoint.adapter_shape(name)
-    found = checkpoint.base.directory if checkpoint.base else checkpoint.directory
+    found = checkpoint.base_directory or checkpoint.directory
     if base is None and checkpoint.base is not None:
         raise FormatError(f"{found} has no {name}; it is not the adapter's base.")
     if base is not None and base != adapter:
@@ -249,29 +256,30 @@ def _check_fits(checkpoint: _Checkpoint, name: str) -> None:
         )
 
 
-def _base_files(
+def _base_directory(
     directory: Path, run: Path, base: Path | None, config: Mapping[str, Any]
-) -> SafetensorsFiles | None:
-    if base is not None and not has_safetensors(base):
+) -> Path | None:
+    if base is not None and not has_model(base):
         raise FormatError(f"The base model {base} holds no model.safetensors.")
     named = config.get("base_model_name_or_path")
     candidates = [base, directory / "base", run / "base", Path(named) if named else None]
     for candidate in candidates:
-        if candidate is not None and has_safetensors(candidate):
-            return SafetensorsFiles(candidate)
+        if candidate is not None and has_model(candidate):
+            return candidate
     return None
 
 
 def _attrs(checkpoint: _Checkpoint) -> dict[str, Any]:
     attrs: dict[str, Any] = {"adapter_config": dict(checkpoint.config)}
-    if checkpoint.base is not None and (checkpoint.base.directory / "config.json").is_file():
-        attrs["config"] = read_json(checkpoint.base.directory / "config.json")
+    base = checkpoint.base_directory
+    if base is not None and (base / "config.json").is_file():
+        attrs["config"] = read_json(base / "config.json")
     return attrs
 
 
 def _shapes(checkpoint: _Checkpoint) -> dict[str, tuple[int, ...]]:
-    shapes = dict(checkpoint.base.shapes) if checkpoint.base else {}
+    shapes = {stored: tensor.shape for stored, tensor in (checkpoint.base or {}).items()}
     for name in checkpoint.factors if checkpoint.base is None else ():
         shapes[name] = checkpoint.adapter_shape(name)
-    shapes |= {stored: checkpoint.adapter.shapes[stored] for stored in checkpoint.saved.values()}
+    shapes |= {stored: checkpoint.adapter[stored].shape for stored in checkpoint.saved.values()}
     return shapes

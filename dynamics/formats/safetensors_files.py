@@ -1,131 +1,108 @@
-"""Tensors of a directory of safetensors files, single or sharded, read one at a time."""
+"""safetensors files: the header says where each tensor lies; no tensor is read before it is asked.
+
+The header is read here and not by the safetensors package, which wants a local file: byte ranges
+are all that an object store gives. The same conditions are checked, and first of all those that
+protect the memory: its length against the file's size.
+"""
 
 import json
-from dataclasses import dataclass
-from functools import cached_property
+from math import prod
 from pathlib import Path
-
-import numpy as np
-from safetensors import SafetensorError, safe_open
+from typing import Any
 
 from dynamics.errors import FormatError
+from dynamics.formats.files import contained, one_line, read_range, size_of
+from dynamics.formats.tensors import ITEM_BYTES, StoredTensor, checked_shape
 
-INDEX_SUFFIX = ".safetensors.index.json"
-# safetensors' names of the floating-point dtypes; integers are no weights to measure.
-_FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+SUFFIX = ".safetensors"
+# The limit of the safetensors package.
+_LONGEST_HEADER = 100_000_000
+# safetensors' names of dtypes -> torch's, and bytes of those that are no weights.
+_FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
-def has_safetensors(directory: Path, stem: str = "model") -> bool:
-    """Whether the directory holds `stem`.safetensors or its sharded form."""
-    names = (f"{stem}.safetensors", f"{stem}{INDEX_SUFFIX}")
-    return any((directory / name).is_file() for name in names)
+def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
+    """Stored name -> tensor of every floating-point tensor of a safetensors file.
 
-
-@dataclass(frozen=True)
-class SafetensorsFiles:
-    """What the headers of one checkpoint's files say; no tensor is read before it is asked for.
-
-    Attributes:
-        directory: where the files lie.
-        stem: "model" or "adapter_model".
+    Args:
+        path: the file.
+        root: the directory that it may not lead out of.
 
     Raises:
-        FormatError: on first use, for a missing shard, or a file that is truncated or garbage.
+        FormatError: the file is missing, truncated or damaged.
     """
-
-    directory: Path
-    stem: str = "model"
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Stored name -> shape of every floating-point tensor."""
-        return {name: shape for name, (_, shape) in self._header.items()}
-
-    def read(self, name: str) -> tuple[np.ndarray, str]:
-        """(values, stored dtype) of a tensor; bfloat16 and float8 come as exact float32."""
-        import torch
-
-        path = self._header[name][0]
-        with _opened(path) as file:
-            tensor = file.get_tensor(name)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16):
-            tensor = tensor.to(torch.float32)
-        return tensor.numpy(), dtype
-
-    @cached_property
-    def _header(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
-        found = {}
-        promised = self._weight_map()
-        for path in self._paths(promised):
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    promised.pop(name, None)
-                    tensor = file.get_slice(name)
-                    if tensor.get_dtype() in _FLOATS:
-                        found[name] = (path, tuple(tensor.get_shape()))
-        if promised:
-            name, shard = next(iter(promised.items()))
-            raise FormatError(
-                f"{self.directory / shard} lacks {name}, which {self._index.name} names; "
-                "copy the checkpoint anew or remove it."
+    contained(path, root)
+    size = size_of(path)
+    header, data_start = _header(path, size)
+    found: dict[str, StoredTensor] = {}
+    stretches: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = _offsets(path, name, entry, size - data_start)
+        stretches.append((first, last))
+        dtype = _FLOATS.get(str(entry.get("dtype")))
+        shape = checked_shape(entry.get("shape"), f"{path}: {name}")
+        if dtype is None:
+            continue
+        if prod(shape) * ITEM_BYTES[dtype] != last - first:
+            raise _damaged(
+                path, size, f"{name} is {dtype} {shape}, which takes no {last - first} bytes"
             )
-        return found
-
-    def _paths(self, weight_map: dict[str, str]) -> list[Path]:
-        if not weight_map:
-            return [self._single]
-        shards = sorted(set(weight_map.values()))
-        for shard in shards:
-            if Path(shard).name != shard:
-                raise FormatError(f"{self._index} names a shard outside its directory: {shard!r}.")
-            if not (self.directory / shard).is_file():
-                raise FormatError(
-                    f"{self.directory} lacks the shard {shard} that {self._index.name} names; "
-                    "copy it there or remove the checkpoint."
-                )
-        return [self.directory / shard for shard in shards]
-
-    def _weight_map(self) -> dict[str, str]:
-        """Stored name -> file name, as the index says; empty for a single file.
-
-        Where both forms lie, the single file counts: it is what transformers loads.
-        """
-        if self._single.is_file() or not self._index.is_file():
-            return {}
-        found = read_json(self._index).get("weight_map")
-        if not isinstance(found, dict) or not found:
-            raise FormatError(f"{self._index} has no weight_map; it is no safetensors index.")
-        for name, shard in found.items():
-            if not isinstance(shard, str):
-                raise FormatError(f"{self._index} names no file for {name}: {shard!r}.")
-        return dict(found)
-
-    @property
-    def _single(self) -> Path:
-        return self.directory / f"{self.stem}.safetensors"
-
-    @property
-    def _index(self) -> Path:
-        return self.directory / f"{self.stem}{INDEX_SUFFIX}"
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; FormatError if it is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path} is no readable JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a JSON {type(found).__name__}, expected an object.")
+        found[name] = StoredTensor(path, data_start + first, dtype, shape)
+    _check_covered(path, size, stretches, size - data_start)
     return found
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]  # safe_open has no type
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    if size < 8:
+        raise _damaged(path, size, "it has no header")
+    length = int.from_bytes(read_range(path, 0, 8), "little")
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise _damaged(path, size, f"its header would have {length} bytes")
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise FormatError(
-            f"{path} ({size} bytes) is no readable safetensors file, truncated or damaged: {error}."
-        ) from error
+        header = json.loads(read_range(path, 8, length).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, size, one_line(error)) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, size, f"its header is a JSON {type(header).__name__}")
+    return header, 8 + length
+
+
+def _offsets(path: Path, name: str, entry: Any, data_size: int) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    sound = (
+        isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(isinstance(each, int) for each in offsets)
+        and 0 <= offsets[0] <= offsets[1] <= data_size
+    )
+    if not sound:
+        raise _damaged(
+            path, data_size, f"{name} lies at {str(offsets)[:60]} of {data_size} bytes of data"
+        )
+    assert offsets is not None
+    return offsets[0], offsets[1]
+
+
+def _check_covered(path: Path, size: int, stretches: list[tuple[int, int]], end: int) -> None:
+    at = 0
+    for first, last in sorted(stretches):
+        if first != at:
+            raise _damaged(path, size, f"its tensors leave a gap or overlap at byte {at}")
+        at = last
+    if at != end:
+        raise _damaged(path, size, f"its tensors end at {at} of {end} bytes of data")
+
+
+def _damaged(path: Path, size: int, what: str) -> FormatError:
+    return FormatError(
+        f"{path} ({size} bytes) is no readable safetensors file, truncated or damaged: {what}."
+    )
