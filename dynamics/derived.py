@@ -35,7 +35,7 @@ class Difference:
     @property
     def values(self) -> np.ndarray:
         """(rows, cols) float64."""
-        return self.now.values.astype(np.float64) - self.before.values.astype(np.float64)
+        return np.subtract(self.now.values, self.before.values, dtype=np.float64)
 
     @property
     def stored(self) -> tuple[tuple[np.ndarray, str], ...]:

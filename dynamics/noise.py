@@ -41,6 +41,7 @@ _SCALED = "int8"
 _U = np.linspace(-9, 9, 193)
 _GRID = 1 / (1 + np.exp(-_U))
 _DRAWS = 4
+_BLOCK = 2**19  # numbers worked on at a time: they and their intermediates fit into caches
 
 
 def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -74,7 +75,13 @@ def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = 
     Raises:
         DynamicsError: an unknown dtype, int8 without its scale, or a scale with another dtype.
     """
-    variance = _spacing(values, dtype, scale)
+    return _rounding_variance(values, dtype, scale, np.any(values, axis=0))
+
+
+def _rounding_variance(
+    values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: np.ndarray
+) -> np.ndarray:
+    variance = _spacing(values, dtype, scale, columns=columns)
     np.square(variance, out=variance)
     if dtype == _SCALED:
         variance /= 12
@@ -133,7 +140,10 @@ def noise_norm_bound(variance: np.ndarray) -> float:
     not a certain one: `noise_limit` is that. 1.01 to 1.5 times the norm for Gaussian matrices, up
     to 3.3 times for graded ones.
     """
-    rows, cols = variance.sum(axis=1), variance.sum(axis=0)
+    return _bound(variance.sum(axis=1), variance.sum(axis=0))
+
+
+def _bound(rows: np.ndarray, cols: np.ndarray) -> float:
     if not rows.any():
         return 0.0
     edge, scale = _edge(rows, cols)
@@ -149,7 +159,7 @@ def noise_limit(*stored: Stored) -> float:
     """
     half = np.zeros(stored[0][0].shape)
     for term in stored:
-        half += _spacing(*term) / 2
+        half += _spacing(*term, columns=np.any(term[0], axis=0)) / 2
     return float(np.sqrt(half.sum(axis=1).max() * half.sum(axis=0).max()))
 
 
@@ -163,7 +173,28 @@ def noise_floor(*stored: Stored) -> float:
         stored: (values, dtype) or (values, "int8", scale) of each term, values (m, n) alike. One
             term for a matrix as it is, two for the difference of two checkpoints.
     """
-    return noise_norm_bound(noise_variance(*stored))
+    return _bound(*_variance_sums(stored))
+
+
+def _variance_sums(stored: tuple[Stored, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The row and column sums of `noise_variance`, by blocks of rows: of an embedding, neither the
+    variances nor their intermediates are ever held whole."""
+    m, n = stored[0][0].shape
+    counts = Counter(map(id, stored))
+    terms = list({id(each): each for each in stored}.values())
+    columns = [np.any(values, axis=0) for values, *_ in terms]
+    rows, cols = np.zeros(m), np.zeros(n)
+    height = max(1, _BLOCK // max(n, 1))
+    for first in range(0, m, height):
+        block = slice(first, first + height)
+        for term, stored_columns in zip(terms, columns, strict=True):
+            values, dtype, *given = term
+            scale = np.broadcast_to(given[0], (m, n))[block] if given else None
+            variance = _rounding_variance(values[block], dtype, scale, stored_columns)
+            variance *= counts[id(term)]
+            rows[block] += variance.sum(axis=1)
+            cols += variance.sum(axis=0)
+    return rows, cols
 
 
 def product_noise_norm(left: Stored, right: Stored) -> float:
@@ -197,8 +228,11 @@ def product_noise_bound(left: Stored, right: Stored) -> float:
     return float(d_left * norm_right + norm_left * d_right + d_left * d_right)
 
 
-def _spacing(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> np.ndarray:
-    # The widths of the intervals whose numbers are stored alike, (m, n).
+def _spacing(
+    values: np.ndarray, dtype: str, scale: ArrayLike | None = None, *, columns: np.ndarray
+) -> np.ndarray:
+    # The widths of the intervals whose numbers are stored alike, (m, n); `columns` (n,) says which
+    # ones of the whole matrix hold anything but zeros.
     if (dtype == _SCALED) != (scale is not None):
         raise DynamicsError(
             f"A matrix stored as {dtype!r} came {'with' if scale is not None else 'without'} a "
@@ -207,9 +241,8 @@ def _spacing(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> 
     if scale is not None:
         return np.broadcast_to(np.abs(scale, dtype=np.float64), values.shape).copy()
     spacing = ulp(values, dtype)
-    stored = values != 0
-    spacing[~stored.any(axis=1)] = 0
-    spacing[:, ~stored.any(axis=0)] = 0
+    spacing[~np.any(values, axis=1)] = 0
+    spacing[:, ~columns] = 0
     return spacing
 
 

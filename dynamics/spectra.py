@@ -10,6 +10,10 @@ from dynamics.noise import noise_floor, product_noise_bound
 from dynamics.run import Dense, Factored
 
 EPS = float(np.finfo(np.float64).eps)
+_BLOCK = 2**21  # numbers of a block of rows, at least
+# To be raised whenever `spectrum` or the noise give other numbers: those kept by a
+# `spectrum_cache` are then measured again.
+MEASURE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,40 @@ class Spectrum:
 def singular_values(matrix: np.ndarray) -> np.ndarray:
     """All singular values of (m, n) `matrix`, computed in float64: (min(m, n),), descending.
 
-    LAPACK's gesdd, which starts from a QR decomposition where a matrix is tall or wide; gesvd
-    where gesdd does not converge.
+    LAPACK's gesdd; gesvd where that does not converge. Of a matrix 8 times as tall as wide (or the
+    other way round), such as an embedding, those of the R of its QR decomposition, made from blocks
+    of rows, so that it is never held in float64.
 
     Raises:
         ValueError: the matrix is not two-dimensional or holds NaN or Inf.
     """
-    matrix = np.asarray(matrix, dtype=np.float64)
+    matrix = np.asarray(matrix)
     if matrix.ndim != 2 or not np.isfinite(matrix).all():
         raise ValueError(f"Expected a finite (m, n) matrix, found shape {matrix.shape} or NaN/Inf.")
+    matrix = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
+    m, n = matrix.shape
+    if m > 8 * n:
+        matrix = _triangle(matrix)
+    matrix = matrix.astype(np.float64, copy=False)
     try:
         return np.linalg.svd(matrix, compute_uv=False)
     except np.linalg.LinAlgError:
         return scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
+
+
+def _triangle(matrix: np.ndarray) -> np.ndarray:
+    """R (n, n) of a QR decomposition of a tall (m, n) matrix, float64, one block of rows a time.
+
+    Each step is the QR of the R so far on top of the next block: as stable as one Householder QR
+    (Demmel et al. 2012, "Communication-optimal parallel and sequential QR", section 5).
+    """
+    m, n = matrix.shape
+    height = max(8 * n, _BLOCK // max(n, 1))
+    r = np.zeros((0, n))
+    for first in range(0, m, height):
+        block = matrix[first : first + height].astype(np.float64)
+        r = np.linalg.qr(np.vstack([r, block]), mode="r")
+    return r
 
 
 def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
