@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo
 TEXT   ?=
 
-.PHONY: demo test lint types check lock clean
+.PHONY: demo test lint types check fuzz bench lock clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,13 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: test lint types
+
+EXAMPLES ?= 2000
+fuzz: $(STAMP)  ## damage files in thousands of new ways (EXAMPLES per target), some minutes
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/dynamics/fuzz --timeout 3600
+
+bench: $(STAMP)  ## peak memory over a synthetic checkpoint of 8 GB (needs that much disk), about 10 min
+	$(BIN)/python tests/benchmarks/large_checkpoint.py
 
 lock:  ## write constraints.txt anew from the newest versions that pyproject.toml allows
 	rm -rf .venv-lock

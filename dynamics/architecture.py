@@ -11,13 +11,16 @@ from typing import Any
 from dynamics import names
 from dynamics.errors import DynamicsError, MissingError
 
-# Hugging Face first, then pico-train, then GPT-2 and its kin.
+# Hugging Face first, then pico-train, then GPT-2 and its kin, GPT-Neo and T5, Meta's Llama.
 _SPELLINGS: dict[str, tuple[str, ...]] = {
-    "num_heads": ("num_attention_heads", "attention_n_heads", "n_heads", "n_head"),
+    "num_heads": ("num_attention_heads", "attention_n_heads", "n_heads", "n_head", "num_heads"),
     "num_kv_heads": ("num_key_value_heads", "attention_n_kv_heads", "n_kv_heads", "num_kv_heads"),
-    "hidden_size": ("hidden_size", "d_model", "n_embd"),
-    "head_dim": ("head_dim",),
+    "hidden_size": ("hidden_size", "d_model", "n_embd", "dim"),
+    "head_dim": ("head_dim", "d_kv"),
 }
+# Families with one key-value head for all, unless `multi_query` is false; whatever else their
+# config says of key-value heads is then not used (Falcon: unless it has the new architecture).
+_MULTI_QUERY = ("falcon", "gpt_bigcode")
 # Where a config keeps its language model: multimodal models, pico-train's training config.
 _NESTED = ("text_config", "model")
 
@@ -89,10 +92,7 @@ def read_architecture(attrs: Mapping[str, Any], where: str) -> Architecture:
             f"{where} has no model config, so its number of attention heads is unknown; "
             "put the model's config.json beside its weights."
         )
-    found = _numbers(config)
-    for nested in _NESTED:
-        if "num_heads" not in found and isinstance(config.get(nested), Mapping):
-            found = _numbers(config[nested])
+    found = _numbers(language_config(config))
     for name in ("num_heads", "hidden_size"):
         if name not in found:
             raise MissingError(
@@ -111,6 +111,38 @@ def read_architecture(attrs: Mapping[str, Any], where: str) -> Architecture:
         return Architecture(given.num_heads, given.num_kv_heads, head_dim, given.hidden_size)
     except DynamicsError as error:
         raise DynamicsError(f"The model config of {where} is inconsistent: {error}") from None
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model: the config itself, or one inside."""
+    for inner in (config, *(config.get(nested) for nested in _NESTED)):
+        if isinstance(inner, Mapping) and "num_heads" in _numbers(inner):
+            return inner
+    return config
+
+
+def tied_aliases(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None
+) -> set[str]:
+    """The names of output embeddings that are the input embedding once more.
+
+    That is so where the config says `tie_word_embeddings`: loading such a checkpoint discards a
+    stored lm_head. A config that does not say so ties nothing here.
+
+    Args:
+        shapes: clean name -> shape of the stored tensors.
+        config: `Run.attrs["config"]`.
+
+    >>> shapes = {"model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4)}
+    >>> tied_aliases(shapes, {"tie_word_embeddings": True})
+    {'lm_head.weight'}
+    """
+    config, key = config if isinstance(config, Mapping) else {}, "tie_word_embeddings"
+    if config.get(key, language_config(config).get(key)) is not True:
+        return set()
+    modules = {name: names.module_of(name) for name in shapes if name.endswith(".weight")}
+    inputs = {shapes[name] for name, module in modules.items() if module == "embed_tokens"}
+    return {name for name, m in modules.items() if m == "lm_head" and shapes[name] in inputs}
 
 
 def check_projections(
@@ -143,4 +175,8 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
         given = [config[key] for key in spellings if config.get(key) is not None]
         if given:
             found[name] = given[0]
+    if config.get("model_type") in _MULTI_QUERY and not config.get("new_decoder_architecture"):
+        found.pop("num_kv_heads", None)
+        if config.get("multi_query", True):
+            found["num_kv_heads"] = 1
     return found

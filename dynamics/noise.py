@@ -178,7 +178,8 @@ def noise_floor(*stored: Stored) -> float:
 
 def _variance_sums(stored: tuple[Stored, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The row and column sums of `noise_variance`, by blocks of rows: of an embedding, neither the
-    variances nor their intermediates are ever held whole."""
+    variances nor their intermediates are ever held whole.
+    """
     m, n = stored[0][0].shape
     counts = Counter(map(id, stored))
     terms = list({id(each): each for each in stored}.values())

@@ -15,8 +15,8 @@ COMPONENTS: dict[str, Callable[[Run], list[tuple[MatrixInfo, Measurable]]]] = {
     "pico_ov_circuit": pico_circuits.pico_ov_circuit,
 }
 
-# Measured unless others are asked for. Every run has parameters; circuits take a config and
-# unfused attention, and are as many matrices as layers times heads.
+# Measured unless others are asked for. Every run has parameters; circuits take a config
+# with the number of heads, and are as many matrices as layers times heads.
 DEFAULT_COMPONENTS = ("parameters",)
 
 

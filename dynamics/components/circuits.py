@@ -1,7 +1,7 @@
 """The components `ov_circuit` and `qk_circuit`: what each attention head does, as one matrix.
 
-With weights as torch stores them, (out, in), and x a column of the residual stream, head h writes
-W_O^h W_V^g x for each position it attends to, and attends from x to y by x^T W_Q^h^T W_K^g y
+With weights as torch's Linear stores them, (out, in), and x a column of the residual stream, head h
+writes W_O^h W_V^g x for each position it attends to, and attends from x to y by x^T W_Q^h^T W_K^g y
 (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"):
 
     OV_h = W_O^h @ W_V^g        W_O^h = W_O[:, h·head_dim : (h+1)·head_dim]
@@ -38,16 +38,19 @@ from dynamics.architecture import Architecture, check_projections, read_architec
 from dynamics.components.parameters import Measurable
 from dynamics.derived import reference_step
 from dynamics.errors import MissingError
+from dynamics.fused import Part, kept_whole
+from dynamics.names import QKV, attention_path
 from dynamics.noise import ulp
 from dynamics.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
+from dynamics.tracing import TracedRun
 
 # All heads of a layer read the same matrices; `analyze` goes through the steps for each head.
 _CACHE_BYTES = 256 * 2**20
 
 Read = Callable[[str, int, str], Matrix | None]
-# (weight of a projection, architecture, query head) -> its part in that head's circuit
-Part = Callable[[np.ndarray, Architecture, int], np.ndarray]
+# (weight of a projection, architecture, query head) -> the slice of it in that head's circuit
+Slice = Callable[[np.ndarray, Architecture, int], np.ndarray]
 # (step, kind) -> the factors (d_model, head_dim) and (head_dim, d_model), None if not recorded
 Factors = Callable[[int, str], tuple[Dense, Dense] | None]
 
@@ -84,6 +87,27 @@ class Attention:
         """The index of the layer."""
         return next(iter(self.projections.values())).layer
 
+    @property
+    def stores_in_out(self) -> bool:
+        """Whether its weights are stored (in, out), as GPT-2's Conv1D does.
+
+        The output projection is square and does not tell; the fused matrix beside it does.
+        """
+        return any(isinstance(i, Part) and i.axis == 1 for i in self.projections.values())
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of a projection."""
+        info = self.projections[module]
+        return (info.cols, info.rows) if self.stores_in_out else (info.rows, info.cols)
+
+    def projection(self, read: Read, module: str, step: int, kind: str) -> Dense | None:
+        """A projection as (out, in), None where the run has none at this step."""
+        stored = read(self.projections[module].name, step, kind)
+        if stored is None:
+            return None
+        assert isinstance(stored, Dense)
+        return Dense(stored.values.T, stored.dtype) if self.stores_in_out else stored
+
 
 def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, list[Attention]]:
     """The architecture of a run, and its attention modules that have all these projections.
@@ -96,8 +120,7 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
         raise MissingError(f"{run.path} holds no weights; circuits are made of them.")
     found: dict[str, dict[str, MatrixInfo]] = {}
     for name, info in run.matrices.items():
-        path = name.removesuffix(".weight").rpartition(".")[0]
-        found.setdefault(path, {})[info.module] = info
+        found.setdefault(attention_path(name), {})[info.module] = info
     layers = [
         Attention(path, {module: projections[module] for module in modules})
         for path, projections in found.items()
@@ -105,16 +128,19 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
     ]
     if not layers:
         wanted = " and ".join(modules)
-        fused = [name for name, info in run.matrices.items() if info.module == "qkv_proj"]
+        fused = [name for name, info in run.matrices.items() if info.module == QKV]
         if fused:
+            reason = kept_whole(run).get(fused[0], "Open it with split_fused=True.")
             raise MissingError(
                 f"{run.path} fuses query, key and value in one matrix ({fused[0]}); "
-                f"circuits need {wanted} apart, and fused ones are not supported yet."
+                f"circuits need {wanted} apart. {reason}"
             )
         raise MissingError(f"No attention of {run.path} has {wanted} side by side.")
     architecture = read_architecture(run.attrs, run.path)
     shapes = {
-        info.name: (info.rows, info.cols) for layer in layers for info in layer.projections.values()
+        layer.projections[module].name: layer.shape(module)
+        for layer in layers
+        for module in modules
     }
     check_projections(architecture, shapes, run.path)
     return architecture, layers
@@ -122,6 +148,8 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
 
 def cached_read(run: Run, architecture: Architecture) -> Read:
     """`run.read`, keeping as many matrices as fit into a fixed amount of memory."""
+    if isinstance(run, TracedRun):
+        return run.read  # it keeps them itself, and has to see what each cell is made from
     largest = 8 * architecture.num_heads * architecture.head_dim * architecture.hidden_size
     return lru_cache(maxsize=max(6, _CACHE_BYTES // largest))(run.read)
 
@@ -134,7 +162,7 @@ def coarsest(*dtypes: str) -> str:
 
 
 def _circuits(
-    run: Run, component: str, left: tuple[str, Part], right: tuple[str, Part]
+    run: Run, component: str, left: tuple[str, Slice], right: tuple[str, Slice]
 ) -> list[tuple[MatrixInfo, Measurable]]:
     architecture, layers = attention_layers(run, (left[0], right[0]))
     read, width = cached_read(run, architecture), architecture.hidden_size
@@ -153,17 +181,16 @@ def _factors(
     attention: Attention,
     architecture: Architecture,
     head: int,
-    left: tuple[str, Part],
-    right: tuple[str, Part],
+    left: tuple[str, Slice],
+    right: tuple[str, Slice],
 ) -> Factors:
     def factors(step: int, kind: str) -> tuple[Dense, Dense] | None:
         found = []
-        for module, part in (left, right):
-            stored = read(attention.projections[module].name, step, kind)
-            if stored is None:
+        for module, slice_of in (left, right):
+            weight = attention.projection(read, module, step, kind)
+            if weight is None:
                 return None
-            assert isinstance(stored, Dense)
-            found.append(Dense(part(stored.values, architecture, head), stored.dtype))
+            found.append(Dense(slice_of(weight.values, architecture, head), weight.dtype))
         return found[0], found[1]
 
     return factors

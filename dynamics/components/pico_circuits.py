@@ -52,11 +52,9 @@ def _reader(read: Read, attention: Attention, architecture: Architecture) -> Mea
     def matrix(step: int, kind: str) -> Matrix | Status:
         if kind not in (schema.WEIGHT, schema.BASE):
             return Status.UNDEFINED
-        v, o = (read(attention.projections[each].name, step, kind) for each in ("v_proj", "o_proj"))
+        v, o = (attention.projection(read, each, step, kind) for each in ("v_proj", "o_proj"))
         if v is None or o is None:
             return Status.NOT_RECORDED
-        assert isinstance(v, Dense)
-        assert isinstance(o, Dense)
         return side_by_side(v, o, architecture)
 
     return matrix

@@ -6,18 +6,16 @@ have, and read the bytes of tensors with `read_range`, so that no more is fetche
 """
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from dynamics.errors import DynamicsError, FormatError, require_extra
+from dynamics.origins import file_origin
 
 # What a local file system raises where a file is missing, forbidden, or no text.
 _UNREADABLE = (OSError, ValueError)
-# A file changed so lately that a second change might leave the same time stamp.
-_RACY_SECONDS = 2.0
 
 
 def located(path: str | Path) -> Path:
@@ -119,21 +117,19 @@ def size_of(path: Path) -> int:
 def origin_of(path: Path) -> str | None:
     """A cheap token that changes whenever the file's content may have changed.
 
-    None where there is none: the file was changed just now, so that its time stamp cannot tell a
-    second change, or a remote file system has no checksum or time of its files.
+    None where there is none, see `origins.file_origin`, or because a remote file system has no
+    checksum or time of its files.
     """
+    if not is_remote(path):
+        found = file_origin(path)
+        return found and f"{path.resolve()}|{found}"
     try:
         with refused(path):
-            if is_remote(path):
-                info = path.fs.info(path.path)  # type: ignore[attr-defined]
-                mark = info.get("ETag") or info.get("etag") or info.get("LastModified")
-                return f"{path}|{info.get('size')}|{mark}" if mark else None
-            stat = path.stat()
+            info = path.fs.info(path.path)  # type: ignore[attr-defined]
     except FormatError:
         return None
-    if abs(time.time() - stat.st_mtime) < _RACY_SECONDS:
-        return None
-    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    mark = info.get("ETag") or info.get("etag") or info.get("LastModified")
+    return f"{path}|{info.get('size')}|{mark}" if mark else None
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:

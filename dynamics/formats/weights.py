@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dynamics import names, schema
+from dynamics.architecture import tied_aliases
 from dynamics.errors import FormatError
 from dynamics.formats.files import root_of
 from dynamics.formats.tensors import Tensor
@@ -44,6 +45,7 @@ class WeightsRun(Run):
     """
 
     description: str
+    single_files = False  # whether a run of this format may be one file
     stored_kinds = (schema.WEIGHT,)
 
     @staticmethod
@@ -133,7 +135,13 @@ def cleaned(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
 
 
 def untied(tensors: Mapping[str, Tensor], attrs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors without second names of the same numbers: a tied output embedding."""
+    """The tensors without second names of the same numbers: a tied output embedding.
+
+    It is one where the file says so, by a place that two names share, or the model's config.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    aliases = tied_aliases(shapes, attrs.get("config"))
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     places: dict[object, str] = {}
     for name, tensor in tensors.items():
         # Of two names the input embedding's stays, as in files that leave the other one out.

@@ -3,6 +3,9 @@ import pytest
 from dynamics.architecture import Architecture, check_projections, read_architecture
 from dynamics.errors import DynamicsError, MissingError
 
+FALCON = {
+    "model_type": "falcon", "num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 32,
+}  # fmt: skip
 LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64}
 
 
@@ -28,6 +31,14 @@ def read(config):
             Architecture(12, 12, 8, 96),
         ),
         ({"vision_config": {"hidden_size": 9}, "text_config": LLAMA}, Architecture(8, 2, 8, 64)),
+        ({"dim": 64, "n_heads": 8, "n_kv_heads": 2}, Architecture(8, 2, 8, 64)),
+        ({"num_heads": 4, "hidden_size": 32}, Architecture(4, 4, 8, 32)),
+        ({"num_heads": 4, "d_model": 32, "d_kv": 16}, Architecture(4, 4, 16, 32)),
+        # One key-value head for all, whatever the config says of them beside.
+        (FALCON, Architecture(4, 1, 8, 32)),
+        (FALCON | {"multi_query": False}, Architecture(4, 4, 8, 32)),
+        (FALCON | {"new_decoder_architecture": True}, Architecture(4, 2, 8, 32)),
+        ({"model_type": "gpt_bigcode", "n_head": 4, "n_embd": 32}, Architecture(4, 1, 8, 32)),
     ],
 )
 def test_every_spelling_gives_the_same_four_numbers(config, expected):

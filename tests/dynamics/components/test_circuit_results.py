@@ -12,7 +12,9 @@ from safetensors.numpy import save_file
 import dynamics as dy
 from dynamics.components import COMPONENTS
 from dynamics.errors import DynamicsError, MissingError
+from dynamics.fused import split_fused
 from dynamics.schema import COMPONENTS as MEANINGS
+from dynamics.schema import Status
 from dynamics.tables import summary_table
 
 CIRCUITS = ["ov_circuit", "qk_circuit", "pico_ov_circuit"]
@@ -101,7 +103,7 @@ def test_a_result_saved_before_there_were_heads_still_compares(analysis, tmp_pat
 
 @pytest.mark.parametrize("component", CIRCUITS)
 @pytest.mark.parametrize("name", ["GPT2Config", "GPTNeoXConfig"])
-def test_fused_projections_are_refused_by_name(name, component, tmp_path):
+def test_fused_projections_are_split_or_refused_with_the_reason(name, component, tmp_path):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     torch.manual_seed(0)
     config = getattr(transformers, name)(
@@ -109,10 +111,17 @@ def test_fused_projections_are_refused_by_name(name, component, tmp_path):
         intermediate_size=8, pad_token_id=0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "run")
-    with pytest.raises(MissingError, match="fuses query, key and value in one matrix") as caught:
-        dy.analyze(tmp_path / "run", components=[component])
-    assert "not supported yet" in str(caught.value)
-    assert dy.analyze(tmp_path / "run", kinds=["weight"]).sizes["matrix"] > 3
+    measured = dy.analyze(split_fused(dy.open_run(tmp_path / "run")), components=[component])
+    assert measured.sizes["matrix"] == (1 if component == "pico_ov_circuit" else 2)
+    assert (measured["status"].sel(kind="weight") == Status.MEASURED).all()
+    (tmp_path / "run/config.json").write_text(
+        json.dumps(config.to_dict() | {"model_type": "our_own"})
+    )
+    run = split_fused(dy.open_run(tmp_path / "run"))
+    reason = r"fuses query, key and value in one matrix .* type 'our_own' is not known"
+    with pytest.raises(MissingError, match=reason):
+        dy.analyze(run, components=[component])
+    assert dy.analyze(run, kinds=["weight"]).sizes["matrix"] > 3
 
 
 @pytest.mark.parametrize("component", CIRCUITS)
