@@ -3,28 +3,32 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.components import COMPONENTS, DEFAULT_COMPONENTS, check_components
-from dynamics.components.parameters import Measurable
 from dynamics.derived import Difference, is_finite
-from dynamics.errors import FormatError, MissingError
+from dynamics.errors import DynamicsError, FormatError
 from dynamics.formats import open_run
-from dynamics.metrics import METRICS, Metric, select_metrics
-from dynamics.names import matches
-from dynamics.run import MatrixInfo, Run
+from dynamics.metrics import METRICS, Metric
+from dynamics.run import Dense, Factored, MatrixInfo, Run
 from dynamics.schema import Status
+from dynamics.selection import Chosen, Selection, selected
 from dynamics.spectra import Spectrum, spectrum
+from dynamics.spectrum_cache import SpectrumCache, content_key
+from dynamics.tracing import TracedRun
 
-Item = TypeVar("Item")
 Progress = Callable[[int, int, str], None]
+
+
+class StoppedError(Exception):
+    """An analysis was told to stop before it was done."""
 
 
 class UnmeasuredWarning(UserWarning):
@@ -40,6 +44,8 @@ def analyze(
     steps: Iterable[int] | None = None,
     select: str | Sequence[str] | None = None,
     progress: Progress | None = None,
+    cache: str | Path | None = None,
+    strict: bool = False,
 ) -> xr.Dataset:
     """Measure a run.
 
@@ -52,6 +58,9 @@ def analyze(
             previous and first step, whether these are selected or not.
         select: globs over parameter names ("*_proj" matches with or without ".weight").
         progress: called as progress(done, total, matrix name) while it works.
+        cache: a file that keeps the spectra, made if it is missing. What it has is not measured
+            again, and not even read where nothing changed (`Run.origin`); the result is the same.
+        strict: raise at the first matrix that is unreadable or not finite, instead of listing it.
 
     Returns:
         A Dataset with dims (kind, step, matrix) and (..., index) for the singular values: one
@@ -63,32 +72,39 @@ def analyze(
 
     Raises:
         MissingError: an unknown metric, component, kind or step, or nothing selected.
-        FormatError: `run` cannot be opened.
+        FormatError: `run` cannot be opened, or with `strict` not read.
+        DynamicsError: `cache` is damaged or no cache; with `strict`, a matrix holds NaN or Inf.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    table = select_metrics(metrics)
-    names = check_components(_listed("components", components) or list(DEFAULT_COMPONENTS))
-    chosen_kinds = _kinds(run, _listed("kinds", kinds))
-    wanted_steps = _listed("steps", steps)
-    chosen_steps = (
-        sorted({run.check_step(int(step)) for step in wanted_steps})
-        if wanted_steps is not None
-        else run.steps.tolist()
+    chosen = selected(
+        run, metrics=metrics, components=components, kinds=kinds, steps=steps, select=select
     )
-    if not chosen_steps:
-        raise MissingError(f"{run.path} has no records yet; nothing to measure.")
-    offered = [
-        (component, info, read) for component in names for info, read in COMPONENTS[component](run)
-    ]
-    measurables = [each for each in offered if select is None or matches(each[1].name, select)]
-    if not measurables:
-        raise MissingError(
-            f"No matrix of {run.path} matches {select!r}; "
-            f"it has {', '.join(info.name for _, info, _ in offered[:4])}, ..."
-        )
+    return measure(chosen, cache=cache, strict=strict, progress=progress)
 
-    shape = (len(chosen_kinds), len(chosen_steps), len(measurables))
-    width = max(min(info.rows, info.cols) for _, info, _ in measurables)
+
+def measure(
+    chosen: Selection,
+    *,
+    cache: str | Path | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> xr.Dataset:
+    """What `analyze` returns for a selection.
+
+    Args:
+        chosen: what to measure.
+        cache: see `analyze`.
+        strict: see `analyze`.
+        progress: see `analyze`.
+        stopped: asked before every matrix at every step and kind whether to give up.
+
+    Raises:
+        StoppedError: `stopped` said so; what was measured is in the cache.
+    """
+    run, table, infos = chosen.run, chosen.metrics, [each.info for each in chosen.matrices]
+    shape = (len(chosen.kinds), len(chosen.steps), len(infos))
+    width = max(min(info.rows, info.cols) for info in infos)
     values = {
         name: np.full(shape, np.nan)
         for name in (*table, schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR)
@@ -97,27 +113,36 @@ def analyze(
     status = np.zeros(shape, dtype=np.int8)
     problems: dict[str, None] = {}  # an ordered set
 
-    for m, (_, info, read) in enumerate(measurables):
-        for t, step in enumerate(chosen_steps):
-            for k, kind in enumerate(chosen_kinds):
-                found = _measured(read, info, step, kind, problems)
-                if isinstance(found, Status):
-                    status[k, t, m] = found
-                    continue
-                status[k, t, m] = Status.MEASURED
-                singular[k, t, m, : found.s.size] = found.s
-                values[schema.NOISE_FLOOR][k, t, m] = found.noise_floor
-                values[schema.SINGULAR_VALUE_ERROR][k, t, m] = found.error
-                for name, metric in table.items():
-                    values[name][k, t, m] = metric.function(found)
-        if progress is not None:
-            progress(m + 1, len(measurables), info.name)
+    with nullcontext() if cache is None else SpectrumCache(cache) as known:
+        for m, each in enumerate(chosen.matrices):
+            for t, step in enumerate(chosen.steps):
+                for k, kind in enumerate(chosen.kinds):
+                    if stopped():
+                        raise StoppedError(f"The analysis of {run.path} was stopped.")
+                    try:
+                        found = _measured(run, each, step, kind, known)
+                    except _Unmeasured as reason:
+                        if strict and reason.problem is not None:
+                            raise reason.problem from reason
+                        if reason.listed:
+                            problems[str(reason.problem)] = None
+                        status[k, t, m] = reason.status
+                        continue
+                    status[k, t, m] = Status.MEASURED
+                    singular[k, t, m, : found.s.size] = found.s
+                    values[schema.NOISE_FLOOR][k, t, m] = found.noise_floor
+                    values[schema.SINGULAR_VALUE_ERROR][k, t, m] = found.error
+                    for name, metric in table.items():
+                        values[name][k, t, m] = metric.function(found)
+            if progress is not None:
+                progress(m + 1, len(infos), each.info.name)
 
     for problem in problems:
-        warnings.warn(problem, UnmeasuredWarning, stacklevel=2)
-    dataset = _dataset(table, values, singular, status, [(c, i) for c, i, _ in measurables])
-    dataset = dataset.assign_coords(kind=chosen_kinds, step=np.array(chosen_steps, dtype=np.int64))
-    positions = np.searchsorted(run.steps, chosen_steps)
+        warnings.warn(problem, UnmeasuredWarning, stacklevel=3)
+    dataset = _dataset(table, values, singular, status, [each[:2] for each in chosen.matrices])
+    steps = np.array(chosen.steps, dtype=np.int64)
+    dataset = dataset.assign_coords(kind=chosen.kinds, step=steps)
+    positions = np.searchsorted(run.steps, steps)
     for name, series in run.scalars.items():
         variable = name.replace("/", ".")  # a slash is a group to Zarr
         taken = {*METRICS, *dataset.variables, *dataset.dims}
@@ -129,47 +154,51 @@ def analyze(
     return dataset.assign_attrs(_provenance(run), problems=json.dumps(list(problems)))
 
 
-def _listed(argument: str, items: Iterable[Item] | None) -> list[Item] | None:
-    found = None if items is None else list(items)
-    if found == []:
-        raise MissingError(f"{argument} is empty: nothing to measure; leave it out for all.")
-    return found
+class _Unmeasured(Exception):
+    """Why a cell holds no number: its status, and the problem where it is one.
 
+    `listed` is False for what is a problem of another cell that names it.
+    """
 
-def _kinds(run: Run, kinds: list[str] | None) -> list[str]:
-    if kinds is None:
-        if run.absent_kinds:  # an incomplete run is the user's decision, not ours
-            raise MissingError(next(iter(run.absent_kinds.values())))
-        return list(run.kinds)
-    kinds = list(dict.fromkeys(kinds))
-    for kind in kinds:
-        if kind not in schema.KINDS:
-            raise MissingError(f"No kind {kind!r}; known: {', '.join(schema.KINDS)}.")
-        if kind not in run.kinds:
-            reason = run.absent_kinds.get(
-                kind, f"{run.path} has no {kind} matrices; it has {', '.join(run.kinds)}."
-            )
-            raise MissingError(reason)
-    return kinds
+    def __init__(self, status: Status, problem: DynamicsError | None = None, listed: bool = True):
+        super().__init__(status)
+        self.status, self.problem = status, problem
+        self.listed = listed and problem is not None
 
 
 def _measured(
-    read: Measurable, info: MatrixInfo, step: int, kind: str, problems: dict[str, None]
-) -> Spectrum | Status:
-    try:
-        found = read(step, kind)
-    except FormatError as problem:
-        problems[str(problem)] = None
-        return Status.UNREADABLE
-    if isinstance(found, Status):
+    run: TracedRun, chosen: Chosen, step: int, kind: str, known: SpectrumCache | None
+) -> Spectrum:
+    """The spectrum of one cell: a known one, where possible without reading anything."""
+    if known is None:
+        return spectrum(_matrix(chosen, step, kind))
+    cell = run.cell_key(chosen.component, chosen.info.name, step, kind)
+    if (found := known.of_cell(cell, run)) is not None:
         return found
+    run.start_cell()
+    matrix = _matrix(chosen, step, kind)
+    content = content_key(matrix)
+    if (found := known.of_content(content)) is None:
+        found = spectrum(matrix)
+        known.put(content, found)
+    known.put_cell(cell, run, content)
+    return found
+
+
+def _matrix(chosen: Chosen, step: int, kind: str) -> Dense | Factored | Difference:
+    try:
+        found = chosen.read(step, kind)
+    except FormatError as problem:
+        raise _Unmeasured(Status.UNREADABLE, problem) from problem
+    if isinstance(found, Status):
+        raise _Unmeasured(found)
     if not is_finite(found):
-        if not isinstance(found, Difference):  # else the weights themselves are named
-            problems[
-                f"{info.name} ({kind}) at step {step} holds NaN or Inf; it was not measured."
-            ] = None
-        return Status.NON_FINITE
-    return spectrum(found)
+        text = f"{chosen.info.name} ({kind}) at step {step} holds NaN or Inf; it was not measured."
+        # Of a difference, the weights themselves are named.
+        raise _Unmeasured(
+            Status.NON_FINITE, DynamicsError(text), listed=not isinstance(found, Difference)
+        )
+    return found
 
 
 def _dataset(

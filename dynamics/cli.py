@@ -6,20 +6,32 @@ Exit codes: 0 done; 1 done, but something in the run could not be measured; 2 no
 import json
 import sys
 import warnings
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynamics import schema
+from dynamics.cli_values import (
+    abridged,
+    named_paths,
+    run_name,
+    split,
+    step_ranges,
+    steps_of,
+    steps_so_far,
+)
 from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import xarray as xr
     from rich.console import Console
 
-    from dynamics.run import Run
+    from dynamics.analysis import Progress
 
 app = typer.Typer(
     name="dynamics",
@@ -30,12 +42,14 @@ app = typer.Typer(
     help="Measure how the rank of weights, gradients and updates evolves in a training run.",
 )
 
-RunPath = Annotated[Path, typer.Argument(help="A recording, checkpoints or one checkpoint.")]
+RunPath = Annotated[
+    str, typer.Argument(help="A recording, checkpoints or one checkpoint: a path or a URL.")
+]
 FormatOption = Annotated[
     str | None, typer.Option("--format", help="Force a format instead of detecting it.")
 ]
 BaseOption = Annotated[
-    Path | None, typer.Option("--base", help="Base model of PEFT adapters that have none beside.")
+    str | None, typer.Option("--base", help="Base model of PEFT adapters that have none beside.")
 ]
 MetricsOption = Annotated[
     str | None, typer.Option("--metrics", help="Comma-separated; all by default.")
@@ -79,7 +93,9 @@ class Listing(StrEnum):
 
 @app.command(
     epilog="Examples:\n\n  dynamics analyze demo/relora/run.zarr\n\n"
-    "  dynamics analyze checkpoints/ -o ranks.zarr --kinds weight,update --steps 0:1000"
+    "  dynamics analyze checkpoints/ -o ranks.zarr --kinds weight,update --steps 0:1000\n\n"
+    "  dynamics analyze run.zarr --follow\n\n"
+    "Again with the same output, it measures only what is new."
 )
 def analyze(
     run: RunPath,
@@ -95,24 +111,60 @@ def analyze(
     format: FormatOption = None,
     base: BaseOption = None,
     overwrite: OverwriteOption = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first unreadable file, NaN or Inf.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep no spectra beside the output (OUTPUT.cache).")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep up with a run in progress until interrupted.")
+    ] = False,
+    interval: Annotated[
+        float, typer.Option("--interval", min=0.1, help="Seconds between looks of --follow.")
+    ] = 10.0,
 ) -> None:
-    """Measure a run and save the result."""
+    """Measure a run and save the result; what an earlier result has is not measured again."""
     from dynamics import storage
+    from dynamics.analysis import measure
     from dynamics.formats import open_run
+    from dynamics.selection import selected
     from dynamics.tables import summary_table
 
-    output = output or Path(f"{run.resolve().name.removesuffix('.zarr')}.analysis.zarr")
-    storage.check_output(output, overwrite=overwrite)
+    output = output or Path(f"{run_name(run)}.analysis.zarr")
+    choice: dict[str, Any] = {
+        "metrics": split(metrics),
+        "components": split(components),
+        "kinds": split(kinds),
+        "select": select or None,
+    }
+    cache = None if no_cache else output.with_name(f"{output.name.removesuffix('.zarr')}.cache")
+    ranges = step_ranges(steps)
+    if not storage.is_analysis(output):
+        storage.check_output(output, overwrite=overwrite)
+    if follow:
+        from dynamics.cli_following import follow_and_save
+
+        problems = follow_and_save(
+            lambda: open_run(run, format=format, base=base),
+            output,
+            overwrite=overwrite,
+            say=lambda line: _console().print(line, soft_wrap=True, highlight=False, markup=False),
+            interval=interval,
+            steps=lambda opened: steps_so_far(opened, ranges),
+            cache=cache,
+            strict=strict,
+            **choice,
+        )
+        return _report(problems)
     opened = open_run(run, format=format, base=base)
-    result = _analysed(
-        opened,
-        metrics=_split(metrics),
-        components=_split(components),
-        kinds=_split(kinds),
-        steps=_steps(opened, steps),
-        select=select or None,
-    )
-    storage.save(result, output, overwrite=overwrite)
+    chosen = selected(opened, steps=steps_of(opened, ranges), **choice)
+    storage.check_update(output, chosen, overwrite=overwrite)
+    with _progress(run) as progress:
+        result = measure(chosen, cache=cache, strict=strict, progress=progress)
+    if not overwrite:
+        storage.check_kept(output, result)
+    storage.save(result, output, overwrite=overwrite or output.exists())
     _console().print(summary_table(result))
     _console().print(f"Saved to {output}", soft_wrap=True)
     _report(json.loads(result.attrs["problems"]))
@@ -140,12 +192,12 @@ def compare(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Measure runs, or take analyses, and align them side by side."""
-    from dynamics import comparison, storage
+    from dynamics import analysis, comparison, storage
     from dynamics.formats import open_run
     from dynamics.tables import summary_table
 
     storage.check_output(output, overwrite=overwrite)
-    paths = _named_paths(runs)
+    paths = named_paths(runs)
     if baseline is not None and baseline not in paths:
         raise DynamicsError(f"--baseline {baseline!r} is none of {', '.join(paths)}.")
     analyses: dict[str, xr.Dataset] = {}
@@ -154,13 +206,15 @@ def compare(
         if storage.is_analysis(path):
             analyses[name] = storage.load(path)
             continue
-        analyses[name] = _analysed(
-            open_run(path),
-            metrics=_split(metrics),
-            components=_split(components),
-            kinds=_split(kinds),
-            select=select or None,
-        )
+        with _progress(path) as progress:
+            analyses[name] = analysis.analyze(
+                open_run(path),
+                metrics=split(metrics),
+                components=split(components),
+                kinds=split(kinds),
+                select=select or None,
+                progress=progress,
+            )
         problems += [f"{name}: {each}" for each in json.loads(analyses[name].attrs["problems"])]
     both = comparison.compare(analyses)
     _console().print(summary_table(both))
@@ -248,11 +302,11 @@ def inspect(run: RunPath, format: FormatOption = None, base: BaseOption = None) 
     facts = Table(show_header=False, box=None)
     facts.add_row("path", opened.path)
     facts.add_row("format", opened.format)
-    facts.add_row("steps", _abridged([str(step) for step in opened.steps]))
+    facts.add_row("steps", abridged([str(step) for step in opened.steps]))
     facts.add_row("kinds", ", ".join(opened.kinds))
     facts.add_row("scalars", ", ".join(opened.scalars) or "none")
     events = [f"{event.kind} at {event.step}" for event in opened.events]
-    facts.add_row("events", _abridged(events) or "none")
+    facts.add_row("events", abridged(events) or "none")
     _console().print(facts)
     matrices = Table("matrix", "layer", "module", "shape")
     for info in opened.matrices.values():
@@ -330,8 +384,9 @@ def run_app(command: typer.Typer) -> None:
         sys.exit(130)
 
 
-def _analysed(run: "Run", **options: object) -> "xr.Dataset":
-    """`dynamics.analyze` behind a progress bar; its warnings are printed at the end instead."""
+@contextmanager
+def _progress(run: str) -> "Iterator[Progress]":
+    """A progress bar for `analyze`, whose warnings are printed at the end instead."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -340,7 +395,7 @@ def _analysed(run: "Run", **options: object) -> "xr.Dataset":
         TimeRemainingColumn,
     )
 
-    from dynamics.analysis import UnmeasuredWarning, analyze
+    from dynamics.analysis import UnmeasuredWarning
 
     columns = (
         TextColumn("{task.description}"),
@@ -351,14 +406,10 @@ def _analysed(run: "Run", **options: object) -> "xr.Dataset":
     console = _error_console()
     silent = not console.is_terminal  # a log file gets warnings and errors only
     with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(f"measuring {Path(run.path).name}")
+        task = bar.add_task(f"measuring {run_name(run)}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnmeasuredWarning)
-            return analyze(
-                run,
-                progress=lambda done, total, _: bar.update(task, completed=done, total=total),
-                **options,  # type: ignore[arg-type]
-            )
+            yield lambda done, total, _: bar.update(task, completed=done, total=total)
 
 
 def _report(problems: list[str]) -> None:
@@ -368,54 +419,6 @@ def _report(problems: list[str]) -> None:
         )
     if problems:
         raise typer.Exit(1)
-
-
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [each.strip() for each in text.split(",") if each.strip()]
-
-
-def _steps(run: "Run", text: str | None) -> list[int] | None:
-    """The steps that "0,100,200:400" chooses; a range takes the steps that the run has there."""
-    if text is None:
-        return None
-    chosen: list[int] = []
-    for part in _split(text) or []:
-        first, colon, last = part.partition(":")
-        try:
-            if not colon:
-                chosen.append(run.check_step(int(part)))
-                continue
-            low, high = int(first or run.steps[0]), int(last or run.steps[-1])
-        except ValueError as error:
-            if isinstance(error, DynamicsError):
-                raise
-            raise DynamicsError(
-                f"--steps takes numbers and ranges FIRST:LAST, found {part!r}."
-            ) from error
-        within = [int(step) for step in run.steps if low <= step <= high]
-        if not within:
-            known = _abridged([str(step) for step in run.steps])
-            raise DynamicsError(f"{run.path} has no step in {part}; it has {known}.")
-        chosen += within
-    return chosen
-
-
-def _named_paths(runs: list[str]) -> dict[str, Path]:
-    paths: dict[str, Path] = {}
-    for each in runs:
-        name, equals, path = each.partition("=")
-        if not equals or not name or not path:
-            raise DynamicsError(f"Expected NAME=RUN, found {each!r}.")
-        if name in paths:
-            raise DynamicsError(f"The name {name!r} is given twice.")
-        paths[name] = Path(path)
-    return paths
-
-
-def _abridged(items: list[str], at_most: int = 12) -> str:
-    if len(items) > at_most:
-        items = [*items[: at_most - 2], "...", items[-1]]
-    return ", ".join(items)
 
 
 def _console() -> "Console":

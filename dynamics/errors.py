@@ -21,6 +21,15 @@ class OutputExistsError(DynamicsError):
     """An output path exists and overwriting was not asked for."""
 
 
+def one_line(error: Exception) -> str:
+    r"""An exception's text without line breaks and full stop, or its type where it has none.
+
+    >>> one_line(ValueError("first\n  second."))
+    'first second'
+    """
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def require_extra(extra: str, missing: ImportError) -> DynamicsError:
     """The error for a feature whose optional dependency is not installed.
 

@@ -163,14 +163,15 @@ class SplitRun(Run):
         }
         # float32, as most matrices come; lower precisions do not come narrower
         largest = max(4 * run.matrices[name].rows * run.matrices[name].cols for name in parts)
-        self._read = lru_cache(maxsize=max(1, _CACHE_BYTES // largest))(run.read)
+        self._read = lru_cache(maxsize=max(1, _CACHE_BYTES // largest))(self._fused)
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """A stored matrix, or a part of one; see `Run.read`."""
         info = self.matrices.get(name)
         if not isinstance(info, Part):
             return self._run.read(name, step, kind)
-        fused = self._read(info.fused, step, kind)
+        # With its origin in the key, a matrix that was rewritten meanwhile is read anew.
+        fused = self._read(info.fused, step, kind, self._run.origin(info.fused, step, kind))
         return None if fused is None else info.of(fused)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
@@ -199,6 +200,9 @@ class SplitRun(Run):
     def scalars(self) -> dict[str, np.ndarray]:
         """Series along `steps`."""
         return self._run.scalars
+
+    def _fused(self, name: str, step: int, kind: str, _origin: str | None) -> Matrix | None:
+        return self._run.read(name, step, kind)
 
     def _stored(self, name: str) -> str:
         info = self.matrices.get(name)

@@ -23,7 +23,9 @@ which holds them exactly, and `source_dtype` says what they were.
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +36,19 @@ from zarr.codecs import BloscCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.group import ConsolidatedMetadata, GroupMetadata
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, FormatError, OutputExistsError
+from dynamics.errors import DynamicsError, FormatError, OutputExistsError, one_line
+from dynamics.origins import ABSENT, file_origin
 from dynamics.run import Event
 
 WEIGHT, GRADIENT, ADAPTER = "weight", "gradient", "adapter"
 _SCALARS, _EVENTS = "scalars", "events"
 _SERIES_CHUNK = 1024
 _NO_TOKENS = -1
+# More than any recording has: what damaged metadata may ask memory for at most.
+_MOST_RECORDS, _LARGEST_MATRIX = 2**20, 2**36
 
 StoreLike = str | Path | Store
 
@@ -276,7 +282,8 @@ class Recording:
     def __init__(self, store: StoreLike):
         self.store = _for_zarr(store)
         self._root = _opened(store)
-        self.attrs: dict[str, Any] = dict(self._root.attrs)
+        with self._damaged("The attributes"):
+            self.attrs: dict[str, Any] = dict(self._root.attrs)
         found, version = self.attrs.get("format"), self.attrs.get("format_version")
         if found != schema.RECORDING_FORMAT:
             raise FormatError(f"{store} is a Zarr store of format {found!r}, not a recording.")
@@ -291,16 +298,51 @@ class Recording:
                 f"{store} is a recording without a commit: its root metadata lists no arrays "
                 "(no consolidated metadata). Its writer died at once, or another tool changed it."
             )
-        self.paths: tuple[str, ...] = tuple(
-            path for path, node in metadata.flattened_metadata.items() if hasattr(node, "shape")
-        )
-        self.steps: np.ndarray = np.asarray(self.array("step")[:])
+        self._arrays: dict[str, zarr.Array] = {}
+        nodes = metadata.flattened_metadata.items()
+        shapes = {path: node.shape for path, node in nodes if hasattr(node, "shape")}
+        self.paths: tuple[str, ...] = tuple(shapes)
+        for path, shape in shapes.items():
+            _check_shape(f"{path} of {store}", path, shape)
+        self.steps: np.ndarray = self._series("step")
+        if self.steps.dtype.kind != "i" or (np.diff(self.steps) <= 0).any():
+            raise FormatError(f"The steps of {store} do not increase; its metadata are damaged.")
 
     def array(self, path: str) -> zarr.Array:
         """The array at a path."""
-        found = self._root[path]
-        assert isinstance(found, zarr.Array)
+        if path not in self._arrays:
+            found = self._root.get(path)
+            if not isinstance(found, zarr.Array):
+                raise FormatError(f"{self.store} has no array {path}; its metadata are damaged.")
+            self._arrays[path] = found
+        return self._arrays[path]
+
+    def attr(self, path: str, name: str, *kinds: type) -> Any:
+        """An attribute of an array.
+
+        Raises:
+            FormatError: it is missing or none of the `kinds`.
+        """
+        with self._damaged(path):
+            found = dict(self.array(path).attrs).get(name)
+        if not isinstance(found, kinds):
+            raise FormatError(
+                f"{path} of {self.store} has {name} {found!r}; its metadata are damaged."
+            )
         return found
+
+    def _series(self, path: str) -> np.ndarray:
+        with self._damaged(path):
+            return np.asarray(self.array(path)[:])
+
+    @contextmanager
+    def _damaged(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except FormatError:
+            raise
+        except Exception as error:  # metadata that make no sense can raise anything
+            raise FormatError(f"{what} of {self.store} is damaged: {one_line(error)}.") from error
 
     def parameters(self, group: str) -> list[str]:
         """The parameters that `weight`, `gradient` or `adapter` holds."""
@@ -312,25 +354,34 @@ class Recording:
         if path not in self.paths:
             return None
         array = self.array(path)
-        try:
-            values = np.asarray(array[index])
-        except (ValueError, RuntimeError) as error:
-            raise FormatError(
-                f"The chunk of {path} in record {index} of {self.store} is damaged: {error}."
-            ) from error
-        if np.isnan(values).all() and not _has_chunk(array, index):
-            return None  # the fill value, not numbers that somebody recorded
-        return values
+        with self._damaged(f"The chunk of {path} in record {index}"):
+            # Its absence first: it would be read as a matrix of the fill value.
+            return np.asarray(array[index]) if _has_chunk(array, index) else None
+
+    def origin(self, path: str, index: int) -> str | None:
+        """A token of the chunk that `read` takes its matrix from; see `Run.origin`.
+
+        None where the store is no local directory.
+        """
+        if path not in self.paths:
+            return ABSENT
+        array = self.array(path)
+        store = array.store_path.store
+        if not isinstance(store, LocalStore):
+            return None
+        found = file_origin(store.root / array.store_path.path / _chunk_key(array, index))
+        made_with = json.dumps(dict(array.attrs), sort_keys=True)  # source dtype, scaling
+        return None if found is None else f"{found}|{array.dtype}|{array.shape[1:]}|{made_with}"
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
         """Series along the steps, float64; `tokens` among them where they were recorded."""
         series = {
-            path.removeprefix(f"{_SCALARS}/"): np.asarray(self.array(path)[:])
+            path.removeprefix(f"{_SCALARS}/"): self._series(path)
             for path in self.paths
             if path.startswith(f"{_SCALARS}/")
         }
-        tokens = np.asarray(self.array("tokens")[:])
+        tokens = self._series("tokens")
         if (tokens != _NO_TOKENS).any():
             series["tokens"] = np.where(tokens == _NO_TOKENS, np.nan, tokens)
         return series
@@ -338,13 +389,12 @@ class Recording:
     @property
     def events(self) -> tuple[Event, ...]:
         """What happened during the run, in order."""
-        columns: Iterable[Any] = (
-            self.array(f"{_EVENTS}/{name}")[:] for name in ("step", "kind", "attrs")
-        )
-        return tuple(
-            Event(int(step), str(kind), json.loads(str(attrs)))
-            for step, kind, attrs in zip(*columns, strict=True)
-        )
+        columns = [self._series(f"{_EVENTS}/{name}") for name in ("step", "kind", "attrs")]
+        with self._damaged(_EVENTS):
+            return tuple(
+                Event(int(step), str(kind), json.loads(str(attrs)))
+                for step, kind, attrs in zip(*columns, strict=True)
+            )
 
 
 def _for_zarr(store: StoreLike) -> str | Store:
@@ -371,8 +421,10 @@ def _creation_was_interrupted(store: StoreLike) -> bool:
 def _opened(store: StoreLike, *, use_consolidated: bool | None = None) -> zarr.Group:
     try:
         return zarr.open_group(_for_zarr(store), mode="r", use_consolidated=use_consolidated)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
-        raise FormatError(f"{store} holds no readable Zarr recording: {error}") from error
+    except Exception as error:  # metadata that make no sense can raise anything
+        raise FormatError(
+            f"{store} holds no readable Zarr recording: {one_line(error)}."
+        ) from error
 
 
 def _holds_zarr(store: StoreLike) -> bool:
@@ -381,9 +433,20 @@ def _holds_zarr(store: StoreLike) -> bool:
     return (Path(store) / "zarr.json").is_file()
 
 
+def _check_shape(what: str, path: str, shape: tuple[int, ...]) -> None:
+    """Refuse shapes that no recording has, before memory is asked for."""
+    is_matrix = path.split("/")[0] in (WEIGHT, GRADIENT, ADAPTER)
+    wanted = 3 if is_matrix else 1
+    if len(shape) != wanted or shape[0] > _MOST_RECORDS or prod(shape[1:]) > _LARGEST_MATRIX:
+        raise FormatError(f"{what} has the absurd shape {shape}; its metadata are damaged.")
+
+
 def _has_chunk(array: zarr.Array, index: int) -> bool:
-    key = array.metadata.encode_chunk_key((index, *(0 for _ in array.shape[1:])))
-    return bool(sync((array.store_path / key).exists()))
+    return bool(sync((array.store_path / _chunk_key(array, index)).exists()))
+
+
+def _chunk_key(array: zarr.Array, index: int) -> str:
+    return array.metadata.encode_chunk_key((index, *(0 for _ in array.shape[1:])))
 
 
 def _dims(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:

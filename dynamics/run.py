@@ -123,6 +123,7 @@ class Run(ABC):
         attrs: configuration, versions and definitions, JSON-like.
         problems: step -> why nothing can be read there (a damaged checkpoint).
         absent_kinds: kind -> why a run of this format usually has it and this one does not.
+        merges_told_by_events: whether `merges_between` looks at `events` only, and not at bases.
     """
 
     path: str
@@ -133,6 +134,7 @@ class Run(ABC):
     attrs: Mapping[str, Any]
     problems: Mapping[int, str] = {}
     absent_kinds: Mapping[str, str] = {}
+    merges_told_by_events: bool = False
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -154,6 +156,19 @@ class Run(ABC):
         Raises:
             FormatError: its file is damaged.
         """
+
+    def origin(self, name: str, step: int, kind: str) -> str | None:
+        """A cheap token of where `read` takes this matrix from, without reading its numbers.
+
+        It changes whenever what `read` returns may have changed, also where nothing is stored: a
+        file's size, times and inode (`origins.file_origin`), or an ETag, and whatever else the
+        matrix is made with (offset, dtype, scaling). A second analysis does not read a matrix
+        whose origin is the one it had before.
+
+        Returns:
+            None where nothing cheap can tell; the numbers are then read and compared.
+        """
+        return None
 
     @property
     def events(self) -> tuple[Event, ...]:

@@ -78,7 +78,7 @@ def _triangle(matrix: np.ndarray) -> np.ndarray:
     r = np.zeros((0, n))
     for first in range(0, m, height):
         block = matrix[first : first + height].astype(np.float64)
-        r = np.linalg.qr(np.vstack([r, block]), mode="r")
+        r = np.asarray(np.linalg.qr(np.vstack([r, block]), mode="r"))
     return r
 
 

@@ -25,6 +25,7 @@ from dynamics.metrics.pairwise import (
 from dynamics.names import matches
 from dynamics.run import Matrix, MatrixInfo, Run
 from dynamics.schema import Status
+from dynamics.tracing import TracedRun
 
 # (kind, step, matrix) -> the values measured there
 Cells = dict[tuple[int, int, int], dict[str, float]]
@@ -161,7 +162,8 @@ def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
 
 
 def _selected(run: Run, select: str | Sequence[str] | None) -> list[tuple[MatrixInfo, Measurable]]:
-    found = [each for each in parameters(run) if select is None or matches(each[0].name, select)]
+    offered = parameters(TracedRun(run))  # which keeps what several kinds read
+    found = [each for each in offered if select is None or matches(each[0].name, select)]
     if not found:
         raise MissingError(f"No matrix of {run.path} matches {select!r}.")
     return found

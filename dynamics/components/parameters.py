@@ -1,7 +1,6 @@
 """The component `parameters`: every two-dimensional parameter, in every kind."""
 
 from collections.abc import Callable
-from functools import lru_cache, partial
 
 from dynamics import schema
 from dynamics.derived import (
@@ -23,19 +22,16 @@ def parameters(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
 
 
 def _reader(run: Run, name: str) -> Measurable:
-    # Weight, update and displacement of one step share reads: now, before and first.
-    read = lru_cache(maxsize=4)(partial(run.read, name))
-
     def matrix(step: int, kind: str) -> Matrix | Difference | Status:
         if kind == schema.ACCUMULATED_ADAPTER:
             return accumulated_adapter(run, name, step) or Status.NOT_RECORDED
         if kind not in schema.DIFFERENCES:
-            found = read(step, kind)
+            found = run.read(name, step, kind)
             return Status.NOT_RECORDED if found is None else found
         before_step = reference_step(run, name, step, kind)
         if before_step is None:
             return Status.UNDEFINED
-        before, now = read(before_step, schema.WEIGHT), read(step, schema.WEIGHT)
+        before, now = (run.read(name, each, schema.WEIGHT) for each in (before_step, step))
         if before is None or now is None:
             return Status.NOT_RECORDED
         assert isinstance(now, Dense)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from dynamics.errors import DynamicsError, FormatError, require_extra
+from dynamics.errors import DynamicsError, FormatError, one_line, require_extra
 from dynamics.origins import file_origin
 
 # What a local file system raises where a file is missing, forbidden, or no text.
@@ -183,8 +183,3 @@ def children(path: Path) -> list[Path]:
 def unreadable(path: Path, error: Exception) -> FormatError:
     """The error for a file that the file system refuses."""
     return FormatError(f"{path} cannot be read: {one_line(error)}.")
-
-
-def one_line(error: Exception) -> str:
-    """An exception's text without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -26,6 +26,7 @@ class RecordingRun(Run):
     """One recording, as its last commit shows it when it is opened."""
 
     format = "recording"
+    merges_told_by_events = True
     description = "a recording made by probes.Recorder (a Zarr store)"
 
     @staticmethod
@@ -72,6 +73,15 @@ class RecordingRun(Run):
             return Dense(weight.values.astype(np.float64) - adapter.product(), weight.dtype)
         return self._dense(_GROUPS[kind], name, index) if kind in _GROUPS else None
 
+    def origin(self, name: str, step: int, kind: str) -> str | None:
+        """The chunks that `read` takes the matrix from; see `Run.origin`."""
+        adapted = kind in (schema.ADAPTER, schema.BASE) and name in self._adapted
+        paths = [factor_path(name, factor) for factor in "AB"] if adapted else []
+        if kind != schema.ADAPTER:
+            paths.append(matrix_path(_GROUPS.get(kind, WEIGHT), name))
+        found = [self._recording.origin(path, self._index[step]) for path in paths]
+        return None if None in found else " ".join([kind, *map(str, found)])
+
     def merges_between(self, name: str, before: int, now: int) -> int:
         """The merge events that the record at `now` has behind it and the one at `before` not."""
         if name not in self._adapted:
@@ -94,19 +104,20 @@ class RecordingRun(Run):
         )
         if a is None or b is None:
             return None
-        attrs, dtype = self._recording.array(path).attrs, self._source_dtype(path)
-        scale = float(str(attrs["scaling"]))
-        if attrs["transposed"]:
+        dtype = self._source_dtype(path)
+        scale = float(self._recording.attr(path, "scaling", int, float))
+        if self._recording.attr(path, "transposed", bool):
             return Factored(a.T, b.T, scale, dtype, transposed=True)
         return Factored(b, a, scale, dtype)
 
     def _adapter_shape(self, name: str) -> tuple[int, ...]:
         a, b = (self._recording.array(factor_path(name, factor)) for factor in "AB")
         out_in = b.shape[1], a.shape[2]
-        return out_in[::-1] if a.attrs["transposed"] else out_in
+        transposed = self._recording.attr(factor_path(name, "A"), "transposed", bool)
+        return out_in[::-1] if transposed else out_in
 
     def _source_dtype(self, path: str) -> str:
-        return str(self._recording.array(path).attrs["source_dtype"])
+        return str(self._recording.attr(path, "source_dtype", str))
 
     @cached_property
     def events(self) -> tuple[Event, ...]:

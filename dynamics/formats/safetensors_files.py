@@ -10,8 +10,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from dynamics.errors import FormatError
-from dynamics.formats.files import contained, one_line, read_range, size_of
+from dynamics.errors import FormatError, one_line
+from dynamics.formats.files import contained, read_range, size_of
 from dynamics.formats.tensors import ITEM_BYTES, StoredTensor, checked_shape
 
 SUFFIX = ".safetensors"

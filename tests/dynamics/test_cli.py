@@ -161,7 +161,8 @@ def test_an_unknown_verb_or_option_is_a_usage_error(command):
 def test_analyze_saves_what_the_library_measures(command, recording, here):
     code, out, err = command("analyze", recording)
     assert (code, err) == (0, "")
-    assert [child.name for child in here.iterdir()] == ["run.analysis.zarr"]
+    names = sorted(child.name for child in here.iterdir())
+    assert names == ["run.analysis.cache", "run.analysis.zarr"]
     loaded, expected = dy.load(here / "run.analysis.zarr"), dy.analyze(recording)
     assert loaded.identical(expected)
     for word in ("weight", "gradient", "update", "displacement", "up_proj", "Saved to"):
@@ -358,9 +359,9 @@ def test_what_is_no_analysis_is_never_overwritten(refused, recording, tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="takes Linux's /proc")
 def test_an_output_that_cannot_be_written_is_one_line(refused, recording, here):
-    assert "Cannot write /proc/self/out.zarr" in refused(
-        "analyze", recording, "-o", "/proc/self/out.zarr"
-    )
+    arguments = ["analyze", recording, "-o", "/proc/self/out.zarr"]
+    assert "/proc/self/out.cache cannot be used as a cache" in refused(*arguments)
+    assert "Cannot write /proc/self/out.zarr" in refused(*arguments, "--no-cache")
 
 
 # compare ----------------------------------------------------------------------------------------

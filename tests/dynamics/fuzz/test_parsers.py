@@ -84,7 +84,8 @@ def runs(tmp_path_factory, tiny_llama, write_recording):
     )
     adapted.save_pretrained(folder / "adapter/checkpoint-1")
     tiny_llama(0, **small).save_pretrained(folder / "adapter/base")
-    write_recording(folder / "recording")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    write_recording(folder / "recording", steps=(0, 10), shapes={name: (4, 3)})
     return folder
 
 
