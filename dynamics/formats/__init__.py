@@ -7,17 +7,29 @@ from zarr.abc.store import Store
 
 from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.checkpoints import CheckpointsRun
+from dynamics.formats.dcp import DistributedRun
+from dynamics.formats.deepspeed import DeepSpeedRun
 from dynamics.formats.files import children, is_remote, located, refused
+from dynamics.formats.lightning import LightningRun
+from dynamics.formats.nanogpt import NanoGPTRun
 from dynamics.formats.peft_adapters import PeftAdaptersRun
+from dynamics.formats.plain_files import PlainFilesRun
 from dynamics.formats.recording import RecordingRun
+from dynamics.formats.weights import WeightsRun
 from dynamics.run import Run
 
-# In the order of detection: an adapter's checkpoint may hold a base model too.
-_Format = type[RecordingRun] | type[PeftAdaptersRun] | type[CheckpointsRun]
+# In the order of detection: an adapter's checkpoint may hold a base model too, a Trainer's the
+# float32 masters of DeepSpeed beside its own files, and Lightning's distributed ones.
+_Format = type[RecordingRun] | type[PeftAdaptersRun] | type[WeightsRun]
 FORMATS: tuple[_Format, ...] = (
     RecordingRun,
     PeftAdaptersRun,
+    DeepSpeedRun,
     CheckpointsRun,
+    NanoGPTRun,
+    LightningRun,
+    DistributedRun,
+    PlainFilesRun,
 )
 
 
@@ -27,8 +39,8 @@ def open_run(
     """Open a training run for analysis.
 
     Args:
-        path: a recording, a directory of checkpoints, or a single checkpoint; a zarr Store is
-            read as a recording.
+        path: a recording, a directory of checkpoints, or a single checkpoint, which may be one
+            file; a zarr Store is read as a recording.
         format: the layout's name, where detection should not decide.
         base: the directory of the base model of PEFT adapters.
 
@@ -47,9 +59,11 @@ def open_run(
 def _opened(path: Path, format: str | None, base: str | Path | None) -> Run:
     if not path.exists():
         raise FormatError(f"{path} does not exist.")
-    if not path.is_dir():
-        raise FormatError(f"{path} is a file; give the directory of the run.")
     found = _named(format) if format else _detected(path)
+    if not path.is_dir() and not _takes_files(found):
+        raise FormatError(
+            f"{path} is a file, and a run of format {found.format!r} is a directory; give that."
+        )
     if base is not None and found is not PeftAdaptersRun:
         raise DynamicsError(f"{path} is of format {found.format!r}, which takes no base model.")
     if base is not None:
@@ -66,7 +80,13 @@ def _named(format: str) -> _Format:
     )
 
 
+def _takes_files(known: _Format) -> bool:
+    return getattr(known, "single_files", False)
+
+
 def _detected(path: Path) -> _Format:
+    if not path.is_dir():
+        return _detected_file(path)
     entries = [child.name + "/" * child.is_dir() for child in children(path)]
     if not entries:
         raise FormatError(f"{path} is empty.")
@@ -78,3 +98,15 @@ def _detected(path: Path) -> _Format:
     )
     recognised = "; ".join(known.description for known in FORMATS)
     raise FormatError(f"Nothing recognised in {path}: found {listed}. Recognised: {recognised}.")
+
+
+def _detected_file(path: Path) -> _Format:
+    of_files = [known for known in FORMATS if _takes_files(known)]
+    for known in of_files:
+        if known.recognises(path):
+            return known
+    recognised = "; ".join(known.description for known in of_files)
+    raise FormatError(
+        f"{path} is a file and no checkpoint; give the directory of the run, or one file of: "
+        f"{recognised}."
+    )

@@ -1,14 +1,19 @@
-"""Hugging Face checkpoints: checkpoint-N/ of the Trainer, or one directory with a model."""
+"""Hugging Face checkpoints: checkpoint-N/ of the Trainer, or one directory with a model.
+
+What the Trainer saves at the end, beside the checkpoints, is one more step where the
+trainer_state.json beside it says which one; without that file nobody can tell, and it is left out.
+"""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.files import children, read_json
+from dynamics.formats.files import children, contained, read_json
 from dynamics.formats.model_files import MODEL, has_model, model_tensors
-from dynamics.formats.trainer_state import STATE, last_logged, read_state
+from dynamics.formats.trainer_state import STATE, global_step, last_logged, read_state
 from dynamics.formats.weights import Checkpoint, WeightsRun
 
 _STEP = re.compile(r"checkpoint-(\d+)")
@@ -36,13 +41,31 @@ def numbered_directories(path: Path, pattern: re.Pattern[str]) -> dict[int, Path
     return dict(sorted(steps.items()))
 
 
-def checkpoint_directories(path: Path) -> dict[int, Path]:
+def checkpoint_directories(
+    path: Path, holds: Callable[[Path], bool] = has_model
+) -> dict[int, Path]:
     """Step -> directory of the `checkpoint-N` below `path`, or of `path` itself if it is one.
 
-    A directory that holds a model without such a name is one checkpoint at step 0, or at the step
-    that its trainer_state.json tells.
+    What `path` itself holds beside them, the final model, belongs to the step that its
+    trainer_state.json tells, unless one of them is of that step. A directory that holds a model
+    without such a name or file is one checkpoint at step 0.
+
+    Args:
+        path: the run's.
+        holds: whether a directory holds a model, or an adapter.
+
+    Raises:
+        FormatError: two directories have the same step, or trainer_state.json is damaged.
     """
-    return numbered_directories(path, _STEP) or {0: path}
+    steps = numbered_directories(path, _STEP)
+    if path in steps.values() or not holds(path):
+        return steps or {0: path}
+    final = global_step(read_state(path / STATE))
+    if not steps:
+        return {final or 0: path}
+    if final is None or final in steps:
+        return steps
+    return dict(sorted((steps | {final: path}).items()))
 
 
 class CheckpointsRun(WeightsRun):
@@ -70,12 +93,25 @@ def model_checkpoint(directory: Path, root: Path, step: int | None = None) -> Ch
     return Checkpoint(
         directory,
         partial(model_tensors, directory, root, MODEL),
-        partial(model_attrs, directory),
-        lambda: last_logged(read_state(directory / STATE), step),
+        partial(model_attrs, directory, root),
+        partial(logged, directory, root, step),
     )
 
 
-def model_attrs(directory: Path) -> dict[str, Any]:
-    """{"config": config.json} of a directory, empty where it has none."""
+def model_attrs(directory: Path, root: Path) -> dict[str, Any]:
+    """{"config": config.json} of a directory, empty where it has none.
+
+    Raises:
+        FormatError: it is damaged, or a link that leads out of `root`.
+    """
     config = directory / "config.json"
-    return {"config": read_json(config)} if config.is_file() else {}
+    return {"config": read_json(contained(config, root))} if config.is_file() else {}
+
+
+def logged(directory: Path, root: Path, step: int | None) -> dict[str, float]:
+    """What the trainer_state.json of a checkpoint says was logged last, up to `step`.
+
+    Raises:
+        FormatError: it is damaged, or a link that leads out of `root`.
+    """
+    return last_logged(read_state(contained(directory / STATE, root)), step)

@@ -48,6 +48,13 @@ def last_logged(state: Mapping[str, Any], step: int | None) -> dict[str, float]:
     return found
 
 
+def global_step(state: Mapping[str, Any]) -> int | None:
+    """The optimizer steps that were done; None where the state does not tell."""
+    step = state.get("global_step")
+    sound = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63
+    return step if sound else None
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

@@ -13,12 +13,15 @@ allocates an array as long as the largest index that a file cares to name.
 import io
 import pickle
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any, ClassVar
 
 # Opcodes that no writer of checkpoints uses: old instances, and buffers allocated before they
 # are read.
 _UNUSED = (pickle.INST, pickle.OBJ, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
+
+_MOST_ENTRIES = 10_000
 
 
 class Inert:
@@ -150,6 +153,31 @@ def callable_from_files(function: Callable[..., Any]) -> Callable[..., Any]:
 @callable_from_files
 def _default_dict(*_: Any) -> dict:
     return defaultdict(lambda: None)
+
+
+def json_like(value: Any) -> Any:
+    """What JSON can hold of an object that was read: the rest of its entries is left out.
+
+    At most `_MOST_ENTRIES` of them: a file may name one list many times, in lists of lists.
+    """
+    return _json_like(value, count(), 0)
+
+
+def _json_like(value: Any, entries: Iterator[int], depth: int) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if depth >= 16 or not isinstance(value, Mapping | list | tuple):
+        return None
+    if not isinstance(value, Mapping):
+        return [
+            _json_like(each, entries, depth + 1) for each in value if next(entries) < _MOST_ENTRIES
+        ]
+    kept = {
+        str(key): _json_like(each, entries, depth + 1)
+        for key, each in value.items()
+        if next(entries) < _MOST_ENTRIES
+    }
+    return {key: each for key, each in kept.items() if each is not None}
 
 
 def _made(cls: Any, args: Any) -> Any:

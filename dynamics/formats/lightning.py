@@ -1,0 +1,156 @@
+"""Lightning checkpoints: .ckpt files, or .ckpt directories of its FSDP and DeepSpeed strategies.
+
+Each holds `global_step` (optimizer steps done) and the LightningModule's state dict, whose names
+begin with the attribute that the model is kept in. Source: lightning/pytorch/trainer/connectors/
+checkpoint_connector.py and strategies/{fsdp,model_parallel,deepspeed}.py.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dynamics.errors import FormatError
+from dynamics.formats.deepspeed import deepspeed_tensors, has_model_states
+from dynamics.formats.distributed_tensors import METADATA, distributed_tensors
+from dynamics.formats.files import children
+from dynamics.formats.steps import by_step, step_in_name, step_inside
+from dynamics.formats.tensors import Tensor
+from dynamics.formats.torch_files import tensors_of, torch_file
+from dynamics.formats.unpickling import json_like
+from dynamics.formats.weights import Checkpoint, WeightsRun
+
+_SUFFIX = ".ckpt"
+_VERSION = "pytorch-lightning_version"
+# What the strategies put beside shards: all of the checkpoint but weights and optimizer.
+_META = "meta.pt"
+_DEEPSPEED = "checkpoint"
+# lightning_logs/version_N/checkpoints, or project/run/checkpoints of its loggers.
+_DEEPEST, _MOST_DIRECTORIES = 3, 100
+
+
+class LightningRun(WeightsRun):
+    """A directory of .ckpt, one .ckpt, or a directory with one such directory below."""
+
+    format = "lightning"
+    description = ".ckpt files, or lightning_logs/version_N/ with them (Lightning)"
+    single_files = True
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether there are .ckpt, of which the first is Lightning's or cannot be read."""
+        holders = _holders(path)
+        if not holders:
+            return False
+        first = _checkpoints_in(holders[0])[0]
+        if first.is_dir():
+            return (first / _META).is_file() or has_model_states(first / _DEEPSPEED)
+        try:
+            saved = torch_file(first, first)
+        except FormatError:
+            return True
+        return isinstance(saved, Mapping) and "state_dict" in saved
+
+    @staticmethod
+    def checkpoints(path: Path, root: Path) -> dict[int, Checkpoint]:
+        """See `WeightsRun.checkpoints`; the files' pickles are read, as they hold the step."""
+        holders = _holders(path)
+        if len(holders) != 1:
+            listed = ", ".join(str(each).removeprefix(str(path)).strip("/") for each in holders[:6])
+            raise FormatError(
+                f"{path} holds {len(holders)} directories with {_SUFFIX} files"
+                + (f" ({listed}); give one of them." if holders else ".")
+            )
+        found: dict[Path, Checkpoint] = {}
+        steps: dict[int, list[Path]] = {}
+        for file in _checkpoints_in(holders[0]):
+            step, found[file] = _checkpoint(file, root)
+            steps.setdefault(step, []).append(file)
+        # Lightning's save_last writes the newest checkpoint a second time.
+        chosen = [
+            (step, file)
+            for step, files in steps.items()
+            for file in ([each for each in files if not _is_last(each)] or files[:1])
+        ]
+        return {step: found[file] for step, file in by_step(chosen, holders[0]).items()}
+
+
+def _is_last(file: Path) -> bool:
+    return file.stem == "last" or file.stem.startswith("last-v")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.suffix != _SUFFIX or not path.is_dir():
+        return path.suffix == _SUFFIX
+    # .metadata is written last: shards without it are a save that did not finish, and a problem.
+    return _has_shards(path) or has_model_states(path / _DEEPSPEED)
+
+
+def _has_shards(path: Path) -> bool:
+    return any(each.name == METADATA or each.suffix == ".distcp" for each in children(path))
+
+
+def _checkpoints_in(path: Path) -> list[Path]:
+    """The .ckpt in a directory, or the path itself if it is one."""
+    if _is_checkpoint(path):
+        return [path]
+    return [each for each in children(path) if _is_checkpoint(each)] if path.is_dir() else []
+
+
+def _holders(path: Path) -> list[Path]:
+    """The directories with .ckpt, at or below `path`; `path` itself where it is a .ckpt.
+
+    Below one of them no others are looked for, and nowhere deeper than loggers put them.
+    """
+    found: list[Path] = []
+    level = [path]
+    for _ in range(1 + _DEEPEST):
+        below: list[Path] = []
+        for directory in level[:_MOST_DIRECTORIES]:
+            if _checkpoints_in(directory):
+                found.append(directory)
+            elif directory.is_dir():
+                inside = (each for each in children(directory) if not each.name.startswith("."))
+                below += [each for each in inside if each.is_dir()]
+        level = below
+    return found
+
+
+def _checkpoint(path: Path, root: Path) -> tuple[int, Checkpoint]:
+    tensors: Any
+    try:
+        if not path.is_dir():
+            saved = torch_file(path, root)
+            tensors = partial(_whole, saved, path)
+        elif _has_shards(path):
+            saved = torch_file(path / _META, root)
+            tensors = partial(distributed_tensors, path, root)
+        else:
+            states = (each for each in children(path / _DEEPSPEED) if "model_states" in each.name)
+            saved = torch_file(next(states), root)
+            tensors = partial(deepspeed_tensors, path / _DEEPSPEED, root)
+    except FormatError as problem:
+        step = step_in_name(path.stem)
+        if step is None:
+            raise
+        return step, Checkpoint(path, partial(_refuse, problem))
+    step = step_inside(saved.get("global_step")) if isinstance(saved, Mapping) else None
+    if step is None:
+        raise FormatError(f"{path} tells no global_step, so it is no checkpoint of Lightning.")
+    epoch = step_inside(saved.get("epoch"))
+    scalars = {} if epoch is None else {"epoch": float(epoch)}
+    return step, Checkpoint(path, tensors, partial(_attrs, saved), scalars.copy)
+
+
+def _whole(saved: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+    return tensors_of(saved.get("state_dict"), f"{path}: 'state_dict'")
+
+
+def _attrs(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters as the config: save_hyperparameters() keeps the model's sizes there."""
+    given = {"config": saved.get("hyper_parameters"), "lightning_version": saved.get(_VERSION)}
+    return {key: json_like(value) for key, value in given.items() if json_like(value)}
+
+
+def _refuse(problem: FormatError) -> Any:
+    raise problem

@@ -1,0 +1,99 @@
+"""nanoGPT checkpoints: ckpt.pt with the model, its sizes and the iteration (karpathy/nanoGPT).
+
+train.py overwrites one ckpt.pt; who keeps several gives each a name of its own, so that all `.pt`
+files of a directory are looked at. A checkpoint is saved before its iteration's optimizer step:
+`iter_num` is the number of steps done.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dynamics.errors import FormatError
+from dynamics.formats.files import children
+from dynamics.formats.steps import by_step, step_in_name, step_inside
+from dynamics.formats.tensors import StoredTensor
+from dynamics.formats.torch_files import tensors_of, torch_file
+from dynamics.formats.unpickling import json_like
+from dynamics.formats.weights import Checkpoint, WeightsRun
+
+_OWN = "ckpt.pt"
+_KEYS = {"model", "model_args", "iter_num"}
+
+
+class NanoGPTRun(WeightsRun):
+    """A nanoGPT `out_dir`, or one of its files."""
+
+    format = "nanogpt"
+    description = "ckpt.pt, or several .pt of its kind (nanoGPT)"
+    single_files = True
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether ckpt.pt, or the first .pt, has what nanoGPT's train.py saves."""
+        files = _files(path)
+        if not files:
+            return False
+        likely = next((each for each in files if each.name == _OWN), files[0])
+        try:
+            return _is_nanogpt(torch_file(likely, likely))
+        except FormatError:
+            return False
+
+    @staticmethod
+    def checkpoints(path: Path, root: Path) -> dict[int, Checkpoint]:
+        """See `WeightsRun.checkpoints`; the files' pickles are read, as they hold the step."""
+        found: dict[Path, Checkpoint] = {}
+        steps: list[tuple[int, Path]] = []
+        for file in _files(path):
+            try:
+                saved = torch_file(file, root)
+            except FormatError as problem:
+                step = step_in_name(file.stem)
+                if step is None:
+                    raise
+                found[file] = Checkpoint(file, partial(_refuse, problem))
+            else:
+                step = step_inside(saved["iter_num"]) if _is_nanogpt(saved) else None
+                if step is None:
+                    raise FormatError(
+                        f"{file} is no checkpoint of nanoGPT with the keys {sorted(_KEYS)}; "
+                        "move it elsewhere."
+                    )
+                found[file] = Checkpoint(
+                    file,
+                    partial(tensors_of, saved["model"], f"{file}: 'model'"),
+                    partial(_attrs, saved),
+                    partial(_scalars, saved),
+                )
+            steps.append((step, file))
+        return {step: found[file] for step, file in by_step(steps, path).items()}
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path] if path.suffix == ".pt" else []
+    files = (each for each in children(path) if each.suffix == ".pt")
+    return [each for each in files if not each.name.startswith(".") and each.is_file()]
+
+
+def _is_nanogpt(saved: Any) -> bool:
+    return isinstance(saved, Mapping) and set(saved) >= _KEYS
+
+
+def _refuse(problem: FormatError) -> Any:
+    raise problem
+
+
+def _attrs(saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {"config": json_like(saved["model_args"]), "training": json_like(saved.get("config"))}
+
+
+def _scalars(saved: Mapping[str, Any]) -> dict[str, float]:
+    loss = saved.get("best_val_loss")
+    if isinstance(loss, StoredTensor) and loss.shape == ():  # a mean of torch's, kept as it is
+        loss = float(loss.read())
+    if isinstance(loss, bool) or not isinstance(loss, int | float):
+        return {}
+    return {"best_val_loss": float(loss)}
