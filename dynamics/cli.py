@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dynamics.analysis import Progress
+    from dynamics.run import Run
 
 app = typer.Typer(
     name="dynamics",
@@ -48,8 +50,14 @@ RunPath = Annotated[
 FormatOption = Annotated[
     str | None, typer.Option("--format", help="Force a format instead of detecting it.")
 ]
+FusedOption = Annotated[
+    bool, typer.Option("--keep-fused", help="Measure fused matrices (c_attn) whole, not in parts.")
+]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="Base model of PEFT adapters that have none beside.")
+]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", help="One of several PEFT adapters of a checkpoint.")
 ]
 MetricsOption = Annotated[
     str | None, typer.Option("--metrics", help="Comma-separated; all by default.")
@@ -110,6 +118,8 @@ def analyze(
     select: SelectOption = None,
     format: FormatOption = None,
     base: BaseOption = None,
+    adapter: AdapterOption = None,
+    keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first unreadable file, NaN or Inf.")
@@ -140,13 +150,16 @@ def analyze(
     }
     cache = None if no_cache else output.with_name(f"{output.name.removesuffix('.zarr')}.cache")
     ranges = step_ranges(steps)
+    open_it = partial(
+        open_run, run, format=format, base=base, adapter=adapter, split_fused=not keep_fused
+    )
     if not storage.is_analysis(output):
         storage.check_output(output, overwrite=overwrite)
     if follow:
         from dynamics.cli_following import follow_and_save
 
         problems = follow_and_save(
-            lambda: open_run(run, format=format, base=base),
+            open_it,
             output,
             overwrite=overwrite,
             say=lambda line: _console().print(line, soft_wrap=True, highlight=False, markup=False),
@@ -157,7 +170,7 @@ def analyze(
             **choice,
         )
         return _report(problems)
-    opened = open_run(run, format=format, base=base)
+    opened = open_it()
     chosen = selected(opened, steps=steps_of(opened, ranges), **choice)
     storage.check_update(output, chosen, overwrite=overwrite)
     with _progress(run) as progress:
@@ -291,14 +304,30 @@ def plot(
     _console().print(f"Saved to {output}", soft_wrap=True)
 
 
-@app.command(epilog="Example:\n\n  dynamics inspect demo/relora/run.zarr")
-def inspect(run: RunPath, format: FormatOption = None, base: BaseOption = None) -> None:
+@app.command(
+    epilog="Examples:\n\n  dynamics inspect demo/relora/run.zarr\n\n"
+    "  dynamics inspect run.zarr --verify"
+)
+def inspect(
+    run: RunPath,
+    format: FormatOption = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    keep_fused: FusedOption = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read every number of a recording; exit code 1: damaged."),
+    ] = False,
+) -> None:
     """Say what a run holds: its format, steps, kinds, matrices, scalars and events."""
     from rich.table import Table
 
     from dynamics.formats import open_run
+    from dynamics.fused import kept_whole
 
-    opened = open_run(run, format=format, base=base)
+    opened = open_run(
+        run, format=format, base=base, adapter=adapter, split_fused=not (keep_fused or verify)
+    )
     facts = Table(show_header=False, box=None)
     facts.add_row("path", opened.path)
     facts.add_row("format", opened.format)
@@ -307,12 +336,17 @@ def inspect(run: RunPath, format: FormatOption = None, base: BaseOption = None) 
     facts.add_row("scalars", ", ".join(opened.scalars) or "none")
     events = [f"{event.kind} at {event.step}" for event in opened.events]
     facts.add_row("events", abridged(events) or "none")
+    if whole := list(kept_whole(opened).values()):
+        others = f" {len(whole) - 1} more likewise." * (len(whole) > 1)
+        facts.add_row("kept whole", whole[0] + others)
     _console().print(facts)
     matrices = Table("matrix", "layer", "module", "shape")
     for info in opened.matrices.values():
         layer = "" if info.layer is None else str(info.layer)
         matrices.add_row(info.name, layer, info.module, f"{info.rows} × {info.cols}")
     _console().print(matrices)
+    if verify:
+        _verify(opened)
     _report([*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())])
 
 
@@ -324,6 +358,7 @@ def audit(
     run: RunPath,
     format: FormatOption = None,
     base: BaseOption = None,
+    adapter: AdapterOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
     ] = False,
@@ -333,7 +368,7 @@ def audit(
     from dynamics.formats import open_run
     from dynamics.tables import audit_table
 
-    report = audited(open_run(run, format=format, base=base))
+    report = audited(open_run(run, format=format, base=base, adapter=adapter))
     if as_json:
         print(report.to_json())
     else:
@@ -410,6 +445,21 @@ def _progress(run: str) -> "Iterator[Progress]":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnmeasuredWarning)
             yield lambda done, total, _: bar.update(task, completed=done, total=total)
+
+
+def _verify(run: "Run") -> None:
+    from dynamics.formats.recording import RecordingRun
+
+    if not isinstance(run, RecordingRun):
+        raise DynamicsError(f"{run.path} is no recording; only these have checksums to verify.")
+    found = run.verify()
+    lines = [f"{found.sound} of {len(run.steps)} records hold what was written"]
+    if found.unchecked:
+        lines.append(f"{found.unchecked} records have no checksum to compare with")
+    lines += [f"not part of any record, harmless: {key}" for key in found.leftovers]
+    for line in lines:
+        _console().print(line, soft_wrap=True, highlight=False, markup=False)
+    _report(list(found.damaged))
 
 
 def _report(problems: list[str]) -> None:

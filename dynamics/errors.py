@@ -6,7 +6,15 @@ The command line prints these without a traceback; anything else is a bug of our
 
 
 class DynamicsError(ValueError):
-    """A request or an input that cannot be served as given."""
+    r"""A request or an input that cannot be served as given.
+
+    >>> str(DynamicsError("a name with\na line break"))
+    'a name with a line break'
+    """
+
+    def __init__(self, message: str):
+        # Names that a file gives may hold anything, also what a terminal takes as a command.
+        super().__init__("".join(each if each.isprintable() else " " for each in message))
 
 
 class FormatError(DynamicsError):
@@ -19,6 +27,10 @@ class MissingError(DynamicsError):
 
 class OutputExistsError(DynamicsError):
     """An output path exists and overwriting was not asked for."""
+
+
+class RecordingHeldError(DynamicsError):
+    """Another writer has the recording."""
 
 
 def one_line(error: Exception) -> str:

@@ -5,24 +5,33 @@ from pathlib import Path
 
 from zarr.abc.store import Store
 
+from dynamics import fused
 from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.checkpoints import CheckpointsRun
 from dynamics.formats.dcp import DistributedRun
 from dynamics.formats.deepspeed import DeepSpeedRun
 from dynamics.formats.files import children, is_remote, located, refused
+from dynamics.formats.hub_cache import HubCacheRun
 from dynamics.formats.lightning import LightningRun
 from dynamics.formats.nanogpt import NanoGPTRun
 from dynamics.formats.peft_adapters import PeftAdaptersRun
+from dynamics.formats.pico import PicoRun
 from dynamics.formats.plain_files import PlainFilesRun
 from dynamics.formats.recording import RecordingRun
+from dynamics.formats.relora import ReLoRARun
 from dynamics.formats.weights import WeightsRun
 from dynamics.run import Run
 
 # In the order of detection: an adapter's checkpoint may hold a base model too, a Trainer's the
 # float32 masters of DeepSpeed beside its own files, and Lightning's distributed ones.
-_Format = type[RecordingRun] | type[PeftAdaptersRun] | type[WeightsRun]
+_Format = (
+    type[RecordingRun] | type[PeftAdaptersRun] | type[ReLoRARun] | type[PicoRun] | type[WeightsRun]
+)
 FORMATS: tuple[_Format, ...] = (
     RecordingRun,
+    HubCacheRun,
+    ReLoRARun,
+    PicoRun,
     PeftAdaptersRun,
     DeepSpeedRun,
     CheckpointsRun,
@@ -34,40 +43,52 @@ FORMATS: tuple[_Format, ...] = (
 
 
 def open_run(
-    path: str | Path | Store, *, format: str | None = None, base: str | Path | None = None
+    path: str | Path | Store,
+    *,
+    format: str | None = None,
+    base: str | Path | None = None,
+    adapter: str | None = None,
+    split_fused: bool = True,
 ) -> Run:
     """Open a training run for analysis.
 
     Args:
         path: a recording, a directory of checkpoints, or a single checkpoint, which may be one
-            file; a zarr Store is read as a recording.
+            file: a path or URL. A zarr Store is read as a recording.
         format: the layout's name, where detection should not decide.
         base: the directory of the base model of PEFT adapters.
+        adapter: the name of one of several PEFT adapters in each checkpoint.
+        split_fused: read fused matrices (GPT-2's c_attn) as their parts, see `dynamics.fused`.
 
     Raises:
         FormatError: the path does not exist, is empty, holds nothing recognised, or nothing
             that can be read.
         MissingError: no layout is called `format`.
     """
+    run: Run
     if isinstance(path, Store):
-        return RecordingRun(path)
-    path = located(path)
-    with refused(path) if is_remote(path) else nullcontext():
-        return _opened(path, format, base)
+        run = RecordingRun(path)
+    else:
+        path = located(path)
+        with refused(path) if is_remote(path) else nullcontext():
+            run = _opened(path, format, base, adapter)
+    return fused.split_fused(run) if split_fused else run
 
 
-def _opened(path: Path, format: str | None, base: str | Path | None) -> Run:
+def _opened(path: Path, format: str | None, base: str | Path | None, adapter: str | None) -> Run:
     if not path.exists():
-        raise FormatError(f"{path} does not exist.")
+        unreached = ", or its server does not answer" * is_remote(path)
+        raise FormatError(f"{path} does not exist{unreached}.")
     found = _named(format) if format else _detected(path)
     if not path.is_dir() and not _takes_files(found):
         raise FormatError(
             f"{path} is a file, and a run of format {found.format!r} is a directory; give that."
         )
-    if base is not None and found is not PeftAdaptersRun:
-        raise DynamicsError(f"{path} is of format {found.format!r}, which takes no base model.")
-    if base is not None:
-        return PeftAdaptersRun(path, located(base))
+    if found is PeftAdaptersRun:
+        return PeftAdaptersRun(path, None if base is None else located(base), adapter)
+    for given, what in ((base, "base model"), (adapter, "name of an adapter")):
+        if given is not None:
+            raise DynamicsError(f"{path} is of format {found.format!r}, which takes no {what}.")
     return found(path)
 
 

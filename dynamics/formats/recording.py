@@ -14,8 +14,10 @@ from dynamics.layout import (
     WEIGHT,
     Recording,
     StoreLike,
+    Verification,
     factor_path,
     matrix_path,
+    verify,
 )
 from dynamics.run import Dense, Event, Factored, Matrix, Run, matrices_of
 
@@ -81,6 +83,10 @@ class RecordingRun(Run):
             paths.append(matrix_path(_GROUPS.get(kind, WEIGHT), name))
         found = [self._recording.origin(path, self._index[step]) for path in paths]
         return None if None in found else " ".join([kind, *map(str, found)])
+
+    def verify(self) -> Verification:
+        """Whether every record holds the numbers that were written; reads them all."""
+        return verify(self._recording)
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """The merge events that the record at `now` has behind it and the one at `before` not."""

@@ -238,7 +238,7 @@ def test_steps_that_are_none_are_refused(refused, recording, here, text, message
         (["--kinds", ""], "kinds is empty"),
         (["--components", "heads"], "No component 'heads'; known: parameters"),
         (["--select", "nothing*"], "No matrix of "),
-        (["--format", "gguf"], "No format 'gguf'; known: recording, peft, checkpoints"),
+        (["--format", "gguf"], "No format 'gguf'; known: recording, hub_cache,"),
         (["--base", "."], "is of format 'recording', which takes no base model"),
     ],
 )
@@ -261,7 +261,7 @@ def test_bad_inputs_are_one_line(refused, tmp_path, here, write_recording, verb)
     expected = {
         "nowhere": "does not exist",
         "empty": "is empty",
-        "file.safetensors": "is a file",
+        "file.safetensors": "no readable safetensors file",
         "other": "Nothing recognised",
         "future.zarr": "version 9",
         "group.zarr": "of format None",

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import numpy as np
@@ -5,11 +6,12 @@ import pytest
 
 import dynamics as dy
 from dynamics import schema
-from dynamics.errors import FormatError
 from dynamics.formats.checkpoints import CheckpointsRun
+from tests.dynamics.formats.checking import assert_bits, assert_problem, assert_refused
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
 def two_dimensional(model):
@@ -19,6 +21,11 @@ def two_dimensional(model):
         for name, parameter in model.named_parameters()
         if parameter.ndim == 2
     }
+
+
+def two_dimensional_tensors(model):
+    """Name -> parameter of every matrix, tied ones once."""
+    return {name: each.detach() for name, each in model.named_parameters() if each.ndim == 2}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -144,7 +151,7 @@ def test_gpt2_weights_are_read_in_their_stored_orientation(tmp_path):
     config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=8)
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "checkpoint-1")
-    run = dy.open_run(tmp_path)
+    run = dy.open_run(tmp_path, split_fused=False)
     info = run.matrices["transformer.h.0.attn.c_attn.weight"]
     assert (info.rows, info.cols, info.layer, info.module) == (16, 48, 0, "qkv_proj")
     found = run.read(info.name, 1, schema.WEIGHT)
@@ -152,11 +159,84 @@ def test_gpt2_weights_are_read_in_their_stored_orientation(tmp_path):
     np.testing.assert_array_equal(found.values, expected)
 
 
-def test_a_checkpoint_with_pickled_weights_only_says_what_is_missing(tiny_llama, tmp_path):
+@pytest.fixture(params=["1GB", "8KB"])
+def pickled(request, tiny_llama, tmp_path):
+    """pickled(model): a run whose checkpoint-1 has .bin files, as transformers 4 wrote them."""
+
+    def save(**config):
+        model = tiny_llama(**config)
+        huggingface_hub.save_torch_state_dict(
+            model.state_dict(),
+            tmp_path / "run/checkpoint-1",
+            max_shard_size=request.param,
+            safe_serialization=False,
+        )
+        model.config.save_pretrained(tmp_path / "run/checkpoint-1")
+        index = tmp_path / "run/checkpoint-1/pytorch_model.bin.index.json"
+        assert index.is_file() == (request.param == "8KB")
+        return tmp_path / "run", model
+
+    (tmp_path / "run/checkpoint-1").mkdir(parents=True)
+    return save
+
+
+def test_pickled_weights_are_read(pickled):
+    directory, model = pickled()
+    assert_bits(dy.open_run(directory), 1, two_dimensional_tensors(model))
+
+
+def test_tied_weights_in_pickled_files_are_measured_once(pickled):
+    directory, model = pickled(tie_word_embeddings=True)
+    assert "lm_head.weight" in model.state_dict()
+    assert_bits(dy.open_run(directory), 1, two_dimensional_tensors(model))
+
+
+def test_weights_pickled_by_torch_before_1_6_are_read(tiny_llama, tmp_path):
+    model = tiny_llama().to(torch.bfloat16)
     (tmp_path / "checkpoint-1").mkdir()
-    torch.save(tiny_llama().state_dict(), tmp_path / "checkpoint-1/pytorch_model.bin")
-    with pytest.raises(FormatError, match=r"model\.safetensors"):
-        dy.open_run(tmp_path)
+    file = tmp_path / "checkpoint-1/pytorch_model.bin"
+    torch.save(model.state_dict(), file, _use_new_zipfile_serialization=False)
+    assert_bits(dy.open_run(tmp_path), 1, two_dimensional_tensors(model))
+
+
+def test_a_missing_shard_of_pickled_weights_is_named(pickled):
+    directory, _ = pickled()
+    shards = sorted((directory / "checkpoint-1").glob("*-of-*.bin"))
+    if not shards:
+        (directory / "checkpoint-1/pytorch_model.bin").unlink()
+        assert_refused(directory, "Nothing recognised")
+    else:
+        shards[0].unlink()
+        assert_refused(directory, f"lacks the shard {shards[0].name}")
+
+
+def test_a_truncated_pickle_is_named(pickled):
+    directory, _ = pickled()
+    file = sorted((directory / "checkpoint-1").glob("*.bin"))[-1]
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_refused(directory, f"{file.name} .*truncated or damaged")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_a_damaged_config_makes_its_checkpoint_a_problem(llama_checkpoints, tmp_path, content):
+    run = shutil.copytree(llama_checkpoints, tmp_path / "run")
+    (run / "checkpoint-4/config.json").write_text(content, encoding="latin-1")
+    opened = dy.open_run(run)
+    assert opened.steps.tolist() == [2, 4, 6]
+    assert_problem(opened, 4, r"checkpoint-4/config\.json")
+
+
+def test_two_checkpoints_of_one_step_are_refused(llama_checkpoints, tmp_path):
+    run = shutil.copytree(llama_checkpoints, tmp_path / "run")
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-02")
+    assert_refused(run, "holds both checkpoint-02 and checkpoint-2; remove one")
+
+
+def test_a_config_that_leads_out_of_the_run_is_refused(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "run/checkpoint-1")
+    (tmp_path / "run/checkpoint-1/config.json").rename(tmp_path / "config.json")
+    (tmp_path / "run/checkpoint-1/config.json").symlink_to(tmp_path / "config.json")
+    assert_refused(tmp_path / "run", "leads to .* files outside of a run are not read")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +250,7 @@ def trained(tiny_llama, tmp_path_factory):
             weights[state.global_step] = two_dimensional(model)
 
     tokens = [{"input_ids": [i % 40] * 8, "labels": [i % 40] * 8} for i in range(16)]
-    transformers.Trainer(
+    trainer = transformers.Trainer(
         model=tiny_llama(),
         args=transformers.TrainingArguments(
             output_dir=str(directory),
@@ -181,10 +261,15 @@ def trained(tiny_llama, tmp_path_factory):
             report_to=[],
             disable_tqdm=True,
             use_cpu=True,
+            logging_steps=1,
+            include_num_input_tokens_seen=True,
         ),
         train_dataset=tokens,
         callbacks=[Keep()],
-    ).train()
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
     return directory, weights
 
 
@@ -209,3 +294,49 @@ def test_a_trainer_run_is_measured_whole(trained):
     found = analysis["frobenius_norm"].sel(kind="update", step=4, matrix=name)
     assert moved > 0
     np.testing.assert_allclose(float(found), moved, rtol=1e-12)
+
+
+def test_what_the_trainer_logged_is_along_the_steps(trained):
+    directory, _ = trained
+    history = json.loads((directory / "trainer_state.json").read_text())["log_history"]
+    loss = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    assert set(loss) == {1, 2, 3, 4}
+    analysis = dy.analyze(directory, metrics=["stable_rank"], kinds=["weight"])
+    assert analysis["loss"].dims == ("step",)
+    assert analysis["loss"].values.tolist() == [loss[2], loss[4]]
+    assert analysis["tokens"].values.tolist() == [2 * 2 * 8, 4 * 2 * 8]
+    assert analysis["learning_rate"].values[0] > analysis["learning_rate"].values[1] > 0
+
+
+def test_a_log_line_after_the_checkpoint_is_not_its_own(trained, tmp_path):
+    directory, _ = trained
+    run = shutil.copytree(directory, tmp_path / "run")
+    shutil.copy(run / "trainer_state.json", run / "checkpoint-2")  # knows of step 4
+    found, expected = dy.open_run(run).scalars, dy.open_run(directory).scalars
+    np.testing.assert_array_equal(found["loss"], expected["loss"])
+
+
+def test_the_final_model_beside_checkpoints_is_the_step_that_its_state_tells(trained, tmp_path):
+    directory, weights = trained
+    assert (directory / "model.safetensors").is_file()
+    assert dy.open_run(directory).steps.tolist() == [2, 4]  # the one of step 4 is there already
+    run = shutil.copytree(directory, tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-4")
+    opened = dy.open_run(run)
+    assert opened.steps.tolist() == [2, 4]
+    found = opened.read("lm_head.weight", 4, schema.WEIGHT).values
+    np.testing.assert_array_equal(found, weights[4]["lm_head.weight"][0])
+    (run / "trainer_state.json").unlink()
+    assert dy.open_run(run).steps.tolist() == [2]
+
+
+def test_a_final_model_alone_is_at_its_step(trained, tmp_path):
+    directory, _ = trained
+    run = shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("check*"))
+    assert dy.open_run(run).steps.tolist() == [4]
+
+
+def test_a_damaged_trainer_state_makes_its_checkpoint_a_problem(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path / "run")
+    (run / "checkpoint-2/trainer_state.json").write_text('{"log_history": 3}')
+    assert_problem(dy.open_run(run), 2, "log_history of int, expected a list")

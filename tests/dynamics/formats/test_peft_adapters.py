@@ -71,7 +71,7 @@ def merged_weights(model):
 
 def check_against_peft(directory, model):
     """Adapter, base and weight of every matrix equal what PEFT computes."""
-    run = dy.open_run(directory)
+    run = dy.open_run(directory, split_fused=False)
     assert isinstance(run, PeftAdaptersRun)
     layers = lora_layers(model)
     assert layers

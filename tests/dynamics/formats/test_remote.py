@@ -1,7 +1,6 @@
 """The same bytes behind s3:// and http:// as on a disk, from servers that run here."""
 
 import asyncio
-import logging
 import shutil
 import threading
 import warnings
@@ -14,32 +13,9 @@ import dynamics as dy
 from dynamics.errors import DynamicsError, FormatError
 
 pytest.importorskip("s3fs", reason="needs the extra remote")
-moto_server = pytest.importorskip("moto.server", reason="needs moto, of the extra dev")
 web = pytest.importorskip("aiohttp.web", reason="needs the extra remote")
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """An fsspec file system of a bucket on a server of this machine."""
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "testing")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        logging.getLogger("werkzeug").disabled = True
-        server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()
-        files = s3fs.S3FileSystem()
-        files.mkdir("bucket")
-        yield files
-        s3fs.S3FileSystem.clear_instance_cache()
-        server.stop()
 
 
 @pytest.fixture(scope="module")
