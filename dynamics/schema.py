@@ -6,7 +6,7 @@ Everything else imports these; no other file spells them.
 from enum import IntEnum
 
 RECORDING_FORMAT = "learning-dynamics-recording"
-RECORDING_VERSION = 1
+RECORDING_VERSION = 2  # 1 had no checksums
 ANALYSIS_FORMAT = "learning-dynamics-analysis"
 ANALYSIS_VERSION = 1
 
@@ -40,6 +40,7 @@ DIFFERENCES = (UPDATE, DISPLACEMENT, CYCLE_UPDATE, OPTIMIZER_UPDATE)
 MERGE = "merge"
 OPTIMIZER_RESET = "optimizer_reset"
 RESUME = "resume"
+SKIPPED = "skipped"  # a record that the storage was too slow for
 
 COMPONENTS: dict[str, str] = {
     "parameters": "every two-dimensional parameter",

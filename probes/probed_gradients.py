@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dynamics.errors import DynamicsError
 from probes.effective import Tracked
+from probes.gathering import is_sharded, means_over_ranks
 
 DEFINITION = (
     "gradient of a weight that does not train, taken for the recording only: summed over the "
@@ -80,7 +80,7 @@ class ProbedGradients:
         parameters = {each.name: each.parameter for each in self._armed}
         self.disarm()
         if self._process_group is not None and names:
-            sums = self._averaged(parameters, sums)
+            sums = means_over_ranks(parameters, sums, self._process_group)
         return {
             name: sums[name] if loss_scale == 1 else sums[name] / loss_scale
             for name in names
@@ -120,48 +120,19 @@ class ProbedGradients:
         before, self._last_seen = self._last_seen, seen
         return seen < before
 
-    def _averaged(
-        self, parameters: dict[str, nn.Parameter], sums: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Means over the ranks, computed as DDP does; a rank that got no gradient counts as 0."""
-        ranks = dist.get_world_size(self._process_group)
-        device = next(iter(parameters.values())).device
-        reached = torch.tensor([name in sums for name in parameters], device=device).int()
-        dist.all_reduce(reached, group=self._process_group)
-        averaged = {}
-        for (name, parameter), count in zip(parameters.items(), reached.tolist(), strict=True):
-            if count > 0:
-                mean = sums[name] / ranks if name in sums else torch.zeros_like(parameter.detach())
-                mean = mean.contiguous()  # collectives take nothing else
-                dist.all_reduce(mean, group=self._process_group)
-                averaged[name] = mean
-        return averaged
 
-
-def data_parallel_group(
-    model: nn.Module, tracked: Sequence[Tracked], process_group: Any = None
-) -> Any:
-    """The process group over which the gradients of `model` are averaged, None for one process.
-
-    Args:
-        model: what the user calls; DDP knows its own group.
-        tracked: the weights that are recorded.
-        process_group: the user's word, or None.
+def frozen_weights(tracked: Sequence[Tracked]) -> list[Tracked]:
+    """Those of the tracked weights that do not train now.
 
     Raises:
-        DynamicsError: several processes train, some of the weights are frozen, and nobody said
-            over which processes gradients are averaged.
+        DynamicsError: some of them are sharded: FSDP2 decides once which gradients it reduces.
     """
-    if process_group is not None or not (dist.is_available() and dist.is_initialized()):
-        return process_group
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.process_group
-    frozen = any(not each.parameter.requires_grad for each in tracked)
-    if dist.get_world_size() > 1 and frozen:
+    frozen = [each for each in tracked if not each.parameter.requires_grad]
+    sharded = [each.name for each in frozen if is_sharded(each.parameter)]
+    if sharded:
         raise DynamicsError(
-            f"Gradients of frozen weights must be averaged over {dist.get_world_size()} processes, "
-            f"and {type(model).__name__} does not say which: give the DistributedDataParallel "
-            "module or process_group=torch.distributed.group.WORLD to the recorder of every "
-            "process, or record=['weight', 'gradient', 'adapter']."
+            f"Gradients of frozen weights cannot be probed where they are sharded (FSDP2); "
+            f"{len(sharded)} are, such as {sharded[0]}: give record=['weight', 'gradient', "
+            "'adapter'] to the recorder, or select= without them."
         )
-    return None
+    return frozen

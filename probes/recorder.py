@@ -1,11 +1,8 @@
 """The recorder: streams weights, gradients and adapters of a training run to Zarr."""
 
 import atexit
-import json
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Self
 
 import torch
@@ -18,6 +15,7 @@ from dynamics.layout import (
     ADAPTER,
     GRADIENT,
     WEIGHT,
+    Compression,
     RecordingWriter,
     StoreLike,
     factor_path,
@@ -26,19 +24,24 @@ from dynamics.layout import (
 from dynamics.run import Event
 from probes.checks import FailedCheckWarning, record_defects
 from probes.effective import Selection, tracked_parameters
-from probes.probed_gradients import DEFINITION, ProbedGradients, data_parallel_group
+from probes.gathering import is_sharded, meet, refuse_unreadable, whole
+from probes.provenance import model_config, package_versions
 from probes.schedule import Schedule
 from probes.schedule import every as every_n
-from probes.writer import BackgroundWriter, Record
-
-PROBED_GRADIENT = "probed_gradient"
-_RECORDABLE = (WEIGHT, GRADIENT, ADAPTER, PROBED_GRADIENT)
-
-_GRADIENT_DEFINITION = (
-    "parameter.grad as optimizer.step() found it: after accumulation over micro-batches and after "
-    "clipping, at the weights before the step; a record's weights are those after the step. An "
-    f"array with the attribute 'probed' holds the {DEFINITION}"
+from probes.step_gradients import GRADIENT_BEFORE_CLIPPING, PROBED_GRADIENT, StepGradients
+from probes.steps import OptimizerSteps, unwrapped
+from probes.writer import (
+    BLOCK,
+    BackgroundWriter,
+    Record,
+    SkippedRecordWarning,
+    check_policy,
+    dtype_to_store,
 )
+
+SKIPPED_STEP = "skipped_step"
+_DEFAULT_RECORD = (WEIGHT, GRADIENT, ADAPTER, PROBED_GRADIENT)
+_RECORDABLE = (*_DEFAULT_RECORD, GRADIENT_BEFORE_CLIPPING)
 
 
 class Recorder:
@@ -52,42 +55,52 @@ class Recorder:
     no gradient. A record is handed to the writer when the next step begins, or on closing, so
     that what a Trainer logs after the step still belongs to it.
 
-    Frozen weights have a gradient too: at recorded steps they are made to require it, and it is
-    kept out of `parameter.grad`, so that training does not see it; see `ProbedGradients`.
+    Frozen weights have a gradient too, kept out of `parameter.grad`; see `ProbedGradients`.
 
-    The model and the optimizer are left as they were: two hooks on the optimizer, and before a
+    The model and the optimizer are left as they were: two hooks on each optimizer, and before a
     recorded step the frozen weights' flags and hooks, are the only trace. They are removed on
     closing, no random number is drawn and training computes the same bits as without it. Copies
-    are taken in the training thread; conversion, compression and writing happen in a thread of
-    their own.
+    are taken in the training thread; the rest happens in a thread of its own.
 
     What a record alone shows to be wrong, NaN or Inf or a dead adapter, is a FailedCheckWarning
     as soon as it is written.
 
-    With several processes, each attaches a recorder of the same arguments: they average the
-    frozen weights' gradients, and rank 0 writes. Attach after wrapping the model in DDP.
+    With several processes, each attaches a recorder of the same arguments: they gather what is
+    sharded, one matrix at a time, average the frozen weights' gradients, and rank 0 writes.
+    Attach after DDP, `fully_shard` or `accelerator.prepare` have made the model and optimizer.
 
     Args:
         model: any torch module. Where PEFT put LoRA layers, `weight` is W_base + s·B·A.
-        optimizer: the torch optimizer whose steps count, or a wrapper with an `optimizer`.
+        optimizer: the torch optimizer whose steps count, or a wrapper with an `optimizer`; or a
+            list of them in the order in which they step: then the steps of the last one count.
         store: path of the recording, or any zarr Store.
         every: record each n-th step, or a function of the step (see `probes.schedule`).
         select: globs or a predicate over parameters; every two-dimensional one by default.
         record: which of "weight", "gradient", "adapter" and "probed_gradient" to write; the last
-            are the gradients of frozen weights, among the other gradients.
+            are the gradients of frozen weights, among the other gradients. In place of "gradient",
+            "gradient_before_clipping" takes it as the last backward pass left it.
         resume_at: None starts a new recording at step 0. A number says that training goes on
             after that many steps: an existing recording is continued, its records after that
             step are dropped, and an event "resume" says so.
-        queue_size: records that may wait to be written; then a record step waits for the writer.
+        queue_size: records that may wait to be written.
+        when_full: what a further record does: "block" waits for the writer, "skip" drops it with a
+            warning and an event "skipped".
+        take_over: continue a recording whose writer died on another machine; see `RecordingWriter`.
+        storage_dtype: round weights and gradients of more precision to "float32", "bfloat16" or
+            "float16"; the noise floors know. They keep their own dtype by default.
+        compression: "blosc", "zstd" or "none".
+        level: the compression's; see `dynamics.layout.Compression`.
         attrs: further JSON-like attributes of a new recording.
         write: whether this process writes; by default rank 0 of torch.distributed does.
-        process_group: the ranks that probed gradients are averaged over; DDP's own by default.
-        grad_scaler: what scales the loss, so that probed gradients are unscaled; accelerate's
+        process_group: the ranks that gradients are averaged over where the recorder has to do it,
+            probed and before clipping; DDP's own by default.
+        grad_scaler: what scales the loss, so that those gradients are unscaled; accelerate's
             optimizer knows its own.
 
     Raises:
-        DynamicsError: nothing is selected, an unknown word in `record`, or frozen weights are
-            probed in several processes and the model is not in DDP and `process_group` None.
+        DynamicsError: nothing is selected, an unknown word in `record`, FSDP1 or DeepSpeed, or
+            gradients must be averaged in several processes, the model is not in DDP and
+            `process_group` is None.
         OutputExistsError: the store holds a recording and `resume_at` is None.
     """
 
@@ -99,9 +112,14 @@ class Recorder:
         *,
         every: int | Schedule = 100,
         select: Selection = None,
-        record: Sequence[str] = _RECORDABLE,
+        record: Sequence[str] = _DEFAULT_RECORD,
         resume_at: int | None = None,
         queue_size: int = 2,
+        when_full: str = BLOCK,
+        take_over: bool = False,
+        storage_dtype: str | None = None,
+        compression: str = Compression().name,
+        level: int | None = None,
         attrs: Mapping[str, Any] | None = None,
         write: bool | None = None,
         process_group: Any = None,
@@ -112,65 +130,94 @@ class Recorder:
             raise DynamicsError(
                 f"record takes some of {', '.join(_RECORDABLE)}; found {list(record)}."
             )
-        self._optimizer: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._grad_scaler = grad_scaler or getattr(optimizer, "scaler", None)
+        if {GRADIENT, GRADIENT_BEFORE_CLIPPING} <= set(record):
+            raise DynamicsError(
+                f"{GRADIENT} and {GRADIENT_BEFORE_CLIPPING} would be the same arrays: record one "
+                "of them, or attach two recorders with a store each."
+            )
+        given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+        refuse_unreadable(model, given)
+        self._optimizers: list[torch.optim.Optimizer] = [unwrapped(each) for each in given]
+        scalers = (getattr(each, "scaler", None) for each in given)
         self._tracked = tracked_parameters(model, select)
         self._due: Schedule = every if callable(every) else every_n(every)
         self._record = frozenset(record)
-        self._probed: ProbedGradients | None = None
-        if PROBED_GRADIENT in record:
-            group = data_parallel_group(model, self._tracked, process_group)
-            self._probed = ProbedGradients(self._tracked, self._trained, group)
         self._writes = _is_rank_0() if write is None else write
+        self._gradients = StepGradients(
+            model,
+            self._tracked,
+            self._optimizers,
+            self._record,
+            process_group=process_group,
+            grad_scaler=grad_scaler or next((each for each in scalers if each), None),
+            keep=self._writes,
+        )
         self._resume_at = resume_at
         self._store = store
-        self._queue_size = queue_size
-        self._attrs = {**_provenance(model), **(attrs or {})}
-        self._handles: list[Any] = []
+        check_policy(queue_size, when_full)
+        self._queue_size, self._when_full = queue_size, when_full
+        self._take_over = take_over
+        self._stored_as = dtype_to_store(storage_dtype)
+        self._compression = Compression(compression, level)
+        self._attrs = {
+            "config": model_config(model),
+            "gradient": self._gradients.definition,
+            "versions": package_versions(),
+            **(attrs or {}),
+        }
+        self._steps: OptimizerSteps | None = None
         self._writer: BackgroundWriter | None = None
         self._step = resume_at or 0
-        self._gradients: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {}
         self._pending: Record | None = None
         self._logged: dict[str, Any] = {}
         self._warned_of: set[str] = set()
 
     def attach(self) -> Self:
         """Open the store, register the hooks and record the first step if it is due."""
-        if self._handles:
+        if self._steps is not None:
             raise DynamicsError("This recorder is attached already.")
-        dropped = self._open_store() if self._writes else 0
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
+        if len(self._gradients.needed_ranks) > 1:
+            meet(self._gradients.needed_ranks)
+        if self._writes:
+            self._open_store()
+        self._steps = OptimizerSteps(
+            self._optimizers, self._finish_record, self._take_gradients, self._step_done
+        )
         atexit.register(self.close)
-        if self._resume_at is not None:
-            self.event(schema.RESUME, dropped_records=dropped)
-        if self._writes and self._due(self._step) and self._step not in self._recording.steps:
-            self._take_record()
+        # Whether a resumed recording has this record already, its writer alone knows.
+        known = self._writes and self._step in self._recording.steps
+        if self._due(self._step) and (not known or len(self._gradients.needed_ranks) > 1):
+            self._take_record(keep=not known)
         self._arm_if_due()
         return self
 
-    def _open_store(self) -> int:
-        resume = self._resume_at is not None
-        self._recording = RecordingWriter(self._store, self._attrs, resume=resume)
-        dropped = 0 if self._resume_at is None else self._recording.rewind(self._resume_at)
-        self._writer = BackgroundWriter(self._queue_size)
-        return dropped
+    def _open_store(self) -> None:
+        self._recording = RecordingWriter(
+            self._store,
+            self._attrs,
+            resume=self._resume_at is not None,
+            take_over=self._take_over,
+            compression=self._compression,
+        )
+        if self._resume_at is not None:
+            try:
+                self._recording.rewind(self._resume_at, event=schema.RESUME)
+            except BaseException:
+                self._recording.release()
+                raise
+        self._writer = BackgroundWriter(self._recording, self._queue_size, self._when_full)
 
     def close(self) -> None:
         """Remove the hooks and finish writing; raises what the writer met. Twice is once."""
-        if not self._handles:
+        if self._steps is None:
             return
         writer = self._writer
         try:
-            self._finish_record()
+            self._finish_record(wait=True)
         finally:
-            for handle in self._handles:
-                handle.remove()
-            if self._probed is not None:
-                self._probed.disarm()
-            self._handles, self._writer = [], None
+            self._steps.remove()
+            self._gradients.disarm()
+            self._steps, self._writer = None, None
             atexit.unregister(self.close)
             if writer is not None:
                 writer.close()
@@ -195,11 +242,9 @@ class Recorder:
                 that a loop logs its loss before `optimizer.step()`.
             scalars: numbers or one-element tensors.
         """
-        values = {
-            # A copy without its graph; its value is not asked for before the writer needs it.
-            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
-            for name, value in scalars.items()
-        } | ({} if tokens is None else {"tokens": tokens})
+        values = {name: _kept(value) for name, value in scalars.items()}
+        if tokens is not None:
+            values["tokens"] = tokens
         if at is None or at == self._step + 1:
             self._logged.update(values)
         elif self._pending is not None and self._pending.step == at:
@@ -211,98 +256,91 @@ class Recorder:
         happened = Event(self._step if at is None else at, kind, attrs)
         self._submit(lambda: self._recording.event(happened))
 
-    def _before_step(self, *_: Any) -> None:
-        self._finish_record()
-        if not self._due(self._step + 1):
-            return
-        if GRADIENT in self._record and self._writes:
-            # Set where a fused optimizer unscales by itself, inside its step.
-            scale = getattr(self._optimizer, "grad_scale", None)
-            for each in self._tracked:
-                if each.parameter.grad is not None:
-                    gradient = _copied(each.parameter.grad)
-                    self._gradients[each.name] = (
-                        gradient if scale is None else gradient / float(scale),
-                        {},
-                    )
-        if self._probed is not None:
-            for name, probed in self._probed.take(self._loss_scale()).items():
-                if self._writes:
-                    attrs = {"probed": True, "definition": DEFINITION}
-                    self._gradients[name] = (probed.cpu(), attrs)
+    def skip_step(self) -> None:
+        """Count a step that the training counts although no optimizer took it.
 
-    def _loss_scale(self) -> float:
-        if self._grad_scaler is not None:
-            return float(self._grad_scaler.get_scale())
-        scale = getattr(self._optimizer, "grad_scale", None)
-        return 1.0 if scale is None else float(scale)
+        Where a gradient scaler meets Inf it leaves the step out; plain loops have not done a step
+        then, but the Trainer and Lightning go on counting, and name checkpoints so. The weights
+        stay as they are, the record has no gradient, and an event "skipped_step" says why.
+        """
+        self._gradients.taken()
+        self._gradients.disarm()
+        self.event(SKIPPED_STEP, at=self._step + 1)
+        self._step_done()
 
-    def _after_step(self, *_: Any) -> None:
+    def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._due(self._step + 1):
+            self._gradients.take(optimizer)
+
+    def _step_done(self) -> None:
         self._step += 1
-        if self._due(self._step) and self._writes:
+        if self._due(self._step):
             self._take_record()
         self._logged = {}
         self._arm_if_due()
 
     def _arm_if_due(self) -> None:
-        if self._probed is not None and self._due(self._step + 1):
-            self._probed.arm()
+        if self._due(self._step + 1):
+            self._gradients.arm()
 
-    def _trained(self) -> Iterator[nn.Parameter]:
-        for group in self._optimizer.param_groups:
-            yield from group["params"]
+    def _take_record(self, *, keep: bool = True) -> None:
+        rate = self._optimizers[0].param_groups[0].get("lr")
+        record = Record(self._step, {} if rate is None else {"learning_rate": _kept(rate)})
+        record.logged |= self._logged
+        for name, (gradient, attrs) in self._gradients.taken().items():
+            record.add(matrix_path(GRADIENT, name), gradient, attrs)
+        for path, tensor, attrs in self._matrices():
+            # Copies already, of this moment: what is on the CPU need not be copied again.
+            values = whole(tensor, keep=self._writes, copy=False)
+            if values is not None:
+                record.add(path, values, attrs)
+        if self._writes and keep:
+            self._pending = record
 
-    def _take_record(self) -> None:
-        rate = self._optimizer.param_groups[0]["lr"]
-        self._pending = Record(self._step, {"learning_rate": rate, **self._logged})
-        for name, (gradient, attrs) in self._gradients.items():
-            self._pending.add(matrix_path(GRADIENT, name), gradient, attrs)
-        self._gradients = {}
+    def _matrices(self) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+        """What this process must read for a record: (path, copy, attributes)."""
         for each in self._tracked:
+            if not (self._writes or is_sharded(each.parameter)):
+                continue
             if WEIGHT in self._record:
-                weight = each.effective_weight()
-                self._pending.add(matrix_path(WEIGHT, each.name), weight.cpu())
+                yield matrix_path(WEIGHT, each.name), each.effective_weight(), {}
             factors = each.factors() if ADAPTER in self._record else None
             if factors is not None:
-                extra = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}
-                self._pending.add(factor_path(each.name, "A"), factors.a.cpu(), extra)
-                self._pending.add(factor_path(each.name, "B"), factors.b.cpu(), extra)
+                attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}
+                yield factor_path(each.name, "A"), factors.a, attrs
+                yield factor_path(each.name, "B"), factors.b, attrs
 
-    def _finish_record(self) -> None:
+    def _finish_record(self, *, wait: bool = False) -> None:
         if self._pending is not None:
             record, self._pending = self._pending, None
-            self._submit(lambda: self._write(record))
+            assert self._writer is not None, "who does not write has no pending record"
+            if not self._writer.submit_record(lambda: self._write(record), wait=wait):
+                warnings.warn(
+                    f"The record at step {record.step} was dropped: the storage is slower than "
+                    "the training. Record less often, or with when_full='block'.",
+                    SkippedRecordWarning,
+                    stacklevel=2,
+                )
+                self.event(schema.SKIPPED, at=record.step)
 
     def _write(self, record: Record) -> None:
-        for path, defect in record_defects(record.write(self._recording)).items():
+        written = record.write(self._recording, self._stored_as)
+        for path, defect in record_defects(written).items():
             if path not in self._warned_of:  # once for each array, when it happens
                 self._warned_of.add(path)
                 warnings.warn(f"Step {record.step}: {defect}.", FailedCheckWarning, stacklevel=2)
 
     def _submit(self, job: Any) -> None:
-        if not self._handles:
+        if self._steps is None:
             raise DynamicsError("This recorder is not attached; call attach() or use 'with'.")
         if self._writer is not None:
             self._writer.submit(job)
-
-
-def _copied(gradient: torch.Tensor) -> torch.Tensor:
-    gradient = gradient.detach()
-    if gradient.is_sparse:
-        gradient = gradient.to_dense()
-    return gradient.to("cpu", copy=True)
 
 
 def _is_rank_0() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
-def _provenance(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    as_dict = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
-    packages = [name for name in ("torch", "transformers", "peft", "zarr") if name in sys.modules]
-    return {
-        "config": json.loads(json.dumps(as_dict, default=str)),
-        "gradient": _GRADIENT_DEFINITION,
-        "versions": {name: version(name) for name in ("learning-dynamics", *packages)},
-    }
+def _kept(value: Any) -> Any:
+    """A copy without its graph; its value is not asked for before the writer needs it."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -38,8 +38,10 @@ LAYERS = [
     {"dynamics.cli_values", "dynamics.cli_following"},
     {"dynamics.cli"},
     {"dynamics"},  # re-exports
-    {"probes.schedule", "probes.effective", "probes.probed_gradients", "probes.writer"},
-    {"probes.checks"},
+    {"probes.schedule", "probes.effective", "probes.provenance", "probes.steps", "probes.writer"},
+    {"probes.checks", "probes.gathering"},
+    {"probes.probed_gradients", "probes.unclipped_gradients"},
+    {"probes.step_gradients"},
     {"probes.recorder"},
     {"probes.frameworks"},
     {"probes.relora"},

@@ -57,6 +57,13 @@ class RecorderCallback(TrainerCallback):
         }
         self.recorder = Recorder(model, optimizer, self._store, **options).attach()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Count a step that the gradient scaler skipped, as the Trainer has done."""
+        if self.recorder is not None and state.global_step > self.recorder.step:
+            self.recorder.skip_step()
+
     def on_log(
         self,
         args: TrainingArguments,

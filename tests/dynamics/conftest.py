@@ -49,6 +49,7 @@ def write_recording():
             writer.append(step, matrices, attrs=attrs, scalars=loss, tokens=64 * step)
             if step in merges:
                 writer.event(Event(step, "merge", {"index": 1}))
+        writer.close()
         return store
 
     return write

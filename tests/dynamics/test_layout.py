@@ -7,9 +7,8 @@ import xarray as xr
 import zarr
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
-from dynamics import layout
 from dynamics.errors import DynamicsError, FormatError, OutputExistsError
-from dynamics.layout import Recording, RecordingWriter, factor_path, matrix_path
+from dynamics.layout import Recording, RecordingWriter, factor_path, matrix_path, paths
 from dynamics.run import Event
 
 W, G = matrix_path("weight", "a.weight"), matrix_path("gradient", "a.weight")
@@ -25,7 +24,7 @@ def same(found, expected):
     return found is not None and found.dtype == expected.dtype and np.array_equal(found, expected)
 
 
-class Dead(OSError):
+class Dead(Exception):
     """The writer's process died here."""
 
 
@@ -174,7 +173,7 @@ def test_matrices_and_scalars_may_appear_later():
 
 
 def test_series_longer_than_a_chunk_are_kept(monkeypatch):
-    monkeypatch.setattr(layout, "_SERIES_CHUNK", 4)
+    monkeypatch.setattr(paths, "SERIES_CHUNK", 4)
     store = MemoryStore()
     writer = RecordingWriter(store, {})
     for index in range(11):
@@ -286,7 +285,7 @@ def test_records_survive_the_loss_of_the_consolidated_metadata(tmp_path):
 def test_an_unknown_version_is_refused(tmp_path):
     path = tmp_path / "run.zarr"
     RecordingWriter(path, {"format_version": 7})
-    with pytest.raises(FormatError, match="version 7; this release reads 1"):
+    with pytest.raises(FormatError, match="version 7; this release reads 1 to 2"):
         Recording(path)
 
 
@@ -314,6 +313,7 @@ def test_resuming_goes_on_after_the_last_record(tmp_path):
     writer = RecordingWriter(path, {"config": 1})
     writer.append(0, {W: matrix(0), G: matrix(5)}, scalars={"loss": 1.0})
     writer.event(Event(0, "merge", {}))
+    writer.close()
     writer = RecordingWriter(path, {"config": 2}, resume=True)
     assert writer.steps == (0,)
     writer.append(1, {W: matrix(1)})
@@ -472,7 +472,7 @@ def die_and_go_on(states, boundaries, writes):
         found = ([], {}, {}, ())
 
     # Another process goes on, at the index of the torn record, without a gradient and a loss.
-    writer = RecordingWriter(memory, {}, resume=True)
+    writer = RecordingWriter(memory, {}, resume=True, take_over=True)
     assert list(writer.steps) == found[0]
     writer.append(50, {W: matrix(50)})
     writer.append(51, {W: matrix(51), G: matrix(61), LATE: matrix(71)})

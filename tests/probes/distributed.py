@@ -90,7 +90,7 @@ def the_module_inside_needs_a_group(folder):
     model = adapted_model()
     DistributedDataParallel(model)
     optimizer = adam(model)
-    with pytest.raises(DynamicsError, match="weights must be averaged over 2 processes, and Peft"):
+    with pytest.raises(DynamicsError, match="must be averaged over 2 processes, and Peft"):
         Recorder(model, optimizer, folder / "refused.zarr")
     record = ["weight", "gradient", "adapter"]
     with Recorder(model, optimizer, folder / "unprobed.zarr", record=record):

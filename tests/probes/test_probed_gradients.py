@@ -109,9 +109,9 @@ def test_the_model_is_left_as_found_whenever_training_ends(tmp_path, moment):
         if step == 3:
             raise KeyboardInterrupt
 
-    with Recorder(model, adam(model), tmp_path / "run.zarr", every=1) as recorder:
+    optimizer = adam(model)
+    with Recorder(model, optimizer, tmp_path / "run.zarr", every=1):
         assert _state(model) != found
-        optimizer = recorder._optimizer
         if moment is None:
             train(model, optimizer, 3)
         else:
@@ -152,9 +152,10 @@ def test_probing_can_be_left_out_or_be_all_that_is_recorded(tmp_path):
     model = adapted_model()
     found = _state(model)
     record = ["weight", "gradient", "adapter"]
-    with Recorder(model, adam(model), tmp_path / "off.zarr", every=1, record=record) as recorder:
+    optimizer = adam(model)
+    with Recorder(model, optimizer, tmp_path / "off.zarr", every=1, record=record):
         assert _state(model) == found
-        train(model, recorder._optimizer, 1)
+        train(model, optimizer, 1)
     assert "gradient" not in dy.open_run(tmp_path / "off.zarr").kinds
     run = _recorded(
         tmp_path / "only.zarr", model, adam(model), 1, options={"record": ["probed_gradient"]}

@@ -206,7 +206,8 @@ def test_a_resumed_recording_goes_on_where_training_does(tmp_path):
     resumed, expected = dy.open_run(store), dy.open_run(whole)
     assert resumed.steps.tolist() == expected.steps.tolist() == [0, 2, 4, 6, 8, 10, 12]
     events = [(event.kind, event.step, dict(event.attrs)) for event in resumed.events]
-    assert events == [("resume", 6, {"dropped_records": 1})]  # the merge was undone with step 9
+    dropped = {"dropped_records": 1, "last_step": 8}
+    assert events == [("resume", 6, dropped)]  # the merge was undone with step 9
 
 
 def test_an_existing_recording_is_not_overwritten(tmp_path):

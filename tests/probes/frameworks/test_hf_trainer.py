@@ -1,5 +1,7 @@
 """The recorder inside a real Hugging Face Trainer."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,8 @@ from transformers import (
 
 import dynamics as dy
 from probes.frameworks.hf_trainer import RecorderCallback
-from tests.probes.adapted import adapted_model, frozen_matrices
+from tests.probes import stacks
+from tests.probes.adapted import adapted_model, frozen_matrices, relative_error
 from tests.probes.frameworks.trainer import trained_by_trainer
 
 CONFIG = LlamaConfig(
@@ -114,6 +117,75 @@ def test_the_recorded_gradient_is_the_clipped_one(tmp_path):
     run = dy.open_run(tmp_path / "run.zarr")
     squared = sum((run.read(name, 2, "gradient").values ** 2).sum() for name in run.matrices)
     assert 0 < squared <= 1e-6 * (1 + 1e-4)
+
+
+class _Uneven(Tokens):
+    """Sequences in which ever fewer labels count."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        labels = item["labels"].clone()
+        labels[: index % 7] = -100
+        return {**item, "labels": labels}
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_all_micro_batches(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(CONFIG)
+    reference = copy.deepcopy(model).double()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.0,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+    )
+    callback = RecorderCallback(tmp_path / "run.zarr", every=1)
+    Trainer(model, arguments, train_dataset=_Uneven(), callbacks=[callback]).train()
+
+    rows = [_Uneven()[index] for index in range(4)]
+    ids, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    scores = reference(input_ids=ids).logits[:, :-1]
+    torch.nn.functional.cross_entropy(scores.flatten(0, 1), labels[:, 1:].flatten()).backward()
+    run = dy.open_run(tmp_path / "run.zarr")
+    for name in run.matrices:
+        found = run.read(name, 1, "gradient").values
+        assert relative_error(found, reference.get_parameter(name).grad) < 2e-6
+
+
+class _Overflow(TrainerCallback):
+    """Spoils the gradients of the second step; the scaler looks for Inf when it unscales them."""
+
+    def __init__(self):
+        self.handle = None
+
+    def on_step_begin(self, args, state, control, *, model, **kwargs):
+        if state.global_step == 1:
+            weight = model.up_proj.weight
+            self.handle = weight.register_hook(lambda gradient: gradient * float("inf"))
+        elif self.handle is not None:
+            self.handle.remove()
+
+
+def test_a_step_that_the_scaler_skipped_counts_as_the_trainer_counts_it(tmp_path):
+    callback = RecorderCallback(tmp_path / "run.zarr", every=1)
+    case = stacks.Case("float16")
+    stacks.trainer(case, None, tmp_path, callbacks=[_Overflow(), callback], logging_steps=1)
+    run = dy.open_run(tmp_path / "run.zarr")
+    assert run.steps.tolist() == [0, 1, 2, 3]
+    assert [(event.kind, event.step) for event in run.events] == [("skipped_step", 2)]
+    assert np.isfinite(run.scalars["loss"][1:]).all()
+    for name in run.matrices:
+        weights = [run.read(name, step, "weight").values for step in run.steps]
+        np.testing.assert_array_equal(weights[1], weights[2])
+        assert (weights[2] != weights[3]).any()
+        assert run.read(name, 2, "gradient") is None
+        assert np.isfinite(run.read(name, 3, "gradient").values).all()
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -1,0 +1,26 @@
+"""The recording: one Zarr v3 store per run, appended record by record, read at any time.
+
+Only the files of this package spell its paths; `paths` describes the layout.
+"""
+
+from dynamics.layout.compression import COMPRESSIONS, Compression
+from dynamics.layout.paths import ADAPTER, GRADIENT, WEIGHT, factor_path, matrix_path
+from dynamics.layout.reader import Recording
+from dynamics.layout.stores import StoreLike
+from dynamics.layout.verification import Verification, verify
+from dynamics.layout.writer import RecordingWriter
+
+__all__ = [
+    "ADAPTER",
+    "COMPRESSIONS",
+    "GRADIENT",
+    "WEIGHT",
+    "Compression",
+    "Recording",
+    "RecordingWriter",
+    "StoreLike",
+    "Verification",
+    "factor_path",
+    "matrix_path",
+    "verify",
+]

@@ -1,0 +1,119 @@
+"""The recording's layout: what its paths, dimensions and numbers are called.
+
+    run.zarr/               attrs: format, format_version, definitions, configuration, versions
+      step      (step,)     int64, optimizer steps done
+      tokens    (step,)     int64, tokens seen, -1 where unknown
+      checksum  (step,)     int64, CRC-32 of the record's numbers, -1 where none was made
+      scalars/<name>        (step,) float64, NaN where nothing was logged
+      weight/<parameter>    (step, out, in), one chunk per record, attrs: source_dtype
+      gradient/<parameter>  the same
+      adapter/<parameter>/  A (step, r, in), B (step, out, r), attrs: scaling, transposed
+      events/               step, kind, attrs (JSON) along `event`
+      writer                an empty group while somebody writes, attrs: host, pid, since
+
+**Missing.** An array that got no matrix in a record has no chunk there, and reads as NaN.
+
+bfloat16 and float8 have no Zarr data type that every reader knows; they are stored as float32,
+which holds them exactly, and `source_dtype` says what they were.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from math import prod
+
+import numpy as np
+import zarr
+
+from dynamics.errors import FormatError
+
+WEIGHT, GRADIENT, ADAPTER = "weight", "gradient", "adapter"
+STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
+SCALARS, EVENTS = "scalars", "events"
+ROOT, WRITER = "zarr.json", "writer/zarr.json"
+EVENT_COLUMNS = ("step", "kind", "attrs")
+SERIES_CHUNK = 1024
+NO_TOKENS = NO_CHECKSUM = -1
+# More than any recording has: what damaged metadata may ask memory for at most.
+MOST_RECORDS, _LARGEST_MATRIX = 2**20, 2**36
+
+
+def matrix_path(group: str, parameter: str) -> str:
+    """Path of a parameter's matrices: "weight/<parameter>" or "gradient/<parameter>"."""
+    return f"{group}/{parameter}"
+
+
+def factor_path(parameter: str, factor: str) -> str:
+    """Path of a LoRA factor, "A" or "B"."""
+    return f"{ADAPTER}/{parameter}/{factor}"
+
+
+def scalar_path(name: str) -> str:
+    """Path of what was logged under a name."""
+    return f"{SCALARS}/{name}"
+
+
+def event_path(column: str) -> str:
+    """Path of a column of the events."""
+    return f"{EVENTS}/{column}"
+
+
+def is_matrix(path: str) -> bool:
+    """Whether an array has a matrix per record, and one chunk for each."""
+    return path.split("/")[0] in (WEIGHT, GRADIENT, ADAPTER)
+
+
+def is_event(path: str) -> bool:
+    """Whether an array goes along the events instead of the records."""
+    return path.startswith(f"{EVENTS}/")
+
+
+def dimension_names(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Names of an array's dimensions; `shape` without the first of them."""
+    if is_event(path):
+        return ("event",)
+    if not shape:
+        return (STEP,)
+    rows, cols = shape
+    if path.startswith(f"{ADAPTER}/"):
+        return (
+            (STEP, f"rank_{rows}", f"in_{cols}")
+            if path.endswith("/A")
+            else (STEP, f"out_{rows}", f"rank_{cols}")
+        )
+    return STEP, f"out_{rows}", f"in_{cols}"
+
+
+def check_shape(what: str, path: str, shape: tuple[int, ...]) -> None:
+    """Refuse shapes that no recording has, before memory is asked for."""
+    wanted = 3 if is_matrix(path) else 1
+    if len(shape) != wanted or shape[0] > MOST_RECORDS or prod(shape[1:]) > _LARGEST_MATRIX:
+        raise FormatError(f"{what} has the absurd shape {shape}; its metadata are damaged.")
+
+
+def chunk_key(array: zarr.Array, index: int) -> str:
+    """Key of the chunk of record `index`, below the array's path."""
+    return array.metadata.encode_chunk_key((index, *(0 for _ in array.shape[1:])))
+
+
+def record_checksum(
+    step: int,
+    tokens: int,
+    scalars: Mapping[str, float],
+    matrices: Iterable[tuple[str, np.ndarray]],
+) -> int:
+    """CRC-32 of a record's exact numbers: its series first, then its matrices.
+
+    Args:
+        step: of the record.
+        tokens: seen so far, -1 where unknown.
+        scalars: name -> value; NaN counts as nothing, which is what it reads as.
+        matrices: (path, numbers), sorted by path.
+    """
+    logged = {name: value.hex() for name, value in sorted(scalars.items()) if value == value}
+    crc = zlib.crc32(json.dumps([step, tokens, logged]).encode())
+    for path, values in matrices:
+        numbers = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+        crc = zlib.crc32(f"{path} {numbers.dtype.str} {numbers.shape}".encode(), crc)
+        crc = zlib.crc32(numbers.data, crc)
+    return crc
