@@ -7,7 +7,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from dynamics.errors import DynamicsError
 
-# name -> (the levels it has, the level taken here); the measurements are in docs/recording.md.
+# name -> (the levels it has, the level taken here)
 COMPRESSIONS: dict[str, tuple[range, int]] = {
     "blosc": (range(10), 1),
     "zstd": (range(-7, 23), 1),
