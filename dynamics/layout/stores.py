@@ -87,6 +87,8 @@ def is_occupied(store: Store) -> bool:
 
 def keys_of(store: Store) -> list[str]:
     """Every key of the store."""
+    if isinstance(store, FsspecStore):
+        store.fs.invalidate_cache()  # listings of an earlier look
 
     async def listed() -> list[str]:
         return [key async for key in store.list_prefix("")]

@@ -358,8 +358,8 @@ def test_a_logged_scalar_never_takes_the_place_of_a_result():
 
 
 def test_a_recording_of_an_unknown_version_is_refused(tmp_path):
-    RecordingWriter(tmp_path / "run.zarr", {"format_version": 2})
-    with pytest.raises(FormatError, match="recording of version 2; this release reads 1"):
+    RecordingWriter(tmp_path / "run.zarr", {"format_version": 9})
+    with pytest.raises(FormatError, match="recording of version 9; this release reads"):
         dy.open_run(tmp_path / "run.zarr")
 
 

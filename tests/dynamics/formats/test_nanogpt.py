@@ -89,7 +89,7 @@ def test_the_parameters_are_read_and_a_tied_embedding_once(tmp_path, compiled):
     expected = save_nanogpt(tmp_path / "ckpt.pt", 250, compiled)
     assert "lm_head.weight" not in expected
     for path in (tmp_path, tmp_path / "ckpt.pt"):
-        run = dy.open_run(path)
+        run = dy.open_run(path, split_fused=False)
         assert (run.format, run.steps.tolist()) == ("nanogpt", [250])
         assert_bits(run, 250, expected)
 
@@ -97,7 +97,7 @@ def test_the_parameters_are_read_and_a_tied_embedding_once(tmp_path, compiled):
 def test_files_of_any_name_are_at_their_iteration(several):
     directory, expected = several
     (directory / "meta.pkl").write_bytes(b"")
-    run = dy.open_run(directory)
+    run = dy.open_run(directory, split_fused=False)
     assert (run.format, run.steps.tolist()) == ("nanogpt", [200, 600, 1000])
     for step, parameters in expected.items():
         assert_bits(run, step, parameters)
@@ -155,7 +155,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
     expected = save_nanogpt(file, 250)
     saved = torch.load(file)
     torch.save({**saved, "config": {"dtype": Touch(marker), "seed": 1}}, file)
-    run = dy.open_run(tmp_path)
+    run = dy.open_run(tmp_path, split_fused=False)
     assert_bits(run, 250, expected)
     assert run.attrs["training"] == {"seed": 1}
     assert not marker.exists()

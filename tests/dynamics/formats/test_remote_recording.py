@@ -19,7 +19,8 @@ def record(step):
 @pytest.fixture(params=["url", "store"])
 def place(request, s3):
     """(what a writer is given, its URL)."""
-    url = f"s3://bucket/{request.node.name}/run.zarr"
+    # Brackets, as parametrised names have them, are patterns to fsspec's deletion.
+    url = f"s3://bucket/{request.node.originalname}-{request.param}/run.zarr"
     return (url if request.param == "url" else FsspecStore.from_url(url)), url
 
 
