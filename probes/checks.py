@@ -62,8 +62,9 @@ def weights_before_merge(model: nn.Module) -> list[WeightBeforeMerge]:
     for tracked in tracked_parameters(model):
         factors = tracked.factors()
         if factors is not None:
-            on_cpu = factors._replace(a=factors.a.cpu(), b=factors.b.cpu())
-            kept.append(WeightBeforeMerge(tracked, tracked.effective_weight().cpu(), on_cpu))
+            a, b = (each.to("cpu", copy=True) for each in (factors.a, factors.b))
+            weight = tracked.effective_weight().cpu()  # a new tensor, of W and the adapter
+            kept.append(WeightBeforeMerge(tracked, weight, factors._replace(a=a, b=b)))
     return kept
 
 

@@ -33,16 +33,19 @@ class Tracked:
 
     @torch.no_grad()
     def effective_weight(self) -> torch.Tensor:
-        """A copy of the weight that the model computes with, as merging it would store it."""
-        weight = self.parameter.detach().clone()
+        """The weight that the model computes with, as merging would store it.
+
+        The parameter itself where there is no adapter: training goes on to change it.
+        """
+        weight = self.parameter.detach()
         adapter = _active_adapter(self.name, self.lora_layer)
-        if adapter is not None:
-            weight += self.lora_layer.get_delta_weight(adapter)
-        return weight
+        if adapter is None:
+            return weight
+        return weight.clone().add_(self.lora_layer.get_delta_weight(adapter))
 
     @torch.no_grad()
     def factors(self) -> Factors | None:
-        """Copies of the active adapter's factors, None where there is none."""
+        """The active adapter's factors as they train, None where there is no adapter."""
         adapter = _active_adapter(self.name, self.lora_layer)
         if adapter is None:
             return None
@@ -50,9 +53,9 @@ class Tracked:
         scaling = float(layer.scaling[adapter])
         if adapter in layer.lora_A:
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            return Factors(a.detach().clone(), b.detach().clone(), scaling, layer.fan_in_fan_out)
+            return Factors(a.detach(), b.detach(), scaling, layer.fan_in_fan_out)
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-        return Factors(a.detach().clone(), b.detach().clone(), scaling, True)
+        return Factors(a.detach(), b.detach(), scaling, True)
 
 
 def tracked_parameters(model: nn.Module, select: Selection = None) -> list[Tracked]:

@@ -25,8 +25,8 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: torch.Tensor, *, keep: bool = True, copy: bool = True) -> torch.Tensor | None:
-    """All values of a tensor, on the CPU; None where they are not kept.
+def whole(tensor: torch.Tensor, *, keep: bool = True) -> torch.Tensor | None:
+    """All values of a tensor, on its device, not copied if they are there; None if not kept.
 
     A sharded one is gathered: every process must come here, for the same tensors in the same
     order, and at most one whole tensor exists at a time beside what is kept.
@@ -34,16 +34,13 @@ def whole(tensor: torch.Tensor, *, keep: bool = True, copy: bool = True) -> torc
     Args:
         tensor: any tensor; a sparse one becomes dense.
         keep: whether this process wants the values.
-        copy: whether training may change the tensor later, so that its memory cannot be shared.
     """
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     if not keep:
         return None
-    if tensor.is_sparse:
-        tensor = tensor.to_dense()
-    return tensor.to("cpu", copy=copy)
+    return tensor.to_dense() if tensor.is_sparse else tensor
 
 
 def means_over_ranks(

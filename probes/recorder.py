@@ -28,6 +28,7 @@ from probes.gathering import is_sharded, meet, refuse_unreadable, whole
 from probes.provenance import model_config, package_versions
 from probes.schedule import Schedule
 from probes.schedule import every as every_n
+from probes.snapshots import Snapshots
 from probes.step_gradients import GRADIENT_BEFORE_CLIPPING, PROBED_GRADIENT, StepGradients
 from probes.steps import OptimizerSteps, unwrapped
 from probes.writer import (
@@ -143,6 +144,7 @@ class Recorder:
         self._due: Schedule = every if callable(every) else every_n(every)
         self._record = frozenset(record)
         self._writes = _is_rank_0() if write is None else write
+        self._snapshots = Snapshots()
         self._gradients = StepGradients(
             model,
             self._tracked,
@@ -151,6 +153,7 @@ class Recorder:
             process_group=process_group,
             grad_scaler=grad_scaler or next((each for each in scalers if each), None),
             keep=self._writes,
+            snapshots=self._snapshots,
         )
         self._resume_at = resume_at
         self._store = store
@@ -290,15 +293,15 @@ class Recorder:
         for name, (gradient, attrs) in self._gradients.taken().items():
             record.add(matrix_path(GRADIENT, name), gradient, attrs)
         for path, tensor, attrs in self._matrices():
-            # Copies already, of this moment: what is on the CPU need not be copied again.
-            values = whole(tensor, keep=self._writes, copy=False)
+            values = whole(tensor, keep=self._writes)
             if values is not None:
-                record.add(path, values, attrs)
+                record.add(path, self._snapshots.copy(values), attrs)
+        record.copied = self._snapshots.mark()
         if self._writes and keep:
             self._pending = record
 
     def _matrices(self) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-        """What this process must read for a record: (path, copy, attributes)."""
+        """What this process must read for a record: (path, tensor, attributes)."""
         for each in self._tracked:
             if not (self._writes or is_sharded(each.parameter)):
                 continue
@@ -329,6 +332,7 @@ class Recorder:
             if path not in self._warned_of:  # once for each array, when it happens
                 self._warned_of.add(path)
                 warnings.warn(f"Step {record.step}: {defect}.", FailedCheckWarning, stacklevel=2)
+        self._snapshots.release(record.tensors)
 
     def _submit(self, job: Any) -> None:
         if self._steps is None:

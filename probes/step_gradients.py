@@ -11,6 +11,7 @@ from dynamics.layout import GRADIENT
 from probes.effective import Tracked
 from probes.gathering import data_parallel_group, is_sharded, needed_ranks, whole
 from probes.probed_gradients import DEFINITION, ProbedGradients, frozen_weights
+from probes.snapshots import Snapshots
 from probes.unclipped_gradients import BEFORE_CLIPPING, UnclippedGradients
 
 PROBED_GRADIENT = "probed_gradient"
@@ -37,6 +38,7 @@ class StepGradients:
         process_group: the user's word, see `data_parallel_group`.
         grad_scaler: what scales the loss, or None.
         keep: whether this process writes; the others help to gather and to average.
+        snapshots: takes the copies.
 
     Attributes:
         definition: what the recorded gradients are, in one sentence each.
@@ -53,6 +55,7 @@ class StepGradients:
         process_group: Any,
         grad_scaler: Any,
         keep: bool,
+        snapshots: Snapshots,
     ):
         self._model = model
         self._tracked = tracked
@@ -60,6 +63,7 @@ class StepGradients:
         self._consumed = GRADIENT in record
         self._grad_scaler = grad_scaler
         self._keep = keep
+        self._snapshots = snapshots
         self._found: Gradients = {}
         self._probed: ProbedGradients | None = None
         self._unclipped: UnclippedGradients | None = None
@@ -103,8 +107,10 @@ class StepGradients:
                 if each.parameter.grad is not None:
                     gradient = whole(each.parameter.grad, keep=self._keep)
                     if gradient is not None:
-                        gradient = gradient if scale is None else gradient / float(scale)
-                        self._found[each.name] = (gradient, {})
+                        if scale is not None:
+                            gradient = gradient / scale.to(gradient.device)
+                        kept = self._snapshots.copy(gradient, owned=scale is not None)
+                        self._found[each.name] = (kept, {})
         if self._unclipped is not None:
             unclipped = self._unclipped.take(stepped, self._loss_scale(optimizer))
             self._add(unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
@@ -116,9 +122,9 @@ class StepGradients:
 
     def _add(self, gradients: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
         for name, gradient in gradients.items():
-            kept = whole(gradient, keep=self._keep, copy=False)
-            if kept is not None:
-                self._found[name] = (kept, attrs)
+            found = whole(gradient, keep=self._keep)
+            if found is not None:
+                self._found[name] = (self._snapshots.copy(found, owned=True), attrs)
 
     def taken(self) -> Gradients:
         """Name -> (gradient, attributes of its array) of the step just done; forgets them."""

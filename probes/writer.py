@@ -131,11 +131,18 @@ def dtype_to_store(name: str | None) -> torch.dtype | None:
 
 
 class Record:
-    """Copies of one record's tensors on the CPU, until the writer has them."""
+    """Copies of one record's tensors on the CPU, until the writer has them.
+
+    Attributes:
+        step: optimizer steps done.
+        logged: name -> value of its scalars.
+        copied: the events of a GPU after which the copies are there.
+    """
 
     def __init__(self, step: int, logged: dict[str, Any]):
         self.step = step
         self.logged = logged
+        self.copied: list[torch.cuda.Event] = []
         self._tensors: dict[str, torch.Tensor] = {}
         self._attrs: dict[str, dict[str, Any]] = {}
 
@@ -143,6 +150,11 @@ class Record:
         """Keep a tensor for an array of the recording; `extra` are further attributes of it."""
         self._tensors[path] = tensor
         self._attrs[path] = dict(extra or {})
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The copies."""
+        return list(self._tensors.values())
 
     def write(
         self, recording: RecordingWriter, stored_as: torch.dtype | None = None
@@ -154,6 +166,8 @@ class Record:
             stored_as: weights and gradients of more precision are rounded to it. Factors never
                 are: they are small, and the base weight is computed from them.
         """
+        for event in self.copied:
+            event.synchronize()
         matrices, stored = {}, {}
         for path, tensor in self._tensors.items():
             matrices[path] = stored[path] = _as_numpy(tensor)
