@@ -210,6 +210,15 @@ class Recorder:
                 raise
         self._writer = BackgroundWriter(self._recording, self._queue_size, self._when_full)
 
+    def flush(self) -> None:
+        """Wait until all that was recorded is written; raises what the writer met.
+
+        Nothing more can be logged about the step just done.
+        """
+        self._finish_record(wait=True)
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         """Remove the hooks and finish writing; raises what the writer met. Twice is once."""
         if self._steps is None:

@@ -67,6 +67,15 @@ class BackgroundWriter:
         self._jobs.put((job, True))
         return True
 
+    def flush(self) -> None:
+        """Wait until what is queued is done; raises what went wrong, if anything."""
+        done = threading.Event()
+        self._jobs.put((done.set, False))
+        # After an error, what is queued is thrown away.
+        while not done.wait(0.1) and self._error is None:
+            pass
+        self._raise()
+
     def close(self) -> None:
         """Finish what is queued, end the thread and raise what went wrong, if anything."""
         if self._thread.is_alive():

@@ -63,8 +63,8 @@ class RecordingWriter:
         self._groups: set[str] = set()
         self._series: dict[str, list[Any]] = {}
         self._behind: set[tuple[str, int]] = set()  # chunks that no commit shows (any more)
-        # One at a time leaves a disk's processor to the training; object stores answer late.
-        self._at_once = 1 if isinstance(self._store, LocalStore) else 8
+        # One is compressed while another is written; object stores answer late.
+        self._at_once = 2 if isinstance(self._store, LocalStore) else 8
         self._found(store, resume)
         self._lock = WriterLock(self._store, take_over=take_over)
         try:
@@ -259,7 +259,8 @@ class RecordingWriter:
 
         async def write(path: str, values: np.ndarray) -> None:
             async with turn:
-                await self._arrays[path].async_array.setitem(index, values)
+                # As a block of one record it is the chunk itself, and is not copied into one.
+                await self._arrays[path].async_array.setitem(slice(index, index + 1), values[None])
 
         writes = (write(path, values) for path, values in matrices.items())
         # All of them end before this does: none may write a chunk after its failure was told.

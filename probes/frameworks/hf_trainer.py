@@ -63,6 +63,8 @@ class RecorderCallback(TrainerCallback):
         """Count a step that the gradient scaler skipped, as the Trainer has done."""
         if self.recorder is not None and state.global_step > self.recorder.step:
             self.recorder.skip_step()
+        if not control.should_log and not control.should_evaluate:
+            self._write_before_saving(control)
 
     def on_log(
         self,
@@ -77,6 +79,14 @@ class RecorderCallback(TrainerCallback):
             known = {name: logs[name] for name in _SCALARS if name in logs}
             tokens = state.num_input_tokens_seen or None
             self.recorder.log(tokens=tokens, at=state.global_step, **known)
+        if not control.should_evaluate:
+            self._write_before_saving(control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """The evaluation's loss was the last that is logged about this step."""
+        self._write_before_saving(control)
 
     def event(self, kind: str, step: int, attrs: dict[str, Any]) -> None:
         """Note an event of the training, e.g. a merge after optimizer step `step`."""
@@ -88,6 +98,12 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Finish the recording."""
         self.close()
+
+    def _write_before_saving(self, control: TrainerControl) -> None:
+        # No checkpoint may be ahead of the recording: a run that is killed and resumed from it
+        # does not repeat the steps before it.
+        if self.recorder is not None and control.should_save:
+            self.recorder.flush()
 
     def close(self) -> None:
         """Finish the recording and leave the model as it was found. Twice is once."""

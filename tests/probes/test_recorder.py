@@ -211,6 +211,15 @@ def test_a_resumed_recording_goes_on_where_training_does(tmp_path):
     assert events == [("resume", 6, dropped)]  # the merge was undone with step 9
 
 
+def test_after_a_flush_a_reader_sees_all_that_was_recorded(tmp_path):
+    model, optimizer = build()
+    with Recorder(model, optimizer, tmp_path / "run.zarr", every=1) as recorder:
+        for done in range(1, 4):
+            train(model, optimizer, 1)
+            recorder.flush()
+            assert dy.open_run(tmp_path / "run.zarr").steps.tolist() == list(range(done + 1))
+
+
 def test_an_existing_recording_is_not_overwritten(tmp_path):
     model, optimizer = build()
     with Recorder(model, optimizer, tmp_path / "run.zarr", every=1):
