@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dynamics.run import Run
     from dynamics.schema import Status
     from dynamics.spectra import Spectrum, singular_values, spectrum
+    from dynamics.statistics import mean_interval
     from dynamics.storage import load, save
     from dynamics.subspaces import run_alignment, subspace_overlaps
 
@@ -40,6 +41,7 @@ _HOMES = {
     "dynamics.run": ("Run",),
     "dynamics.schema": ("Status",),
     "dynamics.spectra": ("Spectrum", "singular_values", "spectrum"),
+    "dynamics.statistics": ("mean_interval",),
     "dynamics.storage": ("load", "save"),
     "dynamics.subspaces": ("run_alignment", "subspace_overlaps"),
 }
@@ -58,6 +60,7 @@ __all__ = [
     "difference",
     "gradient_expressibility",
     "load",
+    "mean_interval",
     "open_run",
     "plot_comparison",
     "plot_heatmap",

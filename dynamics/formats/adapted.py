@@ -15,6 +15,8 @@ import numpy as np
 from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.formats.adapters import Adapter, joined
+from dynamics.formats.evaluations import with_evaluations
+from dynamics.formats.files import root_of
 from dynamics.formats.tensors import Tensor
 from dynamics.origins import ABSENT
 from dynamics.run import Dense, Matrix, Run, matrices_of
@@ -127,6 +129,7 @@ class AdaptedRun(Run):
                 series[position] = value
             if checkpoint.base is None:
                 self.absent_kinds = dict.fromkeys((schema.WEIGHT, schema.BASE), checkpoint.no_base)
+        self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
         self.stored_kinds = tuple(
             kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
         )
@@ -149,7 +152,7 @@ class AdaptedRun(Run):
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """What the checkpoints' logs say, along the steps."""
+        """What the checkpoints' logs and evaluation.jsonl say, along the steps."""
         return self._scalars
 
     def merges_between(self, name: str, before: int, now: int) -> int:

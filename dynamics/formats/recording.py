@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dynamics import schema
+from dynamics.formats.evaluations import with_evaluations
 from dynamics.layout import (
     ADAPTER,
     GRADIENT,
@@ -38,6 +39,7 @@ class RecordingRun(Run):
 
     def __init__(self, path: StoreLike):
         self.path = str(path)
+        self._folder = path.parent if isinstance(path, Path) else None
         self._recording = Recording(path)
         self.steps = self._recording.steps
         self.attrs: Mapping[str, Any] = self._recording.attrs
@@ -132,5 +134,8 @@ class RecordingRun(Run):
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """What was logged, along the steps."""
-        return self._recording.scalars
+        """What was logged, and what evaluation.jsonl in the same folder says, along the steps."""
+        logged = self._recording.scalars
+        if self._folder is None:
+            return logged
+        return with_evaluations(logged, self._folder, self._folder, self.steps)

@@ -15,6 +15,7 @@ import numpy as np
 from dynamics import names, schema
 from dynamics.architecture import tied_aliases
 from dynamics.errors import FormatError
+from dynamics.formats.evaluations import with_evaluations
 from dynamics.formats.files import root_of
 from dynamics.formats.tensors import Tensor
 from dynamics.run import Dense, Run, matrices_of
@@ -89,6 +90,7 @@ class WeightsRun(Run):
             for name, value in scalars.items():
                 series = self._scalars.setdefault(name, np.full(len(found), np.nan))
                 series[position] = value
+        self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
         self.matrices = matrices_of(shapes)
         if not self.matrices:
             raise FormatError(next(iter(self.problems.values()), f"{path} holds no matrices."))
@@ -111,7 +113,7 @@ class WeightsRun(Run):
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """What the checkpoints' logs say, along the steps."""
+        """What the checkpoints' logs and evaluation.jsonl say, along the steps."""
         return self._scalars
 
 
