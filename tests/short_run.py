@@ -24,6 +24,8 @@ def short_config(**changes) -> TrainConfig:
         reset_every=6,
         lora_rank=2,
         lora_alpha=4.0,
+        log_every=3,
+        evaluate_every=6,
         record_every=3,
         save_every=6,
     )

@@ -30,6 +30,7 @@ LAYERS = [
         "dynamics.subspaces",
         "dynamics.expressibility",
         "dynamics.comparison",
+        "dynamics.statistics",
         "dynamics.storage",
         "dynamics.following",
         "dynamics.plots",
@@ -38,7 +39,14 @@ LAYERS = [
     {"dynamics.cli_values", "dynamics.cli_following"},
     {"dynamics.cli"},
     {"dynamics"},  # re-exports
-    {"probes.schedule", "probes.effective", "probes.provenance", "probes.steps", "probes.writer"},
+    {
+        "probes.schedule",
+        "probes.effective",
+        "probes.provenance",
+        "probes.snapshots",
+        "probes.steps",
+        "probes.writer",
+    },
     {"probes.checks", "probes.gathering"},
     {"probes.probed_gradients", "probes.unclipped_gradients"},
     {"probes.step_gradients"},

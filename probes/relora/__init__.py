@@ -7,30 +7,37 @@ from dynamics.errors import require_extra
 
 try:
     from probes.relora.base_checkpoint import load_base, save_base
-    from probes.relora.config import TrainConfig, micro
+    from probes.relora.config import TrainConfig
     from probes.relora.data import (
         TextData,
-        TokenBlocks,
         folder_text,
         prepare_data,
         standard_library_text,
         train_tokenizer,
     )
-    from probes.relora.model import add_adapters, build_model
-    from probes.relora.restart import ReLoRACallback, merge_and_reset, reset_optimizer
+    from probes.relora.model import add_adapters, build_model, parameter_counts
+    from probes.relora.optimizer_reset import reset_optimizer
+    from probes.relora.presets import PRESETS, as_published, micro, small, tiny
+    from probes.relora.restart import ReLoRACallback, merge_and_reset
+    from probes.relora.run_directory import newest_checkpoint
     from probes.relora.schedule import jagged_cosine, linear_warmup_decay
-    from probes.relora.train import newest_checkpoint, train
+    from probes.relora.sequences import TokenBlocks, TokenStream
+    from probes.relora.token_datasets import open_tokens
+    from probes.relora.train import train
 except ModuleNotFoundError as error:
     if error.name not in ("accelerate", "peft", "tokenizers", "transformers"):
         raise
     raise require_extra("relora", error) from error
 
 __all__ = [
+    "PRESETS",
     "ReLoRACallback",
     "TextData",
     "TokenBlocks",
+    "TokenStream",
     "TrainConfig",
     "add_adapters",
+    "as_published",
     "build_model",
     "folder_text",
     "jagged_cosine",
@@ -39,10 +46,14 @@ __all__ = [
     "merge_and_reset",
     "micro",
     "newest_checkpoint",
+    "open_tokens",
+    "parameter_counts",
     "prepare_data",
     "reset_optimizer",
     "save_base",
+    "small",
     "standard_library_text",
+    "tiny",
     "train",
     "train_tokenizer",
 ]

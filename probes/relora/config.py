@@ -4,9 +4,29 @@ from dataclasses import dataclass
 
 from dynamics.errors import DynamicsError
 
-METHODS = ("full_rank", "relora")
+METHODS = ("full_rank", "relora", "lora")
+PRECISIONS = ("float32", "bfloat16")
+ADAPTER_STARTS = ("kaiming", "zero")
 RESET_MODES = ("drop", "zero", "random_prune", "magnitude_prune")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# Fields that mean nothing to a method: the twins of a sweep do not repeat a run for them.
+RESTART_FIELDS = (
+    "reset_every",
+    "restart_warmup_steps",
+    "optimizer_reset",
+    "prune_ratio",
+    "shared_prune_mask",
+    "merge_with_scaling",
+)
+ADAPTER_FIELDS = (
+    "min_lr_ratio",
+    "adapter_start",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +34,12 @@ class TrainConfig:
     """Everything that decides a run, so that equal configs and data give equal weights.
 
     Two runs whose configs differ only in `method` are twins: they start from the same function
-    and see the same batches in the same order. Variations come from `dataclasses.replace`.
+    and see the same batches in the same order. Variations come from `dataclasses.replace`, the
+    sizes of the reference experiment from `probes.relora.presets`.
 
     Attributes:
-        method: "full_rank", or "relora" (Lialin et al. 2023, arXiv 2307.05695).
+        method: "full_rank", "relora" (Lialin et al. 2023, arXiv 2307.05695), or "lora": the same
+            adapters, never merged.
         seed: of the weights, the adapters, the order of the data and the dropout.
         hidden_size: d_model.
         intermediate_size: width of the SwiGLU.
@@ -26,25 +48,37 @@ class TrainConfig:
         num_kv_heads: key and value heads; several query heads share one.
         vocab_size: rows of the embedding.
         sequence_length: tokens per sequence.
+        dataset: what it trains on where no text is given: a Hugging Face dataset by name, or a
+            file or folder of tokens (see `open_tokens`); None is the built-in corpus.
+        tokenizer: a tokenizer by name, or its tokenizer.json, that made a dataset's tokens; None
+            where it is trained on the text, or not at hand.
+        validation_sequences: held out for the validation loss: the first of a dataset, or at most
+            5 % of a text.
         max_steps: optimizer steps.
         batch_size: sequences per forward pass, on all devices together.
         gradient_accumulation_steps: forward passes per optimizer step.
+        precision: "float32", or "bfloat16": autocast, with parameters and moments in float32.
         learning_rate: peak; the schedule multiplies it.
         weight_decay: AdamW's, on all trainable parameters.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         warmup_steps: of the first linear warm-up.
         restart_warmup_steps: of the linear ramp after each merge (relora).
-        min_lr_ratio: where the jagged cosine ends (relora); the full-rank decay ends at 0.
+        min_lr_ratio: where the cosine ends (relora, lora); the full-rank decay ends at 0.
         reset_every: optimizer steps between merges (relora).
         optimizer_reset: what a merge does to the adapters' optimizer state (relora),
             see `reset_optimizer`.
         prune_ratio: share of the moments that the pruning resets empty (relora).
+        shared_prune_mask: whether both moments lose the same entries (relora).
+        merge_with_scaling: merge s·B·A, what the forward pass adds, and not B·A (relora).
+        adapter_start: "kaiming" is A drawn and B zero; "zero" is both zero until the first merge.
         lora_rank: r.
         lora_alpha: scaling s = lora_alpha / lora_rank.
         lora_dropout: on the input of the adapters.
         target_modules: the linear layers that are frozen and adapted.
-        record_every: optimizer steps between records of the recorder, and between logged losses.
-        save_every: optimizer steps between checkpoints.
+        log_every: optimizer steps between logged losses, each a mean over these steps.
+        evaluate_every: optimizer steps between validation losses.
+        record_every: optimizer steps between records of the recorder.
+        save_every: optimizer steps between checkpoints; the last step is saved too.
     """
 
     method: str
@@ -56,9 +90,13 @@ class TrainConfig:
     num_kv_heads: int
     vocab_size: int
     sequence_length: int
+    dataset: str | None = None
+    tokenizer: str | None = None
+    validation_sequences: int = 256
     max_steps: int
     batch_size: int
     gradient_accumulation_steps: int
+    precision: str = "float32"
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
@@ -68,10 +106,15 @@ class TrainConfig:
     reset_every: int
     optimizer_reset: str = "drop"
     prune_ratio: float = 0.99
+    shared_prune_mask: bool = True
+    merge_with_scaling: bool = True
+    adapter_start: str = "kaiming"
     lora_rank: int
     lora_alpha: float
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] = TARGET_MODULES
+    log_every: int
+    evaluate_every: int
     record_every: int
     save_every: int
 
@@ -95,19 +138,28 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "reset_every",
             "lora_rank",
+            "log_every",
+            "evaluate_every",
             "record_every",
             "save_every",
         ):
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("weight_decay", "warmup_steps", "restart_warmup_steps"):
+        for name in (
+            "weight_decay",
+            "max_grad_norm",
+            "validation_sequences",
+            "warmup_steps",
+            "restart_warmup_steps",
+        ):
             self._require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
+        for name in ("learning_rate", "lora_alpha"):
             self._require(getattr(self, name) > 0, name, "greater than 0")
-        self._require(
-            self.optimizer_reset in RESET_MODES,
-            "optimizer_reset",
-            f"one of {', '.join(RESET_MODES)}",
-        )
+        for name, words in (
+            ("precision", PRECISIONS),
+            ("optimizer_reset", RESET_MODES),
+            ("adapter_start", ADAPTER_STARTS),
+        ):
+            self._require(getattr(self, name) in words, name, f"one of {', '.join(words)}")
         self._require(0 <= self.prune_ratio <= 1, "prune_ratio", "between 0 and 1")
         self._require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "between 0 and 1")
         self._require(0 <= self.lora_dropout < 1, "lora_dropout", "at least 0 and below 1")
@@ -129,17 +181,18 @@ class TrainConfig:
             "warmup_steps",
             f"at most max_steps = {self.max_steps}",
         )
-        # A merge inside a ramp would cut it off and the learning rate would never get back up.
-        self._require(
-            self.warmup_steps <= self.reset_every,
-            "warmup_steps",
-            f"at most reset_every = {self.reset_every}, so that it ends before the first merge",
-        )
-        self._require(
-            self.restart_warmup_steps < self.reset_every,
-            "restart_warmup_steps",
-            f"below reset_every = {self.reset_every}",
-        )
+        if self.method == "relora":
+            # A merge inside a ramp would cut it off and the rate would never get back up.
+            self._require(
+                self.warmup_steps <= self.reset_every,
+                "warmup_steps",
+                f"at most reset_every = {self.reset_every}, so that it ends before the first merge",
+            )
+            self._require(
+                self.restart_warmup_steps < self.reset_every,
+                "restart_warmup_steps",
+                f"below reset_every = {self.reset_every}",
+            )
         unknown = [name for name in self.target_modules if name not in TARGET_MODULES]
         self._require(
             bool(self.target_modules) and not unknown,
@@ -153,6 +206,11 @@ class TrainConfig:
         return self.lora_alpha / self.lora_rank
 
     @property
+    def adapted(self) -> bool:
+        """Whether the run trains adapters on frozen weights."""
+        return self.method != "full_rank"
+
+    @property
     def sequences_per_step(self) -> int:
         """Sequences that one optimizer step consumes."""
         return self.batch_size * self.gradient_accumulation_steps
@@ -162,31 +220,3 @@ class TrainConfig:
             raise DynamicsError(
                 f"TrainConfig.{name} is {getattr(self, name)!r}; it must be {expected}."
             )
-
-
-def micro(method: str = "relora") -> TrainConfig:
-    """A run of about a minute on two CPU cores: 1.3 M parameters, 0.6 M tokens, four merges."""
-    return TrainConfig(
-        method=method,
-        seed=0,
-        hidden_size=128,
-        intermediate_size=384,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        vocab_size=2048,
-        sequence_length=128,
-        max_steps=300,
-        batch_size=16,
-        gradient_accumulation_steps=1,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        warmup_steps=30,
-        restart_warmup_steps=5,
-        reset_every=60,
-        lora_rank=8,
-        lora_alpha=16.0,
-        record_every=20,
-        save_every=60,
-    )

@@ -1,6 +1,5 @@
 """Text that every machine has, a tokenizer trained on it, and blocks in a fixed order."""
 
-import hashlib
 import os
 import sysconfig
 from collections.abc import Sequence
@@ -9,15 +8,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils.data import Dataset
 
 from dynamics.errors import DynamicsError
 from probes.relora.config import TrainConfig
 from probes.relora.model import END_OF_TEXT_ID
-from probes.relora.seeding import BLOCK_ORDER, stream_seed
+from probes.relora.seeding import BLOCK_ORDER, HELD_OUT, stream_seed
+from probes.relora.sequences import TokenBlocks, TokenStream
 
 END_OF_TEXT = "<|endoftext|>"
-VALIDATION_FRACTION = 0.05
+LARGEST_VALIDATION_FRACTION = 0.05
 _NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
@@ -92,35 +91,13 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
-    """Sequences of equal length, in the order in which a run sees them.
-
-    Args:
-        blocks: (n, sequence_length) int64 token ids.
-    """
-
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # The labels are the inputs: the model shifts them by one itself.
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
-
-    def digest(self) -> str:
-        """SHA-256 of the tokens and their order: a resumed run must see the same."""
-        return hashlib.sha256(self.blocks.contiguous().numpy().tobytes()).hexdigest()
-
-
 @dataclass(frozen=True)
 class TextData:
-    """What a run trains and is validated on.
+    """What a run trains and is validated on, in memory.
 
     Attributes:
-        train: the blocks in training order.
-        validation: held-out blocks; may be empty.
+        train: the sequences in training order.
+        validation: held-out sequences; may be empty.
         tokenizer: what made the tokens, None where they came ready-made.
     """
 
@@ -129,12 +106,24 @@ class TextData:
     tokenizer: Tokenizer | None = None
 
 
+@dataclass(frozen=True)
+class StreamedData:
+    """The same with training sequences that are read as they are needed."""
+
+    train: TokenStream
+    validation: TokenBlocks
+    tokenizer: Tokenizer | None = None
+
+
+TrainingData = TextData | StreamedData
+
+
 def prepare_data(texts: Sequence[str], config: TrainConfig) -> TextData:
-    """Tokenizer, training blocks and about 5 % held-out blocks of the texts.
+    """Tokenizer, training blocks and held-out blocks of the texts.
 
     The texts are joined with end-of-text tokens and cut into blocks of `sequence_length`, the
-    rest dropped. The order, and with it what is held out, depends on the seed alone; twins get
-    the same.
+    rest dropped. What is held out, `validation_sequences` but at most 5 %, is the same for every
+    seed, so that validation losses compare; the order of the others depends on the seed alone.
 
     Raises:
         DynamicsError: the texts fill fewer than two blocks.
@@ -151,11 +140,17 @@ def prepare_data(texts: Sequence[str], config: TrainConfig) -> TextData:
             f"{config.sequence_length}; give more text or a shorter sequence_length."
         )
     blocks = torch.tensor(tokens[: count * config.sequence_length]).view(count, -1)  # (n, T)
-    generator = torch.Generator().manual_seed(stream_seed(config.seed, BLOCK_ORDER))
-    blocks = blocks[torch.randperm(count, generator=generator)]
-    held_out = max(1, round(VALIDATION_FRACTION * count))
+    held_out = round(LARGEST_VALIDATION_FRACTION * count)
+    held_out = min(config.validation_sequences, max(1, held_out))
+    chosen = _permutation(count, stream_seed(0, HELD_OUT))
+    rest = chosen[held_out:].sort().values
+    order = _permutation(len(rest), stream_seed(config.seed, BLOCK_ORDER))
     return TextData(
-        train=TokenBlocks(blocks[held_out:]),
-        validation=TokenBlocks(blocks[:held_out]),
+        train=TokenBlocks(blocks[rest[order]]),
+        validation=TokenBlocks(blocks[chosen[:held_out]]),
         tokenizer=tokenizer,
     )
+
+
+def _permutation(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

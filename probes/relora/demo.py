@@ -13,13 +13,29 @@ from dynamics import schema
 from dynamics.errors import OutputExistsError
 from dynamics.tables import summary_table
 from probes.frameworks.hf_trainer import RecorderCallback
-from probes.relora.config import METHODS, TrainConfig
+from probes.relora.config import TrainConfig
 from probes.relora.data import folder_text, prepare_data, standard_library_text
 from probes.relora.figures import draw
+from probes.relora.presets import micro
+from probes.relora.run_directory import RECORDING_NAME
 from probes.relora.train import train
 
-RECORDING = "run.zarr"
+METHODS = ("full_rank", "relora")
 CHECKPOINTS = "checkpoints"
+
+
+def demo_config(seed: int = 0) -> TrainConfig:
+    """The micro preset in 300 steps and four merges: about a minute on two CPU cores."""
+    return replace(
+        micro(),
+        seed=seed,
+        max_steps=300,
+        warmup_steps=30,
+        restart_warmup_steps=5,
+        reset_every=60,
+        evaluate_every=60,
+        save_every=60,
+    )
 
 
 def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.Dataset:
@@ -50,12 +66,12 @@ def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.
     data = prepare_data(texts, config)
     console.print(
         f"{sum(map(len, texts)) / 1e6:.1f} M characters of {text or 'Python source'}, "
-        f"{data.train.blocks.numel() / 1e6:.2f} M training tokens"
+        f"{len(data.train) * config.sequence_length / 1e6:.2f} M training tokens"
     )
     for method in METHODS:
         console.print(f"Training {method}: {config.max_steps} steps", soft_wrap=True)
         twin = replace(config, method=method)
-        recorder = RecorderCallback(output / method / RECORDING, every=config.record_every)
+        recorder = RecorderCallback(output / method / RECORDING_NAME, every=config.record_every)
         train(
             twin,
             data,
@@ -64,7 +80,7 @@ def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.
             on_event=recorder.event,
         )
     console.print("Measuring the recordings and the checkpoints")
-    recordings = dy.compare({method: output / method / RECORDING for method in METHODS})
+    recordings = dy.compare({method: output / method / RECORDING_NAME for method in METHODS})
     checkpoints = dy.compare({method: output / method / CHECKPOINTS for method in METHODS})
     dy.save(recordings, output / "recordings.zarr")
     dy.save(checkpoints, output / "checkpoints.zarr")
@@ -74,7 +90,7 @@ def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.
     console.print(_losses(recordings))
     console.print(_agreement(recordings, checkpoints))
     for method in METHODS:
-        verdict = dy.audit(output / method / RECORDING).line
+        verdict = dy.audit(output / method / RECORDING_NAME).line
         console.print(f"Audit of {method}: {verdict}", soft_wrap=True)
     for path in (*(output / method for method in METHODS), output / "recordings.zarr"):
         console.print(f"  {path}", soft_wrap=True, highlight=False)

@@ -2,7 +2,9 @@
 
 import warnings
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.relora.config import TrainConfig
@@ -43,8 +45,9 @@ def add_adapters(model: LlamaForCausalLM, config: TrainConfig) -> PeftModel:
     """The model with a LoRA adapter on every targeted linear layer; it computes the same function.
 
     W_eff = W + s·B·A with s = alpha/r, A Kaiming-uniform from the config's seed and B zero (not
-    both zero, or no gradient would ever reach either). Only the targeted weights are frozen:
-    embeddings, norms, lm_head and untargeted linear layers train at full rank, as in the paper.
+    both zero, or no gradient would ever reach either; the config's adapter_start "zero" does just
+    that). Only the targeted weights are frozen: embeddings, norms, lm_head and untargeted linear
+    layers train at full rank, as in the paper.
     """
     lora = LoraConfig(
         r=config.lora_rank,
@@ -62,4 +65,38 @@ def add_adapters(model: LlamaForCausalLM, config: TrainConfig) -> PeftModel:
         # PEFT froze the whole base model; what it wrapped is called `.base_layer.`.
         if ".base_layer." not in name:
             parameter.requires_grad_(True)
+        if config.adapter_start == "zero" and LoraModel.prefix in name:
+            torch.nn.init.zeros_(parameter)
     return adapted
+
+
+def parameter_counts(config: TrainConfig) -> tuple[int, int]:
+    """Trainable and total parameters of a run's model, without building it.
+
+    Full rank trains all of: two embeddings of V·d, 2L + 1 norms of d, and per layer q, k, v, o,
+    gate, up and down. An adapter adds r·(m + n) to each targeted (m, n), whose own m·n are frozen.
+    """
+    shapes = linear_shapes(config)
+    dense = config.num_layers * sum(rows * cols for rows, cols in shapes.values())
+    others = (2 * config.vocab_size + 2 * config.num_layers + 1) * config.hidden_size
+    if not config.adapted:
+        return dense + others, dense + others
+    targeted = [shapes[name] for name in config.target_modules]
+    frozen = config.num_layers * sum(rows * cols for rows, cols in targeted)
+    adapters = config.num_layers * config.lora_rank * sum(rows + cols for rows, cols in targeted)
+    return dense + others - frozen + adapters, dense + others + adapters
+
+
+def linear_shapes(config: TrainConfig) -> dict[str, tuple[int, int]]:
+    """Linear layer of a block -> (rows, cols) of its weight."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    shared = config.num_kv_heads * hidden // config.num_heads
+    return {
+        "q_proj": (hidden, hidden),
+        "k_proj": (shared, hidden),
+        "v_proj": (shared, hidden),
+        "o_proj": (hidden, hidden),
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+    }

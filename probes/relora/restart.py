@@ -4,8 +4,7 @@ Source: Lialin et al. 2023, "ReLoRA: High-Rank Training Through Low-Rank Updates
 arXiv 2307.05695, algorithm 1.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from dynamics.auditing import events
 from dynamics.errors import DynamicsError
 from probes.checks import merge_facts, optimizer_state_facts, warn_about, weights_before_merge
 from probes.relora.base_checkpoint import save_base
-from probes.relora.config import RESET_MODES
+from probes.relora.optimizer_reset import reset_optimizer
 from probes.relora.seeding import ADAPTERS, OPTIMIZER_RESET, own_random_stream, stream_seed
 
 
@@ -40,7 +39,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def merge_and_reset(model: nn.Module, *, seed: int, step: int) -> int:
+def merge_and_reset(model: nn.Module, *, seed: int, step: int, with_scaling: bool = True) -> int:
     """Merge every LoRA layer's adapter into its base weight and start a new one; in place.
 
     W <- W + s·B·A, then A <- Kaiming-uniform and B <- 0. The model computes the same function
@@ -53,6 +52,8 @@ def merge_and_reset(model: nn.Module, *, seed: int, step: int) -> int:
         model: a model with LoRA layers, between two optimizer steps.
         seed: the run's seed.
         step: optimizer steps done.
+        with_scaling: False merges B·A without s, which changes the function wherever s ≠ 1: what
+            the published code does.
 
     Returns:
         The number of merged layers.
@@ -70,80 +71,11 @@ def merge_and_reset(model: nn.Module, *, seed: int, step: int) -> int:
     for name, layer in layers.items():
         _refuse_what_cannot_merge(name, layer)
     for layer in layers.values():
-        layer.merge()
-        layer.merged_adapters.clear()
+        _merge(layer, with_scaling)
     with own_random_stream(seed, ADAPTERS, step, module=model):
         for layer in layers.values():
             layer.reset_lora_parameters(layer.active_adapters[0], True)
     return len(layers)
-
-
-def reset_optimizer(
-    optimizer: Any,
-    parameters: Iterable[nn.Parameter],
-    *,
-    mode: str = "drop",
-    ratio: float = 0.99,
-    generator: torch.Generator | None = None,
-) -> int:
-    """Forget the optimizer's state of these parameters; return of how many there was any.
-
-    drop            the state goes: Adam starts again at its step 1, with the bias correction that
-                    a start needs. The default.
-    zero            the moments become zero under the old step count; the first update is then
-                    (1 - β1)/√(1 - β2) = 3.2 learning rates instead of one.
-    random_prune    a random share `ratio` of the entries becomes zero.
-    magnitude_prune the share `ratio` of the entries that is smallest in |m| becomes zero.
-
-    Pruning takes the same entries out of all moments: a momentum that stays where its variance
-    went makes the next step there 1/√(1 - β2) times too large or worse. What the kept moments are
-    worth for a newly drawn A is doubtful; the full reset is the variant with one meaning. All
-    other parameters keep their state.
-
-    Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (magnitude pruning of 99 %); their
-    code and Weiss et al. 2025 have all of these, with a mask of its own for each moment.
-
-    Args:
-        optimizer: a torch optimizer, or a wrapper of one such as accelerate's.
-        parameters: those whose state is dropped.
-        mode: one of `RESET_MODES`.
-        ratio: share of each parameter's entries that pruning empties, at least.
-        generator: of the random mask, on the CPU; torch's own by default.
-
-    Raises:
-        DynamicsError: an unknown mode, or a ratio outside [0, 1].
-    """
-    if mode not in RESET_MODES:
-        raise DynamicsError(f"No optimizer reset {mode!r}; known: {', '.join(RESET_MODES)}.")
-    if not 0 <= ratio <= 1:
-        raise DynamicsError(f"ratio is {ratio!r}; it must be between 0 and 1.")
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if mode == "drop":
-        return sum(optimizer.state.pop(parameter, None) is not None for parameter in parameters)
-    found = 0
-    for parameter in parameters:
-        moments = [
-            value
-            for value in optimizer.state.get(parameter, {}).values()
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        ]
-        found += bool(moments)
-        if not moments:
-            continue
-        empty = torch.ones_like(moments[0], dtype=torch.bool)
-        if mode != "zero":
-            # Adam's first moment is the first of its state.
-            scores = (
-                torch.rand(parameter.shape, generator=generator).to(moments[0].device)
-                if mode == "random_prune"
-                else moments[0].abs()
-            )
-            lowest = scores.flatten().argsort()[: math.ceil(ratio * scores.numel())]
-            empty = torch.zeros_like(empty).flatten().index_fill(0, lowest, True).view_as(empty)
-        for moment in moments:
-            moment.masked_fill_(empty, 0)
-    return found
 
 
 class ReLoRACallback(TrainerCallback):
@@ -155,10 +87,12 @@ class ReLoRACallback(TrainerCallback):
     0, and none after the last step.
 
     Args:
-        reset_every: optimizer steps between merges.
+        reset_every: optimizer steps between merges; None never merges, which is plain LoRA.
         seed: the run's seed, for the new adapters.
         optimizer_reset: how, one of `RESET_MODES`.
         prune_ratio: of the pruning resets.
+        shared_prune_mask: of the pruning resets; see `reset_optimizer`.
+        merge_with_scaling: see `merge_and_reset`.
         on_event: called as on_event("merge", N, {"merged_layers", "scaling", ...}) with
             `merge_facts`, and on_event("optimizer_reset", N, {"tensors", "mode", "reset_share",
             "learning_rate", ...}) with `optimizer_state_facts`; the learning rate is that of
@@ -171,16 +105,20 @@ class ReLoRACallback(TrainerCallback):
     def __init__(
         self,
         *,
-        reset_every: int,
+        reset_every: int | None,
         seed: int,
         optimizer_reset: str = "drop",
         prune_ratio: float = 0.99,
+        shared_prune_mask: bool = True,
+        merge_with_scaling: bool = True,
         on_event: Callable[[str, int, dict[str, Any]], None] | None = None,
     ) -> None:
         self.reset_every = reset_every
         self.seed = seed
         self.optimizer_reset = optimizer_reset
         self.prune_ratio = prune_ratio
+        self.shared_prune_mask = shared_prune_mask
+        self.merge_with_scaling = merge_with_scaling
         self.on_event = on_event
         self._merged_at = 0  # step 0 counts as merged: there is nothing in the adapters yet
 
@@ -191,7 +129,9 @@ class ReLoRACallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Merge and reset, if the step before this one was a multiple of `reset_every`."""
         step = state.global_step
-        if step % self.reset_every or step >= state.max_steps or step == self._merged_at:
+        if self.reset_every is None or step % self.reset_every:
+            return
+        if step >= state.max_steps or step == self._merged_at:
             return
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         merge = self._merge(model, step)
@@ -205,7 +145,9 @@ class ReLoRACallback(TrainerCallback):
     def _merge(self, model: nn.Module, step: int) -> dict[str, Any]:
         scalings = sorted({_scaling(layer) for layer in lora_layers(model).values()})
         before = weights_before_merge(model)
-        merged = merge_and_reset(model, seed=self.seed, step=step)
+        merged = merge_and_reset(
+            model, seed=self.seed, step=step, with_scaling=self.merge_with_scaling
+        )
         scaling = scalings[0] if len(scalings) == 1 else scalings
         return {"merged_layers": merged, "scaling": scaling, **merge_facts(before)}
 
@@ -217,6 +159,7 @@ class ReLoRACallback(TrainerCallback):
             parameters.values(),
             mode=self.optimizer_reset,
             ratio=self.prune_ratio,
+            shared_mask=self.shared_prune_mask,
             generator=generator,
         )
         return {
@@ -232,6 +175,16 @@ class ReLoRACallback(TrainerCallback):
         model = kwargs["model"]
         if state.is_world_process_zero and isinstance(model, PeftModel):
             save_base(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _merge(layer: LoraLayer, with_scaling: bool) -> None:
+    adapter = layer.active_adapters[0]
+    scaling = layer.scaling[adapter]
+    if not with_scaling:
+        layer.scaling[adapter] = 1.0
+    layer.merge()
+    layer.scaling[adapter] = scaling
+    layer.merged_adapters.clear()
 
 
 def _scaling(layer: LoraLayer) -> float:

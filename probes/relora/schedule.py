@@ -56,16 +56,20 @@ def jagged_cosine(
 
 
 def schedule_of(config: TrainConfig) -> Callable[[int], float]:
-    """The published schedule of the config's method, step -> multiplier."""
+    """The published schedule of the config's method, step -> multiplier.
+
+    LoRA without merges has ReLoRA's cosine without its teeth: there is nothing to restart.
+    """
     if config.method == "full_rank":
         return partial(
             linear_warmup_decay, max_steps=config.max_steps, warmup_steps=config.warmup_steps
         )
+    restarts = config.method == "relora"
     return partial(
         jagged_cosine,
         max_steps=config.max_steps,
         warmup_steps=config.warmup_steps,
-        restart_warmup_steps=config.restart_warmup_steps,
+        restart_warmup_steps=config.restart_warmup_steps if restarts else 0,
         reset_every=config.reset_every,
         min_lr_ratio=config.min_lr_ratio,
     )

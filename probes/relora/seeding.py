@@ -12,6 +12,8 @@ MODEL_WEIGHTS = 0
 ADAPTERS = 1
 BLOCK_ORDER = 2
 OPTIMIZER_RESET = 3
+HELD_OUT = 4
+DROPOUT = 5
 
 
 def stream_seed(seed: int, *key: int) -> int:

@@ -21,7 +21,7 @@ def merge_with_scale(factor):
     """A merge of factor · s·B·A, the adapters reset as they should be."""
 
     @torch.no_grad()
-    def merge(model, *, seed, step):
+    def merge(model, *, seed, step, **_):
         before = [base.clone() for base in _bases(model)]
         merged = MERGE(model, seed=seed, step=step)
         for base, old in zip(_bases(model), before, strict=True):
@@ -35,7 +35,7 @@ def merge_without_scale(patch):
     """What the published code does: W + B·A."""
 
     @torch.no_grad()
-    def merge(model, *, seed, step):
+    def merge(model, *, seed, step, **_):
         products = [b @ a for a, b in map(factors, lora_layers(model).values())]
         before = [base.clone() for base in _bases(model)]
         merged = MERGE(model, seed=seed, step=step)
@@ -49,7 +49,7 @@ def merge_without_scale(patch):
 def reset_undone(which):
     """The adapters are merged, and these of their factors go on as they were."""
 
-    def merge(model, *, seed, step):
+    def merge(model, *, seed, step, **_):
         with adapters_kept(model, which):
             return MERGE(model, seed=seed, step=step)
 
@@ -101,7 +101,7 @@ def trained_base(patch):
 def moments_pruned_apart(patch):
     """Random pruning with a mask of its own for each moment, as in the published code."""
 
-    def reset(optimizer, parameters, *, mode, ratio, generator):
+    def reset(optimizer, parameters, *, ratio, generator, **_):
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         parameters = list(parameters)

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from probes.relora import TextData, TokenBlocks, TrainConfig, train
+from probes.relora.data import TrainingData
 
 
 def tiny_config(**changes: Any) -> TrainConfig:
@@ -33,6 +34,8 @@ def tiny_config(**changes: Any) -> TrainConfig:
         reset_every=4,
         lora_rank=4,
         lora_alpha=12.0,
+        log_every=2,
+        evaluate_every=2,
         record_every=2,
         save_every=2,
     )
@@ -71,12 +74,14 @@ class FinishedRun:
     events: list[tuple[str, int, dict[str, Any]]] = field(default_factory=list)
 
 
-def finished_run(config: TrainConfig, path: Path, **options: Any) -> FinishedRun:
+def finished_run(
+    config: TrainConfig, path: Path, data: TrainingData | None = None, **options: Any
+) -> FinishedRun:
     watcher = BatchWatcher()
     events: list[tuple[str, int, dict[str, Any]]] = []
     trainer = train(
         config,
-        random_data(),
+        data or random_data(),
         path,
         callbacks=[watcher],
         on_event=lambda *event: events.append(event),

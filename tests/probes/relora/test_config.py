@@ -4,15 +4,15 @@ from typing import Any
 import pytest
 
 from dynamics.errors import DynamicsError
-from probes.relora import TrainConfig, micro
+from probes.relora import TrainConfig
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"method": "lora"},
-            "TrainConfig.method is 'lora'; it must be one of full_rank, relora.",
+            {"method": "galore"},
+            "TrainConfig.method is 'galore'; it must be one of full_rank, relora, lora.",
         ),
         ({"seed": -1}, "TrainConfig.seed is -1; it must be between 0 and 2^32 - 1."),
         ({"max_steps": 0}, "TrainConfig.max_steps is 0; it must be at least 1."),
@@ -27,6 +27,14 @@ from probes.relora import TrainConfig, micro
             {"optimizer_reset": "forget"},
             "TrainConfig.optimizer_reset is 'forget'; it must be one of drop, zero, random_prune, "
             "magnitude_prune.",
+        ),
+        (
+            {"precision": "float16"},
+            "TrainConfig.precision is 'float16'; it must be one of float32, bfloat16.",
+        ),
+        (
+            {"adapter_start": "gaussian"},
+            "TrainConfig.adapter_start is 'gaussian'; it must be one of kaiming, zero.",
         ),
         ({"prune_ratio": 2.0}, "TrainConfig.prune_ratio is 2.0; it must be between 0 and 1."),
         ({"min_lr_ratio": 1.5}, "TrainConfig.min_lr_ratio is 1.5; it must be between 0 and 1."),
@@ -86,10 +94,8 @@ def test_the_scaling_is_alpha_over_r(config: TrainConfig) -> None:
     assert replace(config, lora_alpha=32.0, lora_rank=16).scaling == 2.0
 
 
-def test_micro_merges_four_times_and_saves_before_each_merge() -> None:
-    config = micro()
-    merges = range(config.reset_every, config.max_steps, config.reset_every)
-    assert list(merges) == [60, 120, 180, 240]
-    assert config.reset_every % config.save_every == 0
-    assert config.reset_every % config.record_every == 0
-    assert replace(config, method="full_rank") == micro("full_rank")
+@pytest.mark.parametrize("method", ["full_rank", "lora"])
+def test_cycles_bind_only_the_method_that_has_them(config: TrainConfig, method: str) -> None:
+    assert replace(config, method=method, warmup_steps=5, restart_warmup_steps=4).adapted == (
+        method == "lora"
+    )

@@ -95,6 +95,16 @@ def test_the_order_depends_on_the_seed_alone(config: TrainConfig) -> None:
     assert twin.train.digest() == data.train.digest()
     assert torch.equal(twin.validation.blocks, data.validation.blocks)
     assert other.train.digest() != data.train.digest()
+    assert sorted(other.train.blocks.tolist()) == sorted(data.train.blocks.tolist())
+
+
+def test_every_seed_holds_out_the_same_and_no_more_than_asked_for(config: TrainConfig) -> None:
+    config = replace(config, vocab_size=300)
+    held_out = prepare_data(TEXTS, config).validation.blocks
+    assert torch.equal(prepare_data(TEXTS, replace(config, seed=4)).validation.blocks, held_out)
+    one = prepare_data(TEXTS, replace(config, validation_sequences=1)).validation.blocks
+    assert torch.equal(one, held_out[:1])
+    assert len(prepare_data(TEXTS, replace(config, validation_sequences=0)).validation) == 0
 
 
 def test_too_little_text_is_refused(config: TrainConfig) -> None:

@@ -69,6 +69,18 @@ def test_the_base_changes_by_exactly_s_times_b_times_a(config: TrainConfig) -> N
         )
 
 
+def test_merged_without_scaling_the_base_changes_by_b_times_a_and_the_layers_keep_their_scaling(
+    config: TrainConfig,
+) -> None:
+    model = trained_adapters(config)
+    layer = next(iter(lora_layers(model).values()))
+    product = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+    before = layer.get_base_layer().weight.detach().clone()
+    merge_and_reset(model, seed=0, step=4, with_scaling=False)
+    torch.testing.assert_close(layer.get_base_layer().weight - before, product)
+    assert {each.scaling["default"] for each in lora_layers(model).values()} == {3.0}
+
+
 def test_rank_stabilised_lora_merges_with_its_own_scaling() -> None:
     model = with_lora(r=4, lora_alpha=8, use_rslora=True).double()
     layer = lora_layers(model)["base_model.model.first"]
@@ -207,6 +219,35 @@ def test_a_random_prune_depends_on_its_generator_alone(config: TrainConfig) -> N
 
     assert torch.equal(kept(1), kept(1))
     assert not torch.equal(kept(1), kept(2))
+
+
+@pytest.mark.parametrize("mode", ["random_prune", "magnitude_prune"])
+def test_with_masks_of_their_own_the_moments_keep_different_entries(
+    config: TrainConfig, mode: str
+) -> None:
+    def kept(shared: bool) -> list[torch.Tensor]:
+        model = trained_adapters(config)
+        optimizer = adam_after_three_steps(model)
+        reset_optimizer(
+            optimizer,
+            adapter_parameters(model),
+            mode=mode,
+            ratio=0.5,
+            shared_mask=shared,
+            generator=torch.Generator().manual_seed(0),
+        )
+        states = [optimizer.state[each] for each in adapter_parameters(model)]
+        return [
+            torch.cat([state[name].flatten() for state in states]) != 0
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+
+    first, second = kept(shared=True)
+    assert torch.equal(first, second)
+    first, second = kept(shared=False)
+    assert not torch.equal(first, second)
+    for each in (first, second):
+        assert each.double().mean() == pytest.approx(0.5, abs=0.01)
 
 
 def test_an_unknown_reset_is_refused() -> None:

@@ -96,5 +96,7 @@ def test_the_jagged_cosine_never_exceeds_its_envelope(
 def test_each_method_gets_its_published_schedule(config: TrainConfig) -> None:
     relora = schedule_of(config)
     full_rank = schedule_of(replace(config, method="full_rank"))
+    lora = schedule_of(replace(config, method="lora"))
     assert [relora(step) for step in (2, 4, 16)] == pytest.approx([1.0, 0.0, 0.0])
     assert [full_rank(step) for step in (2, 9, 16)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [lora(step) for step in (2, 9, 16)] == pytest.approx([1.0, 0.55, 0.1])

@@ -282,3 +282,52 @@ def test_a_missing_dependency_is_named_with_the_extra_that_brings_it(
     assert str(refused.value) == (
         "This needs the package 'peft': pip install 'learning-dynamics[relora]'."
     )
+
+
+def test_under_autocast_the_parameters_stay_in_float32(
+    config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path, relora_run: Any
+) -> None:
+    run = run_to_end(replace(config, precision="bfloat16"), tmp_path)
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    losses, exact = (
+        [each["loss"] for each in log if "loss" in each] for log in (run.log, relora_run.log)
+    )
+    assert losses != exact
+    assert losses == pytest.approx(exact, rel=2**-7)  # bfloat16 keeps eight bits
+
+
+def test_lora_without_merges_is_saved_with_its_base_and_resumed_with_the_same_bits(
+    config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = replace(config, method="lora")
+    run = run_to_end(config, tmp_path / "whole")
+    assert run.events == []
+    frozen = "model.layers.0.self_attn.q_proj.weight"
+    bases = [load_file(path) for path in run.path.glob("checkpoint-*/base/model.safetensors")]
+    assert len(bases) == 8
+    assert all(torch.equal(base[frozen], bases[0][frozen]) for base in bases)
+    folder = interrupted_at(6, run, tmp_path / "interrupted")
+    assert_equal_weights(run_to_end(config, folder, resume=True).model, run.model)
+
+
+def test_validation_has_its_own_period(
+    config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = run_to_end(replace(config, evaluate_every=4, save_every=16, log_every=8), tmp_path)
+    assert [each["step"] for each in run.log if "eval_loss" in each] == [4, 8, 12, 16]
+    assert [each["step"] for each in run.log if "loss" in each] == [8, 16]
+    assert [path.name for path in run.path.glob("checkpoint-*")] == ["checkpoint-16"]
+
+
+def test_what_cannot_train_is_told_before_anything_is_written(
+    config: TrainConfig, data: TextData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DynamicsError, match="Cannot report to 'abacus': "):
+        train(config, data, tmp_path, report_to=["abacus"])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(DynamicsError) as uneven:
+        train(config, data, tmp_path)
+    assert str(uneven.value) == (
+        "3 processes cannot share batch_size = 2 sequences evenly; set a multiple of their number."
+    )
+    assert list(tmp_path.iterdir()) == []

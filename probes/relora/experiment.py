@@ -1,0 +1,112 @@
+"""A run of the reference experiment from its config: data, recording, training, in one folder."""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dynamics.errors import MissingError
+from probes.frameworks.hf_trainer import RecorderCallback
+from probes.relora.config import TrainConfig
+from probes.relora.data import (
+    TextData,
+    TrainingData,
+    folder_text,
+    prepare_data,
+    standard_library_text,
+)
+from probes.relora.model import parameter_counts
+from probes.relora.run_directory import (
+    CONFIG_NAME,
+    RECORDING_NAME,
+    check_identity,
+    checkpoints_in,
+    newest_checkpoint,
+    run_identity,
+    step_of,
+)
+from probes.relora.token_datasets import open_tokens
+from probes.relora.train import train
+
+# Enough for one epoch of the micro preset.
+BUILT_IN_BYTES = 8_000_000
+
+
+def load_data(config: TrainConfig, text: Path | None = None) -> TrainingData:
+    """What a run trains on: a folder of .txt files, or the config's dataset, or the built-in text.
+
+    Raises:
+        DynamicsError: there is no such data, or too little of it.
+    """
+    if text is not None:
+        return prepare_data(folder_text(text), config)
+    if config.dataset is not None:
+        return open_tokens(config)
+    return prepare_data(standard_library_text(BUILT_IN_BYTES), config)
+
+
+def run_experiment(
+    config: TrainConfig,
+    output: Path,
+    *,
+    text: Path | None = None,
+    resume: bool = False,
+    record: bool = True,
+    report_to: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train one run into `output`, recorded into `output`/run.zarr.
+
+    Args:
+        config: the run.
+        output: gets train_config.json, tokenizer.json, checkpoint-N/ and run.zarr.
+        text: a folder of .txt files to train on instead of the config's dataset.
+        resume: go on from the newest complete checkpoint, or start again where there is none.
+        record: whether to record.
+        report_to: see `train`.
+        say: gets a few lines on what it does, in the first process alone.
+
+    Raises:
+        DynamicsError: see `train` and `load_data`.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    tell = say if first else lambda line: None
+    trainable, total = parameter_counts(config)
+    tell(
+        f"{config.method}: {total:,} parameters, {trainable:,} of them trainable; "
+        f"{config.max_steps} steps of {config.sequences_per_step} × {config.sequence_length} tokens"
+    )
+    data = load_data(config, text)
+    source = str(text or config.dataset or "the sources of Python's standard library")
+    size = f", {data.train.blocks.numel():,} tokens" if isinstance(data, TextData) else ""
+    tell(f"Data: {source}{size}; {len(data.validation)} sequences held out")
+    checkpoint = newest_checkpoint(output) if resume else None
+    if resume and checkpoint is None:
+        if not (output / CONFIG_NAME).is_file():
+            raise MissingError(f"No run in {output} to resume; start it without --resume.")
+        check_identity(output, run_identity(config, data))
+        # Killed before its first checkpoint was whole.
+        for unfinished in checkpoints_in(output) if first else ():
+            shutil.rmtree(unfinished)
+        tell("No complete checkpoint yet: starting again")
+    elif checkpoint is not None:
+        tell(f"Resuming after step {step_of(checkpoint)}")
+    recorder = None
+    if record:
+        options = {"resume_at": 0} if resume and checkpoint is None else {}
+        recorder = RecorderCallback(output / RECORDING_NAME, every=config.record_every, **options)
+    trainer = train(
+        config,
+        data,
+        output,
+        callbacks=[recorder] if recorder else [],
+        on_event=recorder.event if recorder else None,
+        resume=checkpoint is not None,
+        report_to=report_to,
+    )
+    history = trainer.state.log_history
+    for name, label in (("loss", "training loss"), ("eval_loss", "validation loss")):
+        losses = [entry[name] for entry in history if name in entry]
+        if losses:
+            tell(f"{label} {losses[0]:.4f} → {losses[-1]:.4f}")
+    tell(f"Wrote {output}")

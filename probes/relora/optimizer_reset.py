@@ -1,0 +1,90 @@
+"""Forgetting the optimizer's state of the adapters at a restart."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynamics.errors import DynamicsError
+from probes.relora.config import RESET_MODES
+
+
+def reset_optimizer(
+    optimizer: Any,
+    parameters: Iterable[nn.Parameter],
+    *,
+    mode: str = "drop",
+    ratio: float = 0.99,
+    shared_mask: bool = True,
+    generator: torch.Generator | None = None,
+) -> int:
+    """Forget the optimizer's state of these parameters; return of how many there was any.
+
+    drop            the state goes: Adam starts again at its step 1, with the bias correction that
+                    a start needs. The default.
+    zero            the moments become zero under the old step count; the first update is then
+                    (1 - β1)/√(1 - β2) = 3.2 learning rates instead of one.
+    random_prune    a random share `ratio` of the entries becomes zero.
+    magnitude_prune the share `ratio` of the entries that is smallest in |m| becomes zero.
+
+    Pruning takes the same entries out of all moments: a momentum that stays where its variance
+    went makes the next step there 1/√(1 - β2) times too large or worse. What the kept moments are
+    worth for a newly drawn A is doubtful; the full reset is the variant with one meaning. All
+    other parameters keep their state.
+
+    Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (magnitude pruning of 99 %); their
+    code and Weiss et al. 2025 have all of these, with a mask of its own for each moment.
+
+    Args:
+        optimizer: a torch optimizer, or a wrapper of one such as accelerate's.
+        parameters: those whose state is dropped.
+        mode: one of `RESET_MODES`.
+        ratio: share of each parameter's entries that pruning empties, at least.
+        shared_mask: False draws a mask of its own for each moment, as the published code does;
+            magnitude pruning then takes each moment's own smallest entries.
+        generator: of the random mask, on the CPU; torch's own by default.
+
+    Raises:
+        DynamicsError: an unknown mode, or a ratio outside [0, 1].
+    """
+    if mode not in RESET_MODES:
+        raise DynamicsError(f"No optimizer reset {mode!r}; known: {', '.join(RESET_MODES)}.")
+    if not 0 <= ratio <= 1:
+        raise DynamicsError(f"ratio is {ratio!r}; it must be between 0 and 1.")
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if mode == "drop":
+        return sum(optimizer.state.pop(parameter, None) is not None for parameter in parameters)
+    found = 0
+    for parameter in parameters:
+        moments = [
+            value
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        ]
+        found += bool(moments)
+        if not moments:
+            continue
+        empty: torch.Tensor | None = None
+        for moment in moments:  # Adam's first moment is the first of its state
+            if empty is None or not shared_mask:
+                empty = _entries_to_empty(moment, mode, ratio, generator)
+            moment.masked_fill_(empty, 0)
+    return found
+
+
+def _entries_to_empty(
+    moment: torch.Tensor, mode: str, ratio: float, generator: torch.Generator | None
+) -> torch.Tensor:
+    """A mask of the moment's shape, True where it becomes zero."""
+    if mode == "zero":
+        return torch.ones_like(moment, dtype=torch.bool)
+    if mode == "random_prune":
+        scores = torch.rand(moment.shape, generator=generator).to(moment.device)
+    else:
+        scores = moment.abs()
+    lowest = scores.flatten().argsort()[: math.ceil(ratio * scores.numel())]
+    empty = torch.zeros(moment.numel(), dtype=torch.bool, device=moment.device)
+    return empty.index_fill(0, lowest, True).view_as(moment)

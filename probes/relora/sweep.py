@@ -1,0 +1,189 @@
+"""Runs of a sweep, trained one after another or side by side, and compared in the end."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+import dynamics as dy
+from dynamics import schema
+from dynamics.errors import DynamicsError
+from dynamics.statistics import mean_interval
+from probes.relora.model import parameter_counts
+from probes.relora.run_directory import CONFIG_NAME, RECORDING_NAME, is_finished
+from probes.relora.sweep_plan import SweepRun, tokens_per_step, train_words, warn_of_schedules
+
+COMPARISON_NAME = "comparison.zarr"
+SEED = "seed"
+
+
+def run_sweep(
+    runs: Sequence[SweepRun],
+    preset: str,
+    output: Path,
+    *,
+    text: Path | None = None,
+    workers: int = 1,
+    kinds: Sequence[str] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> xr.Dataset:
+    """Train what is not trained yet, each run in `output`/NAME, and compare all.
+
+    A run is a process of its own, `python -m probes.relora train`, whose lines go to
+    `output`/NAME.log: a finished run is skipped, an interrupted one resumed, and one that fails
+    leaves the others to be trained. With several workers each gets its share of the CPU cores;
+    the same numbers need the same number of workers.
+
+    Args:
+        runs: of `plan`.
+        preset: that they were planned from.
+        output: the sweep's folder.
+        text: a folder of .txt files, as in `run_experiment`.
+        workers: runs at a time.
+        kinds: to compare; all by default, see `analyze`.
+        say: gets a line when a run begins and ends; prints it by default.
+
+    Returns:
+        `compare_runs` of them, also saved to `output`/comparison.zarr.
+
+    Raises:
+        DynamicsError: fewer than two runs, a folder that holds another run, or runs that failed.
+    """
+    if len(runs) < 2:
+        raise DynamicsError("A sweep takes two runs or more; vary a setting, the method or seeds.")
+    say = say or _say
+    warn_of_schedules(runs)
+    output.mkdir(parents=True, exist_ok=True)
+    finished = {run.name: is_finished(output / run.name, run.config) for run in runs}
+
+    def one(run: SweepRun) -> str | None:
+        if finished[run.name]:
+            say(f"{run.name}: finished before")
+            return None
+        say(f"{run.name}: training")
+        failure = _train(run, preset, output, text, workers)
+        say(f"{run.name}: {failure or 'finished'}")
+        return failure
+
+    with ThreadPoolExecutor(workers) as pool:
+        failures = [failure for failure in pool.map(one, runs) if failure]
+    if failures:
+        raise DynamicsError(
+            f"{len(failures)} of {len(runs)} runs failed, the first one: {failures[0]}. The others "
+            "are kept; the same command goes on."
+        )
+    say(f"Comparing {len(runs)} runs")
+    comparison = compare_runs(runs, output, kinds=kinds)
+    dy.save(comparison, output / COMPARISON_NAME, overwrite=True)
+    say(f"Wrote {output / COMPARISON_NAME}")
+    return comparison
+
+
+def compare_runs(runs: Sequence[SweepRun], output: Path, **options: Any) -> xr.Dataset:
+    """All runs in one Dataset along `run`, by name.
+
+    Coordinates along `run`: each varied field (numbers as numbers), `method`, `seed`, and
+    `trainable_parameters` and `tokens_per_step`. Spectra are kept beside each recording
+    (run.cache), so that comparing again measures only what is new.
+
+    Args:
+        runs: of `plan`.
+        output: the sweep's folder.
+        options: of `analyze`.
+    """
+    analyses = {
+        run.name: dy.analyze(
+            output / run.name / RECORDING_NAME, cache=output / run.name / "run.cache", **options
+        )
+        for run in runs
+    }
+    coords = {name: (schema.RUN, _column(runs, name)) for name in runs[0].varied}
+    coords["trainable_parameters"] = (
+        schema.RUN,
+        [parameter_counts(run.config)[0] for run in runs],
+    )
+    coords["tokens_per_step"] = (schema.RUN, [tokens_per_step(run.config) for run in runs])
+    return dy.compare(analyses).assign_coords(coords)
+
+
+def over_seeds(
+    comparison: xr.Dataset, metric: str, *, by_layer: bool = False, level: float = 0.95
+) -> xr.Dataset:
+    """Mean and t confidence interval of a variable over the seeds of otherwise equal runs.
+
+    Within a run the variable's mean over the matrices inside layers is taken first, of all layers
+    or of each: matrices of one run are no independent measurements, runs of several seeds are.
+    Without layers, for a loss, there is nothing to average first.
+
+    Args:
+        comparison: of `compare_runs`; select a `kind` or matrices before, if need be.
+        metric: name of a variable, e.g. "effective_rank" or "eval_loss".
+        by_layer: keep the layers apart, along a new dimension `layer`.
+        level: see `mean_interval`.
+
+    Returns:
+        `mean`, `lower`, `upper` and `count` (see `mean_interval`) along `run`: one entry for all
+        seeds of a setting, with its coordinates, called as the run without its seed.
+    """
+    values = comparison[metric]
+    if schema.MATRIX in values.dims:
+        layers = comparison["layer"]
+        inside = values.isel({schema.MATRIX: np.flatnonzero(layers.values >= 0)})
+        values = (
+            inside.groupby("layer").mean(schema.MATRIX) if by_layer else inside.mean(schema.MATRIX)
+        )
+    labels = [name.rpartition(f"-{SEED}=")[0] for name in comparison[schema.RUN].values.tolist()]
+    results = []
+    for label in dict.fromkeys(labels):
+        members = [index for index, each in enumerate(labels) if each == label]
+        interval = mean_interval(values.isel({schema.RUN: members}), schema.RUN, level=level)
+        first = comparison.isel({schema.RUN: members[0]})
+        kept = {
+            name: first[name].item()
+            for name, coord in comparison.coords.items()
+            if coord.dims == (schema.RUN,) and name not in (schema.RUN, SEED)
+        }
+        named = {name: (schema.RUN, [value]) for name, value in kept.items()}
+        results.append(interval.expand_dims({schema.RUN: [label]}).assign_coords(named))
+    return xr.concat(
+        results, schema.RUN, coords="minimal", compat="override", combine_attrs="override"
+    )
+
+
+def _train(run: SweepRun, preset: str, output: Path, text: Path | None, workers: int) -> str | None:
+    """Train one run; returns what went wrong."""
+    folder = output / run.name
+    words = [*train_words(preset, run.config), "--output", str(folder)]
+    words += ["--text", str(text)] if text is not None else []
+    words += ["--resume"] if (folder / CONFIG_NAME).is_file() else []
+    cores = max(1, (os.cpu_count() or 1) // workers)
+    environment = {"OMP_NUM_THREADS": str(cores), **os.environ}
+    log = output / f"{run.name}.log"
+    with log.open("a") as lines:
+        command = [sys.executable, "-m", "probes.relora", *words]
+        status = subprocess.run(command, stdout=lines, stderr=lines, env=environment).returncode
+    if status == 0:
+        return None
+    said = log.read_text().strip().splitlines()
+    return f"{run.name} ended with status {status} ({said[-1] if said else 'no output'}; see {log})"
+
+
+def _column(runs: Sequence[SweepRun], name: str) -> list[Any]:
+    """A varied field's values: numbers where all are, to plot against; NaN or "" for none."""
+    values = [run.varied[name] for run in runs]
+    for kind in (int, float):
+        try:
+            return [kind(np.nan if value is None else value) for value in values]
+        except ValueError:
+            continue
+    return ["" if value is None else str(value) for value in values]
+
+
+def _say(line: str) -> None:
+    print(f"{line}\n", end="", flush=True)  # whole lines, from several threads
