@@ -201,4 +201,4 @@ def test_an_embedding_is_never_held_in_float64():
         gram(matrix)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert peak <= 2 * 2**22 + 3 * 8 * 96**2 < values.nbytes
+        assert peak <= 2 * 2**22 + 2**19 < values.nbytes  # two blocks, and small things
