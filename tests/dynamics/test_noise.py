@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import svds
 
+from dynamics import noise
 from dynamics.errors import DynamicsError
 from dynamics.metrics import effective_rank, numerical_rank
 from dynamics.noise import (
@@ -21,6 +22,7 @@ from dynamics.noise import (
     product_noise_norm,
     rounding_variance,
     ulp,
+    variance_sums,
 )
 from dynamics.run import Dense
 from dynamics.spectra import spectrum
@@ -261,9 +263,9 @@ def test_the_noise_of_a_difference_agrees_with_simulation(now, before):
         first = 0.02 * rng.standard_normal((96, 128))
         second = first + 0.02 * rng.standard_normal((96, 128))
         terms = _stored(second, now), _stored(first, before)
-        noise = _norm(terms[0][0] - terms[1][0] - (second - first))
-        assert noise <= noise_floor(*terms)
-        ratios.append(noise_norm(noise_variance(*terms)) / noise)
+        error = _norm(terms[0][0] - terms[1][0] - (second - first))
+        assert error <= noise_floor(*terms)
+        ratios.append(noise_norm(noise_variance(*terms)) / error)
     assert np.mean(ratios) == pytest.approx(1, abs=0.05)
 
 
@@ -343,8 +345,8 @@ def test_pure_rounding_has_no_rank(shape):
     for seed in range(30):
         values = np.random.default_rng(seed).standard_normal(shape)
         stored = _stored(values, "bfloat16")
-        noise = np.linalg.svd(stored[0] - values, compute_uv=False)
-        assert numerical_rank(noise, noise_floor(stored)) == 0
+        s = np.linalg.svd(stored[0] - values, compute_uv=False)
+        assert numerical_rank(s, noise_floor(stored)) == 0
 
 
 def test_a_floor_takes_no_more_than_a_few_copies_of_the_matrix():
@@ -363,3 +365,41 @@ def test_an_unknown_dtype_and_a_missing_scale_are_named():
         noise_floor((np.ones((2, 2)), "int8"))
     with pytest.raises(DynamicsError, match="'float32' came with a scale"):
         noise_floor((np.ones((2, 2)), "float32", 0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", [np.float32, np.float64, np.float16, ">f4"])
+def test_the_spacing_is_the_one_that_frexp_gives(dtype, held):
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((60, 50)) * rng.choice([1e-40, 1e-30, 1e-4, 1, 100], (60, 1))
+    values[rng.random(values.shape) < 0.1] = 0
+    values[7] = 2.0 ** rng.integers(-16, 10, 50)
+    values = values.astype(held)
+    info = torch.finfo(getattr(torch, dtype))
+    _, exponent = np.frexp(values)
+    smallest = np.log2(info.tiny)
+    exponent = np.where(values == 0, smallest, np.maximum(exponent - 1.0, smallest))
+    np.testing.assert_array_equal(ulp(values, dtype), info.eps * 2.0**exponent)
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (3, 900), (1, 1)])
+def test_row_and_column_sums_are_those_of_the_variances(shape):
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal(shape) * (rng.random(shape) < 0.9)
+    values[:: shape[0]] = values[:, :: shape[1]] = 0
+    term = (_rounded(values, "bfloat16"), "bfloat16")
+    variance = noise_variance(term)
+    for found, axis in zip(variance_sums(term), (1, 0), strict=True):
+        np.testing.assert_allclose(found, variance.sum(axis=axis), rtol=1e-13)
+
+
+def test_the_edge_is_the_same_as_from_every_point_of_the_grid(monkeypatch):
+    rng = np.random.default_rng(2)
+    profiles = []
+    for spread in (0.0, 0.01, 0.3, 1.0, 4.0):
+        for m, n in ((1, 1), (1, 40), (96, 96), (384, 30), (20, 900)):
+            rows, cols = (np.exp(spread * rng.standard_normal(size)) for size in (m, n))
+            profiles.append((rows, cols * rows.sum() / cols.sum()))
+    found = [noise._edge(*profile) for profile in profiles]
+    monkeypatch.setattr(noise, "_STRIDE", 1)
+    assert found == [noise._edge(*profile) for profile in profiles]
