@@ -1,30 +1,32 @@
 """analyze(): every metric of every matrix of a run, over its steps, as one xarray Dataset."""
 
-import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xarray as xr
+from threadpoolctl import threadpool_limits
 
-from dynamics import schema
-from dynamics.derived import Difference, is_finite
-from dynamics.errors import DynamicsError, FormatError
+from dynamics.array_facts import ArrayFacts
+from dynamics.errors import DynamicsError
 from dynamics.formats import open_run
-from dynamics.metrics import METRICS, Metric
-from dynamics.run import Dense, Factored, MatrixInfo, Run
+from dynamics.measuring import Outcome, Recall, Task, measured
+from dynamics.results import Results
+from dynamics.run import MatrixInfo, Run
 from dynamics.schema import Status
-from dynamics.selection import Chosen, Selection, selected
-from dynamics.spectra import Spectrum, spectrum
-from dynamics.spectrum_cache import SpectrumCache, content_key
-from dynamics.tracing import TracedRun
+from dynamics.selection import Selection, selected
+from dynamics.spectrum_cache import SpectrumCache
+from dynamics.workers import in_processes, on_cluster
 
 Progress = Callable[[int, int, str], None]
+
+# A task should take some seconds, so that what is lost with a worker is little and all end at about
+# the same time; but each reads the matrices before its own and at the first step once more.
+_TASK_FLOPS = 4e10
+_FEWEST_STEPS, _MOST_STEPS = 8, 64
 
 
 class StoppedError(Exception):
@@ -46,6 +48,8 @@ def analyze(
     progress: Progress | None = None,
     cache: str | Path | None = None,
     strict: bool = False,
+    workers: int = 1,
+    scheduler: str | None = None,
 ) -> xr.Dataset:
     """Measure a run.
 
@@ -57,10 +61,15 @@ def analyze(
         steps: steps of the run; all by default. `update` and `displacement` refer to the run's
             previous and first step, whether these are selected or not.
         select: globs over parameter names ("*_proj" matches with or without ".weight").
-        progress: called as progress(done, total, matrix name) while it works.
+        progress: called as progress(done, total, matrix name) while it works; done and total count
+            matrices at a step, in a kind.
         cache: a file that keeps the spectra, made if it is missing. What it has is not measured
             again, and not even read where nothing changed (`Run.origin`); the result is the same.
         strict: raise at the first matrix that is unreadable or not finite, instead of listing it.
+        workers: how many processes measure. A script that asks for more than one needs
+            `if __name__ == "__main__":`.
+        scheduler: the address of a Dask scheduler, whose workers measure instead. Whoever
+            measures, and in whatever order, the result is the same to the last bit.
 
     Returns:
         A Dataset with dims (kind, step, matrix) and (..., index) for the singular values: one
@@ -73,13 +82,21 @@ def analyze(
     Raises:
         MissingError: an unknown metric, component, kind or step, or nothing selected.
         FormatError: `run` cannot be opened, or with `strict` not read.
-        DynamicsError: `cache` is damaged or no cache; with `strict`, a matrix holds NaN or Inf.
+        DynamicsError: `cache` is damaged or no cache; with `strict`, a matrix holds NaN or Inf;
+            workers cannot be had, or died too often.
     """
     run = run if isinstance(run, Run) else open_run(run)
     chosen = selected(
         run, metrics=metrics, components=components, kinds=kinds, steps=steps, select=select
     )
-    return measure(chosen, cache=cache, strict=strict, progress=progress)
+    return measure(
+        chosen,
+        cache=cache,
+        strict=strict,
+        workers=workers,
+        scheduler=scheduler,
+        progress=progress,
+    )
 
 
 def measure(
@@ -87,6 +104,8 @@ def measure(
     *,
     cache: str | Path | None = None,
     strict: bool = False,
+    workers: int = 1,
+    scheduler: str | None = None,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> xr.Dataset:
@@ -96,190 +115,119 @@ def measure(
         chosen: what to measure.
         cache: see `analyze`.
         strict: see `analyze`.
+        workers: see `analyze`.
+        scheduler: see `analyze`.
         progress: see `analyze`.
-        stopped: asked before every matrix at every step and kind whether to give up.
+        stopped: asked again and again whether to give up: before every matrix at every step and
+            kind, or with workers before every few.
 
     Raises:
         StoppedError: `stopped` said so; what was measured is in the cache.
     """
-    run, table, infos = chosen.run, chosen.metrics, [each.info for each in chosen.matrices]
-    shape = (len(chosen.kinds), len(chosen.steps), len(infos))
-    width = max(min(info.rows, info.cols) for info in infos)
-    values = {
-        name: np.full(shape, np.nan)
-        for name in (*table, schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR)
-    }
-    singular = np.full((*shape, width), np.nan)
-    status = np.zeros(shape, dtype=np.int8)
-    problems: dict[str, None] = {}  # an ordered set
+    if workers < 1:
+        raise DynamicsError(f"workers is {workers}; at least 1 is needed.")
+    run, results = chosen.run, Results(chosen)
 
-    with nullcontext() if cache is None else SpectrumCache(cache) as known:
-        for m, each in enumerate(chosen.matrices):
-            for t, step in enumerate(chosen.steps):
-                for k, kind in enumerate(chosen.kinds):
-                    if stopped():
-                        raise StoppedError(f"The analysis of {run.path} was stopped.")
-                    try:
-                        found = _measured(run, each, step, kind, known)
-                    except _Unmeasured as reason:
-                        if strict and reason.problem is not None:
-                            raise reason.problem from reason
-                        if reason.listed:
-                            problems[str(reason.problem)] = None
-                        status[k, t, m] = reason.status
-                        continue
-                    status[k, t, m] = Status.MEASURED
-                    singular[k, t, m, : found.s.size] = found.s
-                    values[schema.NOISE_FLOOR][k, t, m] = found.noise_floor
-                    values[schema.SINGULAR_VALUE_ERROR][k, t, m] = found.error
-                    for name, metric in table.items():
-                        values[name][k, t, m] = metric.function(found)
-            if progress is not None:
-                progress(m + 1, len(infos), each.info.name)
+    def report(task: Task) -> None:
+        if progress is not None:
+            progress(results.done, results.total, task.name)
 
-    for problem in problems:
+    # One BLAS thread per worker: more of them help little, get in each other's way as soon as
+    # another process wants a core, and change last digits.
+    with nullcontext() if cache is None else SpectrumCache(cache) as known, threadpool_limits(1):
+        alone = workers == 1 and scheduler is None
+        tasks = _new_tasks(_tasks(chosen, largest_first=not alone), chosen, known, results, report)
+        carried_out: Iterator[tuple[Task, Iterable[Outcome]]]
+        if alone:
+            carried_out = _in_this_process(tasks, chosen, known, stopped)
+        elif scheduler is None:
+            carried_out = in_processes(run.untraced, tasks, workers, stopped)
+        else:
+            carried_out = on_cluster(run.untraced, tasks, scheduler, stopped)
+        for task, outcomes in carried_out:
+            for each in outcomes:
+                if strict and each.problem is not None:
+                    raise each.problem
+                if known is not None and each.content is not None and each.spectrum is not None:
+                    known.put(each.content, each.spectrum)
+                    cell = run.cell_key(task.component, task.name, each.step, each.kind)
+                    known.put_cell(cell, each.trace, each.content)
+                results.put(task.component, task.name, each)
+            report(task)
+    if results.done < results.total:
+        raise StoppedError(f"The analysis of {run.path} was stopped.")
+    for problem in results.problems:
         warnings.warn(problem, UnmeasuredWarning, stacklevel=3)
-    dataset = _dataset(table, values, singular, status, [each[:2] for each in chosen.matrices])
-    steps = np.array(chosen.steps, dtype=np.int64)
-    dataset = dataset.assign_coords(kind=chosen.kinds, step=steps)
-    positions = np.searchsorted(run.steps, steps)
-    for name, series in run.scalars.items():
-        variable = name.replace("/", ".")  # a slash is a group to Zarr
-        taken = {*METRICS, *dataset.variables, *dataset.dims}
-        dataset[f"logged_{variable}" if variable in taken else variable] = (
-            schema.STEP,
-            series[positions],
-            {"long_name": name.replace("_", " ")},
-        )
-    return dataset.assign_attrs(_provenance(run), problems=json.dumps(list(problems)))
+    return results.dataset()
 
 
-class _Unmeasured(Exception):
-    """Why a cell holds no number: its status, and the problem where it is one.
-
-    `listed` is False for what is a problem of another cell that names it.
-    """
-
-    def __init__(self, status: Status, problem: DynamicsError | None = None, listed: bool = True):
-        super().__init__(status)
-        self.status, self.problem = status, problem
-        self.listed = listed and problem is not None
-
-
-def _measured(
-    run: TracedRun, chosen: Chosen, step: int, kind: str, known: SpectrumCache | None
-) -> Spectrum:
-    """The spectrum of one cell: a known one, where possible without reading anything."""
-    if known is None:
-        return spectrum(_matrix(chosen, step, kind))
-    cell = run.cell_key(chosen.component, chosen.info.name, step, kind)
-    if (found := known.of_cell(cell, run)) is not None:
-        return found
-    run.start_cell()
-    matrix = _matrix(chosen, step, kind)
-    content = content_key(matrix)
-    if (found := known.of_content(content)) is None:
-        found = spectrum(matrix)
-        known.put(content, found)
-    known.put_cell(cell, run, content)
-    return found
+def _tasks(chosen: Selection, *, largest_first: bool) -> Iterator[Task]:
+    """The cells of the analysis: each task some steps of one matrix, in all kinds."""
+    matrices = chosen.matrices
+    if largest_first:  # so that no worker begins with an embedding when the others are done
+        matrices = sorted(matrices, key=lambda each: -_flops(each.info))
+    for each in matrices:
+        at_once = ceil(_TASK_FLOPS / (_flops(each.info) * len(chosen.kinds)))
+        at_once = min(max(at_once, _FEWEST_STEPS), _MOST_STEPS)
+        for first in range(0, len(chosen.steps), at_once):
+            steps = chosen.steps[first : first + at_once]
+            cells = tuple((step, kind) for step in steps for kind in chosen.kinds)
+            yield Task(each.component, each.info.name, cells)
 
 
-def _matrix(chosen: Chosen, step: int, kind: str) -> Dense | Factored | Difference:
-    try:
-        found = chosen.read(step, kind)
-    except FormatError as problem:
-        raise _Unmeasured(Status.UNREADABLE, problem) from problem
-    if isinstance(found, Status):
-        raise _Unmeasured(found)
-    if not is_finite(found):
-        text = f"{chosen.info.name} ({kind}) at step {step} holds NaN or Inf; it was not measured."
-        # Of a difference, the weights themselves are named.
-        raise _Unmeasured(
-            Status.NON_FINITE, DynamicsError(text), listed=not isinstance(found, Difference)
-        )
-    return found
+def _flops(info: MatrixInfo) -> float:
+    m, n = max(info.rows, info.cols), min(info.rows, info.cols)
+    return float(m * n**2 + 4 * n**3)
 
 
-def _dataset(
-    table: dict[str, Metric],
-    values: dict[str, np.ndarray],
-    singular: np.ndarray,
-    status: np.ndarray,
-    infos: list[tuple[str, MatrixInfo]],
-) -> xr.Dataset:
-    dims = (schema.KIND, schema.STEP, schema.MATRIX)
-    of_matrix = {"units": "units of the matrix"}
-    variables: dict[str, tuple] = {
-        name: (
-            dims,
-            values[name],
-            {"long_name": metric.long_name, "units": metric.units, "reference": metric.reference},
-        )
-        for name, metric in table.items()
-    }
-    variables[schema.SINGULAR_VALUE] = (
-        (*dims, schema.INDEX),
-        singular,
-        {"long_name": "singular value", **of_matrix},
-    )
-    variables[schema.SINGULAR_VALUE_ERROR] = (
-        dims,
-        values[schema.SINGULAR_VALUE_ERROR],
-        {"long_name": "bound on the computation's error of every singular value", **of_matrix},
-    )
-    variables[schema.NOISE_FLOOR] = (
-        dims,
-        values[schema.NOISE_FLOOR],
-        {"long_name": "spectral norm of the stored numbers' rounding noise", **of_matrix},
-    )
-    variables[schema.STATUS] = (
-        dims,
-        status,
-        {
-            "long_name": "why a value is there or not",
-            "flag_values": [int(each) for each in Status],
-            "flag_meanings": " ".join(each.name.lower() for each in Status),
-        },
-    )
-    coords = {**matrix_coords(infos), schema.INDEX: np.arange(singular.shape[-1])}
-    return xr.Dataset(variables, coords=coords)
+def _new_tasks(
+    tasks: Iterator[Task],
+    chosen: Selection,
+    known: SpectrumCache | None,
+    results: Results,
+    report: Callable[[Task], None],
+) -> Iterator[Task]:
+    """The tasks without the cells whose spectra are known, which go into the results."""
+    run = chosen.run
+    for task in tasks:
+        if known is None:
+            yield task
+            continue
+        new, before = [], {}
+        for step, kind in task.cells:
+            cell = run.cell_key(task.component, task.name, step, kind)
+            content, unchanged = known.of_cell(cell, run)
+            spectrum = None if content is None else known.of_content(content)
+            if spectrum is not None and unchanged:
+                outcome = Outcome(step, kind, Status.MEASURED, spectrum)
+                results.put(task.component, task.name, outcome)
+                continue
+            new.append((step, kind))
+            if content is not None and spectrum is not None:
+                before[content] = spectrum  # it may hold the same numbers: a file was touched
+        if new:
+            yield replace(task, cells=tuple(new), hashed=True, known=before)
+        else:
+            report(task)
 
 
-def matrix_coords(infos: list[tuple[str, MatrixInfo]]) -> dict[str, Any]:
-    """The coordinates along `matrix` for (component, matrix) pairs."""
-    return {
-        schema.MATRIX: [info.name for _, info in infos],
-        "component": (schema.MATRIX, [component for component, _ in infos]),
-        "layer": (
-            schema.MATRIX,
-            np.array(
-                [schema.NO_LAYER if i.layer is None else i.layer for _, i in infos], dtype=np.int64
-            ),
-            {"long_name": f"layer index, {schema.NO_LAYER} outside the stack of layers"},
-        ),
-        "module": (schema.MATRIX, [info.module for _, info in infos]),
-        "head": (
-            schema.MATRIX,
-            np.array(
-                [schema.NO_HEAD if i.head is None else i.head for _, i in infos], dtype=np.int64
-            ),
-            {"long_name": f"query head, {schema.NO_HEAD} where it belongs to no single one"},
-        ),
-        "rows": (schema.MATRIX, [info.rows for _, info in infos]),
-        "cols": (schema.MATRIX, [info.cols for _, info in infos]),
-    }
+def _in_this_process(
+    tasks: Iterator[Task],
+    chosen: Selection,
+    known: SpectrumCache | None,
+    stopped: Callable[[], bool],
+) -> Iterator[tuple[Task, Iterator[Outcome]]]:
+    """The tasks one after the other; each cell is measured when its outcome is asked for."""
+    readers = {(each.component, each.info.name): each.read for each in chosen.matrices}
+    facts = ArrayFacts()
+    recall: Recall = (lambda content: None) if known is None else known.of_content
+    for task in tasks:
+        read = readers[task.component, task.name]
+        yield task, _until(stopped, measured(task, chosen.run, read, facts, recall))
+        if stopped():
+            return
 
 
-def _provenance(run: Run) -> dict[str, str | int]:
-    return {
-        "format": schema.ANALYSIS_FORMAT,
-        "format_version": schema.ANALYSIS_VERSION,
-        "source": run.path,
-        "source_format": run.format,
-        "source_attrs": json.dumps(dict(run.attrs), default=str),
-        "events": json.dumps([asdict(event) for event in run.events]),
-        "versions": json.dumps(
-            {name: version(name) for name in ("learning-dynamics", "numpy", "scipy")}
-        ),
-    }
+def _until(stopped: Callable[[], bool], outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    while not stopped() and (outcome := next(outcomes, None)) is not None:
+        yield outcome

@@ -1,5 +1,6 @@
 """Kinds made from weights: update and displacement are differences of two stored matrices."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,10 @@ class Difference:
         return (*self.now.stored * (1 + self.merges), *self.before.stored)
 
 
-def is_finite(matrix: Matrix | Difference) -> bool:
+def is_finite(
+    matrix: Matrix | Difference,
+    array_is_finite: Callable[[np.ndarray], bool] = lambda array: bool(np.isfinite(array).all()),
+) -> bool:
     """Whether all the numbers that a matrix is made of are finite."""
     if isinstance(matrix, Factored):
         parts = [matrix.left, matrix.right]
@@ -51,7 +55,7 @@ def is_finite(matrix: Matrix | Difference) -> bool:
         parts = [matrix.values]
     else:
         parts = [matrix.now.values, matrix.before.values]
-    return all(np.isfinite(part).all() for part in parts)
+    return all(array_is_finite(part) for part in parts)
 
 
 def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:

@@ -9,12 +9,12 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis import matrix_coords
 from dynamics.derived import is_finite
 from dynamics.errors import MissingError
 from dynamics.formats import open_run
 from dynamics.metrics.adapter_subspace import Expressibility, expressibility
 from dynamics.names import matches
+from dynamics.results import matrix_coords
 from dynamics.run import Factored, Run
 
 _LONG_NAMES = {

@@ -69,7 +69,8 @@ def _binade(values: ArrayLike, dtype: str) -> np.ndarray:
     narrow = given.dtype.itemsize <= 4 and given.dtype.kind == "f" and dtype != "float64"
     given = given.astype(np.float32 if narrow else np.float64, copy=False)  # in native order
     bits, exponent = (np.uint32, 0x7F800000) if narrow else (np.uint64, 0x7FF0000000000000)
-    return np.asarray((given.view(bits) & bits(exponent)).view(given.dtype))
+    masked: np.ndarray = np.bitwise_and(given.view(bits), bits(exponent))
+    return masked.view(given.dtype)
 
 
 def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> np.ndarray:
@@ -178,8 +179,7 @@ def noise_limit(*stored: Stored) -> float:
 
 
 def noise_floor(
-    *stored: Stored,
-    sums: Callable[[Stored], tuple[np.ndarray, np.ndarray]] | None = None,
+    *stored: Stored, sums: Callable[[Stored], tuple[np.ndarray, np.ndarray]] | None = None
 ) -> float:
     """What a singular value of a sum or difference of stored matrices must exceed.
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
+from dynamics.array_facts import ArrayFacts
 from dynamics.derived import Difference
 from dynamics.gram import gram, singular_values_from_gram
 from dynamics.noise import noise_floor, product_noise_bound
@@ -42,7 +43,7 @@ _SMALL = 2**15  # entries of a matrix
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All singular values of one matrix.
+    """All singular values of one matrix, or of several of one shape along leading axes.
 
     Attributes:
         s: (k,) float64, descending, >= 0, k = min(rows, cols).
@@ -65,7 +66,7 @@ class Spectrum:
     @property
     def floor(self) -> float:
         """What a singular value must exceed to be a property of the model: noise or error."""
-        return max(self.noise_floor, self.error)
+        return np.maximum(self.noise_floor, self.error)
 
 
 def singular_values(matrix: np.ndarray) -> np.ndarray:
@@ -119,13 +120,19 @@ def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarra
     return singular_values(r1 @ r2.T)
 
 
-def spectrum(matrix: Dense | Factored | Difference, *, rank_bound: int | None = None) -> Spectrum:
+def spectrum(
+    matrix: Dense | Factored | Difference,
+    *,
+    rank_bound: int | None = None,
+    facts: ArrayFacts | None = None,
+) -> Spectrum:
     """The spectrum of a matrix of a run, by the cheapest way that keeps float64 accuracy.
 
     Args:
         matrix: what to measure.
         rank_bound: the rank that the matrix was made with, where its entries do not show it: a
             stored product B·A of r-column factors is dense, and rounding gives it full rank.
+        facts: what is known of the arrays already, if they are parts of several matrices.
 
     Raises:
         ValueError: the matrix holds NaN or Inf.
@@ -145,7 +152,7 @@ def spectrum(matrix: Dense | Factored | Difference, *, rank_bound: int | None = 
         known = matrix.rank_bound if isinstance(matrix, Difference) else None
         bound = known or k
     bound = bound if rank_bound is None else min(bound, rank_bound)
-    return Spectrum(s, rows, cols, bound, error, noise_of(matrix))
+    return Spectrum(s, rows, cols, bound, error, noise_of(matrix, facts))
 
 
 def _of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
@@ -162,12 +169,12 @@ def _of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
     return s, longest * EPS * float(s[0])
 
 
-def noise_of(matrix: Dense | Factored | Difference) -> float:
+def noise_of(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> float:
     """The spectral norm of the rounding noise in the stored numbers of a matrix of a run."""
     if isinstance(matrix, Factored):
         noise = product_noise_bound((matrix.left, matrix.dtype), (matrix.right, matrix.dtype))
         return abs(matrix.scale) * noise
-    return noise_floor(*matrix.stored)
+    return noise_floor(*matrix.stored, sums=(facts or ArrayFacts()).variance_sums)
 
 
 def _norm(factor: np.ndarray) -> float:

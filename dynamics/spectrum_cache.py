@@ -3,6 +3,7 @@
 import hashlib
 import sqlite3
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import scipy
 
+from dynamics.array_facts import ArrayFacts
 from dynamics.derived import Difference
 from dynamics.errors import DynamicsError
 from dynamics.run import Dense, Factored
 from dynamics.spectra import MEASURE_VERSION, Spectrum
-from dynamics.tracing import TracedRun, trace_from_json, trace_to_json
+from dynamics.tracing import Dependency, TracedRun, trace_from_json, trace_to_json
 
 _APPLICATION = 0x6C64796E  # "ldyn", in the file's header
 _VERSION = 1
@@ -39,23 +41,21 @@ COMMIT;
 _MEASURED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
 
 
-def content_key(matrix: Dense | Factored | Difference) -> bytes:
+def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> bytes:
     """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it."""
+    facts = facts or ArrayFacts()
     digest = hashlib.blake2b(_MEASURED_BY.encode(), digest_size=20)
     if isinstance(matrix, Factored):
-        facts: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
+        other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
         parts = [matrix.left, matrix.right]
     elif isinstance(matrix, Difference):
-        facts = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
+        other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
         parts = [matrix.now.values, matrix.before.values]
     else:
-        facts, parts = (matrix.dtype,), [matrix.values]
-    digest.update(repr((type(matrix).__name__, facts)).encode())
+        other, parts = (matrix.dtype,), [matrix.values]
+    digest.update(repr((type(matrix).__name__, other)).encode())
     for part in parts:
-        # The order in memory is that of summation, which the last digits of the noise depend on.
-        layout = (part.dtype.str, part.shape, part.flags.c_contiguous, part.flags.f_contiguous)
-        digest.update(repr(layout).encode())
-        digest.update(np.ascontiguousarray(part).data if part.size else b"")
+        digest.update(facts.digest(part))
     return digest.digest()
 
 
@@ -94,21 +94,22 @@ class SpectrumCache:
         with closing(self._connection):
             self._flush()
 
-    def of_cell(self, cell: bytes, run: TracedRun) -> Spectrum | None:
-        """The spectrum of a cell if nothing that it was made from has changed since."""
+    def of_cell(self, cell: bytes, run: TracedRun) -> tuple[bytes | None, bool]:
+        """(the content that a cell had when it was measured last, whether it still must have it).
+
+        It must where nothing that it was made from has changed since. None: it never was measured.
+        """
         cell = _of_this_release(cell)
         found = self._cells.get(cell) or self._row(
             "SELECT dependencies, content, checksum FROM cells WHERE cell = ?", cell
         )
         if found is None:
-            return None
+            return None, False
         dependencies, content, checksum = found
         if checksum != _checksum(cell, dependencies, content):
             raise self._damaged("the origins of a matrix do not fit their checksum")
-        for dependency, origin in trace_from_json(dependencies):
-            if run.origin_of(dependency) != origin:
-                return None
-        return self.of_content(content)
+        origins = trace_from_json(dependencies)
+        return content, all(run.origin_of(each) == origin for each, origin in origins)
 
     def of_content(self, content: bytes) -> Spectrum | None:
         """The spectrum of these numbers."""
@@ -132,11 +133,11 @@ class SpectrumCache:
         self._spectra[content] = spectrum
         self._flush_now_and_then()
 
-    def put_cell(self, cell: bytes, run: TracedRun, content: bytes) -> None:
-        """Keep what a cell was made from, as `run` has noted it, if it can be told again."""
-        if None in run.trace.values():
+    def put_cell(self, cell: bytes, trace: Mapping[Dependency, str | None], content: bytes) -> None:
+        """Keep what a cell was made from (`TracedRun.trace`), if it can be told again."""
+        if None in trace.values():
             return
-        cell, dependencies = _of_this_release(cell), trace_to_json(run.trace).encode()
+        cell, dependencies = _of_this_release(cell), trace_to_json(trace).encode()
         self._cells[cell] = (dependencies, content, _checksum(cell, dependencies, content))
         self._flush_now_and_then()
 

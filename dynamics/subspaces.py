@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis import matrix_coords
 from dynamics.components.parameters import Measurable, parameters
 from dynamics.derived import Difference, is_finite, reference_step
 from dynamics.errors import MissingError
@@ -23,6 +22,7 @@ from dynamics.metrics.pairwise import (
     subspace_overlap,
 )
 from dynamics.names import matches
+from dynamics.results import matrix_coords
 from dynamics.run import Matrix, MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.tracing import TracedRun

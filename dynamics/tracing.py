@@ -54,6 +54,11 @@ class TracedRun(Run):
         self._trace: dict[Dependency, str | None] | None = None
         self._common: dict[int, bytes] = {}
 
+    @property
+    def untraced(self) -> Run:
+        """The run itself."""
+        return self._run
+
     def start_cell(self) -> None:
         """Begin to note what the next cell is made from."""
         self._trace = {}
