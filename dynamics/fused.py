@@ -151,7 +151,7 @@ class SplitRun(Run):
     """A run whose fused matrices are read as their parts; all else is that of the run itself."""
 
     def __init__(self, run: Run, parts: Mapping[str, tuple[Part, ...]]):
-        self._run = run
+        self._run, self._parts = run, parts
         self.path, self.format, self.steps = run.path, run.format, run.steps
         self.stored_kinds, self.attrs = run.stored_kinds, run.attrs
         self.problems, self.absent_kinds = run.problems, run.absent_kinds
@@ -164,6 +164,9 @@ class SplitRun(Run):
         # float32, as most matrices come; lower precisions do not come narrower
         largest = max(4 * run.matrices[name].rows * run.matrices[name].cols for name in parts)
         self._read = lru_cache(maxsize=max(1, _CACHE_BYTES // largest))(self._fused)
+
+    def __reduce__(self) -> tuple[type["SplitRun"], tuple[Run, Mapping[str, tuple[Part, ...]]]]:
+        return SplitRun, (self._run, self._parts)  # without what it keeps of the matrices
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """A stored matrix, or a part of one; see `Run.read`."""

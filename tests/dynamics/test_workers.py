@@ -1,0 +1,203 @@
+"""Workers give the serial result to the last bit, also where some of them die."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray as xr
+from safetensors.numpy import load_file, save_file
+from zarr.storage import MemoryStore
+
+import dynamics as dy
+from dynamics.analysis import StoppedError, measure
+from dynamics.selection import selected
+
+# Large enough for the Gram matrix, and for tasks to be under way when a worker dies.
+SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (384, 192) for i in range(12)}
+
+
+@pytest.fixture(scope="module")
+def recording(write_recording, tmp_path_factory):
+    steps = tuple(range(0, 120, 10))
+    return write_recording(tmp_path_factory.mktemp("run") / "run.zarr", shapes=SHAPES, steps=steps)
+
+
+@pytest.fixture(scope="module")
+def serial(recording):
+    return dy.analyze(recording)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed")
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as running:
+        yield running
+
+
+def once(action):
+    """A `progress` that acts when it is called for the first time, while tasks are under way."""
+    done = []
+
+    def progress(*_):
+        if not done:
+            done.append(action())
+
+    progress.done = done
+    return progress
+
+
+# Processes ----------------------------------------------------------------------------------------
+
+
+def test_two_processes_give_the_serial_result(recording, serial, tmp_path):
+    xr.testing.assert_identical(dy.analyze(recording, workers=2), serial)
+    cache = tmp_path / "spectra.cache"
+    xr.testing.assert_identical(dy.analyze(recording, workers=2, cache=cache), serial)
+
+
+@pytest.mark.parametrize("components", [["parameters"], ["ov_circuit", "qk_circuit"]])
+def test_they_do_for_checkpoints_and_circuits(llama_checkpoints, components):
+    one, two = (
+        dy.analyze(llama_checkpoints, components=components, workers=workers) for workers in (1, 2)
+    )
+    xr.testing.assert_identical(one, two)
+
+
+def test_they_do_for_fused_matrices(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=4, n_inner=24
+    )
+    for step in (2, 4):
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / f"checkpoint-{step}")
+    one, two = (dy.analyze(tmp_path, workers=workers) for workers in (1, 2))
+    assert "q_proj" in one["module"].values
+    xr.testing.assert_identical(one, two)
+
+
+def test_what_is_wrong_is_listed_in_the_same_order_and_strictness_raises(
+    llama_checkpoints, tmp_path
+):
+    run = shutil.copytree(llama_checkpoints, tmp_path / "run")
+    file = run / "checkpoint-4/model.safetensors"
+    stored = load_file(file)
+    for name in list(stored)[::3]:
+        stored[name][0, ...] = np.nan
+    save_file(stored, file)
+    (run / "checkpoint-6/model.safetensors").write_bytes(b"")
+    with pytest.warns(dy.UnmeasuredWarning):
+        one, two = (dy.analyze(run, workers=workers) for workers in (1, 2))
+    xr.testing.assert_identical(one, two)
+    assert len(one.attrs["problems"]) > 200
+    with pytest.raises(dy.DynamicsError, match="NaN or Inf|0 bytes"):
+        dy.analyze(run, workers=2, strict=True)
+
+
+def test_what_serial_analyses_measured_workers_do_not_and_the_other_way_round(
+    recording, serial, tmp_path, monkeypatch
+):
+    first = tmp_path / "first.cache"
+    dy.analyze(recording, cache=first, workers=2)
+    monkeypatch.setattr("dynamics.measuring.spectrum", lambda *_, **__: pytest.fail("measured"))
+    xr.testing.assert_identical(dy.analyze(recording, cache=first), serial)
+    monkeypatch.undo()
+    second = tmp_path / "second.cache"
+    dy.analyze(recording, cache=second)
+    monkeypatch.setattr("dynamics.workers.ProcessPoolExecutor.submit", None)
+    xr.testing.assert_identical(dy.analyze(recording, cache=second, workers=2), serial)
+
+
+def test_a_killed_process_costs_its_tasks_and_nothing_else(recording, serial):
+    def kill():
+        victim = multiprocessing.active_children()[0]
+        victim.kill()
+        return victim.pid
+
+    progress = once(kill)
+    xr.testing.assert_identical(dy.analyze(recording, workers=2, progress=progress), serial)
+    assert progress.done
+
+
+def test_processes_that_die_again_and_again_are_an_error(recording):
+    def kill(*_):
+        for each in multiprocessing.active_children():
+            each.kill()
+
+    with pytest.raises(dy.DynamicsError, match=r"died 4 times, .*up_proj.*fewer workers"):
+        dy.analyze(recording, workers=1 + 1, progress=kill)
+
+
+def test_an_analysis_with_workers_can_be_stopped_and_goes_on(recording, serial, tmp_path):
+    cache, end = tmp_path / "spectra.cache", []
+    with pytest.raises(StoppedError):
+        measure(
+            selected(dy.open_run(recording)),
+            cache=cache,
+            workers=2,
+            progress=lambda *_: end.append(1),
+            stopped=lambda: bool(end),
+        )
+    counted = []
+    result = dy.analyze(
+        recording, cache=cache, progress=lambda done, total, name: counted.append((done, total))
+    )
+    xr.testing.assert_identical(result, serial)
+    assert counted[-1] == (serial["status"].size, serial["status"].size)
+
+
+def test_what_cannot_be_sent_to_workers_is_refused(write_recording):
+    run = dy.open_run(write_recording(MemoryStore()))
+    run.unpicklable = lambda: None
+    with pytest.raises(dy.DynamicsError, match="cannot be sent to workers"):
+        dy.analyze(run, workers=2)
+    with pytest.raises(dy.DynamicsError, match="workers is 0"):
+        dy.analyze(run, workers=0)
+
+
+# A Dask cluster -----------------------------------------------------------------------------------
+
+
+def test_a_cluster_gives_the_serial_result(recording, serial, cluster, tmp_path):
+    found = dy.analyze(recording, scheduler=cluster.scheduler_address, cache=tmp_path / "c.cache")
+    xr.testing.assert_identical(found, serial)
+
+
+def test_a_worker_of_a_cluster_that_is_killed_in_the_middle_is_replaced(recording, serial, cluster):
+    from distributed import Client
+
+    with Client(cluster, set_as_default=False) as client:
+        before = client.run(os.getpid)
+
+        def kill():
+            pid = sorted(before.values())[0]
+            os.kill(pid, signal.SIGKILL)
+            return pid
+
+        progress = once(kill)
+        found = dy.analyze(recording, scheduler=cluster.scheduler_address, progress=progress)
+        xr.testing.assert_identical(found, serial)
+        end, after = time.monotonic() + 60, {}
+        while len(after) < 2 and time.monotonic() < end:
+            client.wait_for_workers(2, timeout=60)
+            after = client.run(os.getpid, on_error="ignore")
+        assert progress.done[0] not in after.values()
+        assert len(after) == 2
+
+
+def test_a_scheduler_that_does_not_answer_is_named(recording, monkeypatch):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("dynamics.workers._SECONDS_TO_CONNECT", 1)
+    with pytest.raises(dy.DynamicsError, match="No Dask scheduler answers at tcp://127.0.0.1:1"):
+        dy.analyze(recording, scheduler="tcp://127.0.0.1:1")
+
+
+def test_the_extra_that_a_scheduler_needs_is_named(recording, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(dy.DynamicsError, match=r"pip install 'learning-dynamics\[distributed\]'"):
+        dy.analyze(recording, scheduler="tcp://127.0.0.1:1")
