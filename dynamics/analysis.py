@@ -20,7 +20,8 @@ from dynamics.metrics import METRICS, Metric
 from dynamics.run import Dense, Factored, MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.selection import Chosen, Selection, selected
-from dynamics.spectra import Spectrum, spectrum
+from dynamics.spectra import spectrum
+from dynamics.spectrum import Spectrum
 from dynamics.spectrum_cache import SpectrumCache, content_key
 from dynamics.tracing import TracedRun
 
@@ -177,6 +178,8 @@ def _measured(
         return found
     run.start_cell()
     matrix = _matrix(chosen, step, kind)
+    if isinstance(matrix, Spectrum):
+        return matrix
     content = content_key(matrix)
     if (found := known.of_content(content)) is None:
         found = spectrum(matrix)
@@ -185,7 +188,7 @@ def _measured(
     return found
 
 
-def _matrix(chosen: Chosen, step: int, kind: str) -> Dense | Factored | Difference:
+def _matrix(chosen: Chosen, step: int, kind: str) -> Dense | Factored | Difference | Spectrum:
     try:
         found = chosen.read(step, kind)
     except FormatError as problem:

@@ -140,10 +140,11 @@ def noise_norm_bound(variance: np.ndarray) -> float:
     not a certain one: `noise_limit` is that. 1.01 to 1.5 times the norm for Gaussian matrices, up
     to 3.3 times for graded ones.
     """
-    return _bound(variance.sum(axis=1), variance.sum(axis=0))
+    return bound_of_sums(variance.sum(axis=1), variance.sum(axis=0))
 
 
-def _bound(rows: np.ndarray, cols: np.ndarray) -> float:
+def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
+    """`noise_norm_bound` of variances with these row sums (m,) and column sums (n,)."""
     if not rows.any():
         return 0.0
     edge, scale = _edge(rows, cols)
@@ -173,7 +174,7 @@ def noise_floor(*stored: Stored) -> float:
         stored: (values, dtype) or (values, "int8", scale) of each term, values (m, n) alike. One
             term for a matrix as it is, two for the difference of two checkpoints.
     """
-    return _bound(*_variance_sums(stored))
+    return bound_of_sums(*_variance_sums(stored))
 
 
 def _variance_sums(stored: tuple[Stored, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,46 +1,18 @@
 """Singular values with the error of their computation and the noise floor of their numbers."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.linalg
 
 from dynamics.derived import Difference
 from dynamics.noise import noise_floor, product_noise_bound
 from dynamics.run import Dense, Factored
+from dynamics.spectrum import Spectrum
 
 EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 2**21  # numbers of a block of rows, at least
 # To be raised whenever `spectrum` or the noise give other numbers: those kept by a
 # `spectrum_cache` are then measured again.
 MEASURE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """All singular values of one matrix.
-
-    Attributes:
-        s: (k,) float64, descending, >= 0, k = min(rows, cols).
-        rows: m.
-        cols: n.
-        rank_bound: the largest rank the matrix can have: r for a factored one, that of the
-            adapters for a difference that adapters alone made, else k.
-        error: bound on |computed - exact| for every singular value.
-        noise_floor: spectral norm of the rounding noise in the stored numbers.
-    """
-
-    s: np.ndarray
-    rows: int
-    cols: int
-    rank_bound: int
-    error: float
-    noise_floor: float
-
-    @property
-    def floor(self) -> float:
-        """What a singular value must exceed to be a property of the model: noise or error."""
-        return max(self.noise_floor, self.error)
 
 
 def singular_values(matrix: np.ndarray) -> np.ndarray:
@@ -93,17 +65,21 @@ def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarra
     return singular_values(r1 @ r2.T)
 
 
-def spectrum(matrix: Dense | Factored | Difference, *, rank_bound: int | None = None) -> Spectrum:
+def spectrum(
+    matrix: Dense | Factored | Difference | Spectrum, *, rank_bound: int | None = None
+) -> Spectrum:
     """The spectrum of a matrix of a run, by the cheapest way that keeps float64 accuracy.
 
     Args:
-        matrix: what to measure.
+        matrix: what to measure; a spectrum was, and is returned as it is.
         rank_bound: the rank that the matrix was made with, where its entries do not show it: a
             stored product B·A of r-column factors is dense, and rounding gives it full rank.
 
     Raises:
         ValueError: the matrix holds NaN or Inf.
     """
+    if isinstance(matrix, Spectrum):
+        return matrix
     rows, cols = matrix.shape
     k = min(rows, cols)
     if isinstance(matrix, Factored):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dynamics.layout import (
     GRADIENT,
     WEIGHT,
     Recording,
+    SpectraReader,
     StoreLike,
     Verification,
     factor_path,
@@ -21,6 +23,7 @@ from dynamics.layout import (
     verify,
 )
 from dynamics.run import Dense, Event, Factored, Matrix, Run, matrices_of
+from dynamics.spectrum import Spectrum
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 
@@ -45,16 +48,23 @@ class RecordingRun(Run):
         self.attrs: Mapping[str, Any] = self._recording.attrs
         self._index = {int(step): index for index, step in enumerate(self.steps)}
         self._adapted = set(self._recording.parameters(ADAPTER))
+        self._spectra = SpectraReader(self._recording)
+        self.measured_kinds = tuple(self._spectra.shapes)
+        measured = (shapes.items() for shapes in self._spectra.shapes.values())
         self.matrices = matrices_of(
-            {name: self._adapter_shape(name) for name in self._adapted}
+            dict(chain.from_iterable(measured))
+            | {name: self._adapter_shape(name) for name in self._adapted}
             | {
                 name: self._recording.array(matrix_path(group, name)).shape[1:]
                 for group in (WEIGHT, GRADIENT)
                 for name in self._recording.parameters(group)
             }
         )
+        if self.measured_kinds:
+            self.stored_kinds = ()  # at most the first weights, which displacements refer to
+            return
         weights = self._recording.parameters(WEIGHT)
-        self.stored_kinds: tuple[str, ...] = (
+        self.stored_kinds = (
             *((schema.WEIGHT,) if weights else ()),
             *((schema.BASE,) if weights and self._adapted else ()),
             *((schema.ADAPTER,) if self._adapted else ()),
@@ -76,6 +86,10 @@ class RecordingRun(Run):
                 return weight
             return Dense(weight.values.astype(np.float64) - adapter.product(), weight.dtype)
         return self._dense(_GROUPS[kind], name, index) if kind in _GROUPS else None
+
+    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+        """A spectrum that the recorder measured; see `Run.measured`."""
+        return self._spectra.read(name, self._index[step], kind)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """The chunks that `read` takes the matrix from; see `Run.origin`."""

@@ -4,8 +4,9 @@ Only the files of this package spell its paths; `paths` describes the layout.
 """
 
 from dynamics.layout.compression import COMPRESSIONS, Compression
-from dynamics.layout.paths import ADAPTER, GRADIENT, WEIGHT, factor_path, matrix_path
+from dynamics.layout.paths import ADAPTER, GRADIENT, SPECTRA, WEIGHT, factor_path, matrix_path
 from dynamics.layout.reader import Recording
+from dynamics.layout.spectra import SpectraReader, spectra_arrays
 from dynamics.layout.stores import StoreLike
 from dynamics.layout.verification import Verification, verify
 from dynamics.layout.writer import RecordingWriter
@@ -14,13 +15,16 @@ __all__ = [
     "ADAPTER",
     "COMPRESSIONS",
     "GRADIENT",
+    "SPECTRA",
     "WEIGHT",
     "Compression",
     "Recording",
     "RecordingWriter",
+    "SpectraReader",
     "StoreLike",
     "Verification",
     "factor_path",
     "matrix_path",
+    "spectra_arrays",
     "verify",
 ]
