@@ -10,6 +10,7 @@ import numpy as np
 
 from dynamics import schema
 from dynamics.formats.evaluations import with_evaluations
+from dynamics.formats.files import is_remote
 from dynamics.layout import (
     ADAPTER,
     GRADIENT,
@@ -19,7 +20,9 @@ from dynamics.layout import (
     StoreLike,
     Verification,
     factor_path,
+    is_repository_folder,
     matrix_path,
+    told,
     verify,
 )
 from dynamics.run import Dense, Event, Factored, Matrix, Run, matrices_of
@@ -37,11 +40,13 @@ class RecordingRun(Run):
 
     @staticmethod
     def recognises(path: Path) -> bool:
-        """Whether `path` is the root of a Zarr v3 store."""
-        return (path / "zarr.json").is_file()
+        """Whether `path` is the root of a Zarr v3 store, or an Icechunk repository on this disk."""
+        if (path / "zarr.json").is_file():
+            return True
+        return not is_remote(path) and is_repository_folder(path)
 
     def __init__(self, path: StoreLike):
-        self.path = str(path)
+        self.path = told(path)
         self._folder = path.parent if isinstance(path, Path) else None
         self._recording = Recording(path)
         self.steps = self._recording.steps

@@ -7,7 +7,8 @@ from dynamics.layout.compression import COMPRESSIONS, Compression
 from dynamics.layout.paths import ADAPTER, GRADIENT, SPECTRA, WEIGHT, factor_path, matrix_path
 from dynamics.layout.reader import Recording
 from dynamics.layout.spectra import SpectraReader, spectra_arrays
-from dynamics.layout.stores import StoreLike
+from dynamics.layout.stores import StoreLike, told
+from dynamics.layout.transactions import is_repository, is_repository_folder
 from dynamics.layout.verification import Verification, verify
 from dynamics.layout.writer import RecordingWriter
 
@@ -24,7 +25,10 @@ __all__ = [
     "StoreLike",
     "Verification",
     "factor_path",
+    "is_repository",
+    "is_repository_folder",
     "matrix_path",
     "spectra_arrays",
+    "told",
     "verify",
 ]
