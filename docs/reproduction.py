@@ -17,7 +17,8 @@ import torch
 
 from dynamics.metrics import METRICS
 from dynamics.run import Dense
-from dynamics.spectra import Spectrum, spectrum
+from dynamics.spectra import spectrum
+from dynamics.spectrum import Spectrum
 
 RANK = 16
 LAYERS = 12  # the published values are means over these

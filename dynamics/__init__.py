@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
     from dynamics.run import Run
     from dynamics.schema import Status
-    from dynamics.spectra import Spectrum, singular_values, spectrum
+    from dynamics.spectra import singular_values, spectrum
+    from dynamics.spectrum import Spectrum
     from dynamics.statistics import mean_interval
     from dynamics.storage import load, save
     from dynamics.subspaces import run_alignment, subspace_overlaps
@@ -40,7 +41,8 @@ _HOMES = {
     "dynamics.plots": ("plot_comparison", "plot_heatmap", "plot_spectrum", "plot_trajectory"),
     "dynamics.run": ("Run",),
     "dynamics.schema": ("Status",),
-    "dynamics.spectra": ("Spectrum", "singular_values", "spectrum"),
+    "dynamics.spectra": ("singular_values", "spectrum"),
+    "dynamics.spectrum": ("Spectrum",),
     "dynamics.statistics": ("mean_interval",),
     "dynamics.storage": ("load", "save"),
     "dynamics.subspaces": ("run_alignment", "subspace_overlaps"),

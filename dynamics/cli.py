@@ -103,6 +103,7 @@ class Listing(StrEnum):
     epilog="Examples:\n\n  dynamics analyze demo/relora/run.zarr\n\n"
     "  dynamics analyze checkpoints/ -o ranks.zarr --kinds weight,update --steps 0:1000\n\n"
     "  dynamics analyze run.zarr --follow\n\n"
+    "  dynamics analyze checkpoints/ --workers 8\n\n"
     "Again with the same output, it measures only what is new."
 )
 def analyze(
@@ -133,6 +134,13 @@ def analyze(
     interval: Annotated[
         float, typer.Option("--interval", min=0.1, help="Seconds between looks of --follow.")
     ] = 10.0,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="How many processes measure.")
+    ] = 1,
+    scheduler: Annotated[
+        str | None,
+        typer.Option("--scheduler", help="A Dask scheduler's address; its workers measure."),
+    ] = None,
 ) -> None:
     """Measure a run and save the result; what an earlier result has is not measured again."""
     from dynamics import storage
@@ -148,6 +156,7 @@ def analyze(
         "kinds": split(kinds),
         "select": select or None,
     }
+    who: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
     cache = None if no_cache else output.with_name(f"{output.name.removesuffix('.zarr')}.cache")
     ranges = step_ranges(steps)
     open_it = partial(
@@ -167,6 +176,7 @@ def analyze(
             steps=lambda opened: steps_so_far(opened, ranges),
             cache=cache,
             strict=strict,
+            **who,
             **choice,
         )
         return _report(problems)
@@ -174,7 +184,7 @@ def analyze(
     chosen = selected(opened, steps=steps_of(opened, ranges), **choice)
     storage.check_update(output, chosen, overwrite=overwrite)
     with _progress(run) as progress:
-        result = measure(chosen, cache=cache, strict=strict, progress=progress)
+        result = measure(chosen, cache=cache, strict=strict, progress=progress, **who)
     if not overwrite:
         storage.check_kept(output, result)
     storage.save(result, output, overwrite=overwrite or output.exists())
@@ -426,9 +436,15 @@ def _progress(run: str) -> "Iterator[Progress]":
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        Task,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Rate(TextColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} spectra/s")
 
     from dynamics.analysis import UnmeasuredWarning
 
@@ -436,6 +452,7 @@ def _progress(run: str) -> "Iterator[Progress]":
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(""),
         TimeRemainingColumn(),
     )
     console = _error_console()

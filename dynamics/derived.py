@@ -7,6 +7,7 @@ import numpy as np
 
 from dynamics import schema
 from dynamics.run import Dense, Factored, Matrix, Run
+from dynamics.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Difference:
 
 
 def is_finite(
-    matrix: Matrix | Difference,
+    matrix: Matrix | Difference | Spectrum,
     array_is_finite: Callable[[np.ndarray], bool] = lambda array: bool(np.isfinite(array).all()),
 ) -> bool:
     """Whether all the numbers that a matrix is made of are finite."""
     if isinstance(matrix, Factored):
         parts = [matrix.left, matrix.right]
+    elif isinstance(matrix, Spectrum):
+        parts = [matrix.s]
     elif isinstance(matrix, Dense):
         parts = [matrix.values]
     else:
@@ -85,23 +88,38 @@ def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:
 def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
     """The largest rank of W_now - W_before where adapters alone moved W, None where they did not.
 
-    Between the two, every merge adds a cycle's s·B·A of rank r, and the present adapter adds
-    another: r·(merges + 1). The adapter at `before` is subtracted and adds its rank, unless it
-    is zero or was merged at that very step, so that it cancels against the first merge.
+    See `cycles_rank_bound`.
     """
     if schema.ADAPTER not in run.stored_kinds:
         return None
     adapter, earlier = (run.read(name, step, schema.ADAPTER) for step in (now, before))
     if not isinstance(adapter, Factored) or not isinstance(earlier, Factored):
         return None
-    merges = run.merges_between(name, before, now)
     merged_there = any(event.kind == schema.MERGE and event.step == before for event in run.events)
-    rank, is_zero = adapter.rank_bound, not (earlier.left.any() and earlier.right.any())
-    if merged_there:
-        bound = rank * merges
-    else:
-        bound = rank * (merges + 1) + (0 if is_zero else earlier.rank_bound)
+    is_zero = not (earlier.left.any() and earlier.right.any())
+    bound = cycles_rank_bound(
+        adapter.rank_bound,
+        0 if is_zero else earlier.rank_bound,
+        run.merges_between(name, before, now),
+        merged_there=merged_there,
+    )
     return min(bound, *adapter.shape)
+
+
+def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: bool) -> int:
+    """The largest rank of a difference of weights that adapters alone moved.
+
+    Between the two, every merge adds a cycle's s·B·A of rank r, and the present adapter adds
+    another: r·(merges + 1). The earlier adapter is subtracted and adds its rank, unless it was
+    merged at that very step, so that it cancels against the first merge.
+
+    Args:
+        rank: r of the present adapter.
+        earlier: that of the adapter at the earlier step, 0 where it was zero.
+        merges: from the earlier step to the present one.
+        merged_there: whether the first of them happened at the earlier step.
+    """
+    return rank * merges if merged_there else rank * (merges + 1) + earlier
 
 
 def accumulated_adapter(run: Run, name: str, step: int) -> Factored | None:

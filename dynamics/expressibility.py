@@ -72,6 +72,7 @@ def gradient_expressibility(
         MissingError: the run has no adapters or no gradients, or nothing is selected.
     """
     run = run if isinstance(run, Run) else open_run(run)
+    run.require_matrices("The expressibility of gradients")
     for kind, advice in (
         (schema.ADAPTER, "only runs with LoRA adapters can be measured"),
         (schema.GRADIENT, "record 'probed_gradient'"),

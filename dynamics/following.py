@@ -24,6 +24,8 @@ def follow(
     interval: float = 10.0,
     cache: str | Path | None = None,
     strict: bool = False,
+    workers: int = 1,
+    scheduler: str | None = None,
     waiting: Callable[[str | None], object] = lambda reason: None,
     before: Callable[[Selection], object] = lambda chosen: None,
     metrics: Iterable[str] | None = None,
@@ -46,6 +48,8 @@ def follow(
         interval: seconds between the end of an analysis and the next look.
         cache: see `analyze`; without it, whatever is new lets everything be measured again.
         strict: see `analyze`; a checkpoint that cannot be read is waited for here.
+        workers: see `analyze`; processes start anew for each analysis.
+        scheduler: see `analyze`.
         waiting: called with why there is nothing to measure when that begins, with None when it
             ends.
         before: called with what is going to be measured; may raise.
@@ -83,6 +87,8 @@ def follow(
                         chosen,
                         cache=cache,
                         strict=strict,
+                        workers=workers,
+                        scheduler=scheduler,
                         stopped=(lambda: False) if ending else stopped,
                     )
                 if is_waiting:

@@ -14,7 +14,8 @@ from dynamics.derived import Difference, is_finite
 from dynamics.errors import DynamicsError, FormatError
 from dynamics.run import Dense, Factored, Run
 from dynamics.schema import Status
-from dynamics.spectra import Spectrum, spectrum
+from dynamics.spectra import spectrum
+from dynamics.spectrum import Spectrum
 from dynamics.spectrum_cache import content_key
 from dynamics.tracing import Dependency, TracedRun
 
@@ -101,12 +102,12 @@ def _measured(
     task: Task,
     step: int,
     kind: str,
-    matrix: Dense | Factored | Difference,
+    matrix: Dense | Factored | Difference | Spectrum,
     run: TracedRun,
     facts: ArrayFacts,
     recall: Recall,
 ) -> Outcome:
-    if not task.hashed:
+    if isinstance(matrix, Spectrum) or not task.hashed:
         return Outcome(step, kind, Status.MEASURED, spectrum(matrix, facts=facts))
     content = content_key(matrix, facts)
     found = recall(content)

@@ -155,10 +155,11 @@ def noise_norm_bound(variance: np.ndarray) -> float:
     not a certain one: `noise_limit` is that. 1.01 to 1.5 times the norm for Gaussian matrices, up
     to 3.3 times for graded ones.
     """
-    return _bound(variance.sum(axis=1), variance.sum(axis=0))
+    return bound_of_sums(variance.sum(axis=1), variance.sum(axis=0))
 
 
-def _bound(rows: np.ndarray, cols: np.ndarray) -> float:
+def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
+    """`noise_norm_bound` of variances with these row sums (m,) and column sums (n,)."""
     if not rows.any():
         return 0.0
     edge, scale = _edge(rows, cols)
@@ -198,7 +199,7 @@ def noise_floor(
     for term in {id(each): each for each in stored}.values():
         of_rows, of_cols = sums(term)
         rows, cols = rows + counts[id(term)] * of_rows, cols + counts[id(term)] * of_cols
-    return _bound(np.asarray(rows), np.asarray(cols))
+    return bound_of_sums(np.asarray(rows), np.asarray(cols))
 
 
 def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from dynamics.metrics import METRICS, Metric
 from dynamics.run import MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.selection import Selection
-from dynamics.spectra import Spectrum
+from dynamics.spectrum import Spectrum
 
 # What a cell has besides its singular values.
 _SPECTRUM = ("rows", "cols", "rank_bound", "error", "noise_floor")

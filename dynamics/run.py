@@ -9,6 +9,7 @@ import numpy as np
 
 from dynamics import names, schema
 from dynamics.errors import MissingError
+from dynamics.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Run(ABC):
         format: the name of its layout, e.g. "recording".
         steps: (n,) int64, strictly increasing: optimizer steps done when each record was made.
         stored_kinds: the kinds it holds; `update` and `displacement` are derived from `weight`.
+        measured_kinds: the kinds of which it holds spectra instead of matrices, see `measured`.
         matrices: clean name -> MatrixInfo, every two-dimensional parameter.
         attrs: configuration, versions and definitions, JSON-like.
         problems: step -> why nothing can be read there (a damaged checkpoint).
@@ -130,6 +132,7 @@ class Run(ABC):
     format: str
     steps: np.ndarray
     stored_kinds: tuple[str, ...]
+    measured_kinds: tuple[str, ...] = ()
     matrices: dict[str, MatrixInfo]
     attrs: Mapping[str, Any]
     problems: Mapping[int, str] = {}
@@ -147,7 +150,8 @@ class Run(ABC):
             derived += [schema.OPTIMIZER_UPDATE] if (np.diff(self.steps) == 1).any() else []
         if adapted and any(event.kind == schema.MERGE for event in self.events):
             derived.append(schema.ACCUMULATED_ADAPTER)
-        return tuple(kind for kind in schema.KINDS if kind in (*self.stored_kinds, *derived))
+        found = {*self.stored_kinds, *self.measured_kinds, *derived}
+        return tuple(kind for kind in schema.KINDS if kind in found)
 
     @abstractmethod
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
@@ -156,6 +160,16 @@ class Run(ABC):
         Raises:
             FormatError: its file is damaged.
         """
+
+    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+        """The spectrum that was measured while the model trained, None where there is none.
+
+        All NaN where the matrix held NaN or Inf.
+
+        Raises:
+            FormatError: its file is damaged.
+        """
+        return None
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """A cheap token of where `read` takes this matrix from, without reading its numbers.
@@ -186,6 +200,18 @@ class Run(ABC):
         Each merge rounds the weight once more, which the noise of a difference has to count.
         """
         return 0
+
+    def require_matrices(self, purpose: str) -> None:
+        """Refuse what needs the matrices themselves where only their spectra were recorded.
+
+        Raises:
+            MissingError: `purpose` needs matrices, and the run has none.
+        """
+        if self.measured_kinds:
+            raise MissingError(
+                f"{purpose} needs the matrices, and {self.path} holds their singular values only "
+                "(it was recorded with spectra_only=True): record matrices, or measure checkpoints."
+            )
 
     def check_step(self, step: int) -> int:
         """The step itself if the run has it; MissingError names those it has."""

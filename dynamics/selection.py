@@ -68,6 +68,9 @@ def selected(
     )
     if not chosen_steps:
         raise MissingError(f"{run.path} has no records yet; nothing to measure.")
+    for component in names:
+        if component not in DEFAULT_COMPONENTS:
+            run.require_matrices(f"Component {component}")
     traced = TracedRun(run)
     offered = [
         Chosen(component, info, read)

@@ -20,8 +20,6 @@ torch's (MKL) takes 12.7, and YᵀY half of torch's time. That also makes result
 torch's build.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import scipy.linalg
 
@@ -30,6 +28,7 @@ from dynamics.derived import Difference
 from dynamics.gram import gram, singular_values_from_gram
 from dynamics.noise import noise_floor, product_noise_bound
 from dynamics.run import Dense, Factored
+from dynamics.spectrum import Spectrum
 
 EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 2**21  # numbers of a block of rows, at least
@@ -39,34 +38,6 @@ MEASURE_VERSION = 2
 # The largest relative error of the smallest singular value that a Gram matrix may leave.
 TOLERANCE = 1e-3
 _SMALL = 2**15  # entries of a matrix
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """All singular values of one matrix, or of several of one shape along leading axes.
-
-    Attributes:
-        s: (k,) float64, descending, >= 0, k = min(rows, cols).
-        rows: m.
-        cols: n.
-        rank_bound: the largest rank the matrix can have: r for a factored one, that of the
-            adapters for a difference that adapters alone made, else k.
-        error: bound on |computed - exact| for every singular value. Where they come from a Gram
-            matrix it is that of the smallest, and the others are nearer to theirs by s_k/s.
-        noise_floor: spectral norm of the rounding noise in the stored numbers.
-    """
-
-    s: np.ndarray
-    rows: int
-    cols: int
-    rank_bound: int
-    error: float
-    noise_floor: float
-
-    @property
-    def floor(self) -> float:
-        """What a singular value must exceed to be a property of the model: noise or error."""
-        return np.maximum(self.noise_floor, self.error)
 
 
 def singular_values(matrix: np.ndarray) -> np.ndarray:
@@ -121,7 +92,7 @@ def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarra
 
 
 def spectrum(
-    matrix: Dense | Factored | Difference,
+    matrix: Dense | Factored | Difference | Spectrum,
     *,
     rank_bound: int | None = None,
     facts: ArrayFacts | None = None,
@@ -129,7 +100,7 @@ def spectrum(
     """The spectrum of a matrix of a run, by the cheapest way that keeps float64 accuracy.
 
     Args:
-        matrix: what to measure.
+        matrix: what to measure; a spectrum was, and is returned as it is.
         rank_bound: the rank that the matrix was made with, where its entries do not show it: a
             stored product B·A of r-column factors is dense, and rounding gives it full rank.
         facts: what is known of the arrays already, if they are parts of several matrices.
@@ -137,6 +108,8 @@ def spectrum(
     Raises:
         ValueError: the matrix holds NaN or Inf.
     """
+    if isinstance(matrix, Spectrum):
+        return matrix
     rows, cols = matrix.shape
     k = min(rows, cols)
     if isinstance(matrix, Factored):

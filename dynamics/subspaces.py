@@ -25,6 +25,7 @@ from dynamics.names import matches
 from dynamics.results import matrix_coords
 from dynamics.run import Matrix, MatrixInfo, Run
 from dynamics.schema import Status
+from dynamics.spectrum import Spectrum
 from dynamics.tracing import TracedRun
 
 # (kind, step, matrix) -> the values measured there
@@ -162,6 +163,7 @@ def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
 
 
 def _selected(run: Run, select: str | Sequence[str] | None) -> list[tuple[MatrixInfo, Measurable]]:
+    run.require_matrices("The overlap of subspaces")
     offered = parameters(TracedRun(run))  # which keeps what several kinds read
     found = [each for each in offered if select is None or matches(each[0].name, select)]
     if not found:
@@ -178,6 +180,7 @@ def _start(run: Run, name: str, step: int, kind: str) -> int:
 
 def _measurable(read: Measurable, step: int, kind: str) -> Matrix | Difference | None:
     found = read(step, kind)
+    assert not isinstance(found, Spectrum), "refused by require_matrices"
     return None if isinstance(found, Status) or not is_finite(found) else found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dynamics import schema
 from dynamics.run import Dense, Event, Matrix, Run
+from dynamics.spectrum import Spectrum
 
 # Weight, update and displacement of a step share matrices, and so do all heads of a layer.
 _MEMO_BYTES = 512 * 2**20
@@ -44,6 +45,7 @@ class TracedRun(Run):
         self.path, self.format, self.steps = run.path, run.format, run.steps
         self.stored_kinds, self.matrices, self.attrs = run.stored_kinds, run.matrices, run.attrs
         self.problems, self.absent_kinds = run.problems, run.absent_kinds
+        self.measured_kinds = run.measured_kinds
         self.merges_told_by_events = run.merges_told_by_events
         self._run = run
         self._known_steps = set(run.steps.tolist())
@@ -82,6 +84,10 @@ class TracedRun(Run):
         if self._trace is not None:
             self._trace[Dependency(*key)] = origin
         return matrix
+
+    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+        """See `Run.measured`."""
+        return self._run.measured(name, step, kind)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """See `Run.origin`; None for what cannot be read."""

@@ -2,7 +2,7 @@
 
 import atexit
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,24 +12,20 @@ from torch import nn
 from dynamics import schema
 from dynamics.errors import DynamicsError
 from dynamics.layout import (
-    ADAPTER,
-    GRADIENT,
-    WEIGHT,
     Compression,
+    Recording,
     RecordingWriter,
     StoreLike,
-    factor_path,
-    matrix_path,
 )
 from dynamics.run import Event
 from probes.checks import FailedCheckWarning, record_defects
+from probes.contents import DEFAULT_RECORD, Matrices, Spectra, check_record
 from probes.effective import Selection, tracked_parameters
-from probes.gathering import is_sharded, meet, refuse_unreadable, whole
+from probes.gathering import meet, refuse_unreadable
 from probes.provenance import model_config, package_versions
 from probes.schedule import Schedule
 from probes.schedule import every as every_n
-from probes.snapshots import Snapshots
-from probes.step_gradients import GRADIENT_BEFORE_CLIPPING, PROBED_GRADIENT, StepGradients
+from probes.step_gradients import StepGradients
 from probes.steps import OptimizerSteps, unwrapped
 from probes.writer import (
     BLOCK,
@@ -41,8 +37,6 @@ from probes.writer import (
 )
 
 SKIPPED_STEP = "skipped_step"
-_DEFAULT_RECORD = (WEIGHT, GRADIENT, ADAPTER, PROBED_GRADIENT)
-_RECORDABLE = (*_DEFAULT_RECORD, GRADIENT_BEFORE_CLIPPING)
 
 
 class Recorder:
@@ -80,6 +74,10 @@ class Recorder:
         record: which of "weight", "gradient", "adapter" and "probed_gradient" to write; the last
             are the gradients of frozen weights, among the other gradients. In place of "gradient",
             "gradient_before_clipping" takes it as the last backward pass left it.
+        spectra_only: store singular values in place of matrices, for models whose matrices are too
+            large to keep: they are measured in float64 on the device that trains, at the record
+            step, while training waits. `record` then takes "update" and "displacement" too, each
+            for a copy of the weights in CPU memory.
         resume_at: None starts a new recording at step 0. A number says that training goes on
             after that many steps: an existing recording is continued, its records after that
             step are dropped, and an event "resume" says so.
@@ -113,7 +111,8 @@ class Recorder:
         *,
         every: int | Schedule = 100,
         select: Selection = None,
-        record: Sequence[str] = _DEFAULT_RECORD,
+        record: Sequence[str] = DEFAULT_RECORD,
+        spectra_only: bool = False,
         resume_at: int | None = None,
         queue_size: int = 2,
         when_full: str = BLOCK,
@@ -126,15 +125,12 @@ class Recorder:
         process_group: Any = None,
         grad_scaler: Any = None,
     ):
-        unknown = set(record) - set(_RECORDABLE)
-        if unknown or not record:
+        check_record(record, spectra_only)
+        if spectra_only and (storage_dtype is not None or when_full != BLOCK):
             raise DynamicsError(
-                f"record takes some of {', '.join(_RECORDABLE)}; found {list(record)}."
-            )
-        if {GRADIENT, GRADIENT_BEFORE_CLIPPING} <= set(record):
-            raise DynamicsError(
-                f"{GRADIENT} and {GRADIENT_BEFORE_CLIPPING} would be the same arrays: record one "
-                "of them, or attach two recorders with a store each."
+                "spectra_only stores no matrices that storage_dtype could round, and too little "
+                f"to drop records for: leave out storage_dtype={storage_dtype!r} and "
+                f"when_full={when_full!r}."
             )
         given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
         refuse_unreadable(model, given)
@@ -142,18 +138,18 @@ class Recorder:
         scalers = (getattr(each, "scaler", None) for each in given)
         self._tracked = tracked_parameters(model, select)
         self._due: Schedule = every if callable(every) else every_n(every)
-        self._record = frozenset(record)
         self._writes = _is_rank_0() if write is None else write
-        self._snapshots = Snapshots()
+        words = frozenset(record)
+        self._contents = (Spectra if spectra_only else Matrices)(self._tracked, words, self._writes)
         self._gradients = StepGradients(
             model,
             self._tracked,
             self._optimizers,
-            self._record,
+            words,
             process_group=process_group,
             grad_scaler=grad_scaler or next((each for each in scalers if each), None),
-            keep=self._writes,
-            snapshots=self._snapshots,
+            writes=self._writes,
+            keep=self._contents.keep,
         )
         self._resume_at = resume_at
         self._store = store
@@ -187,10 +183,10 @@ class Recorder:
             self._optimizers, self._finish_record, self._take_gradients, self._step_done
         )
         atexit.register(self.close)
-        # Whether a resumed recording has this record already, its writer alone knows.
-        known = self._writes and self._step in self._recording.steps
-        if self._due(self._step) and (not known or len(self._gradients.needed_ranks) > 1):
-            self._take_record(keep=not known)
+        if self._due(self._step):
+            # Whether a resumed recording has this record already, its writer alone knows. It is
+            # taken all the same: others may be gathering, and differences refer to it.
+            self._take_record(keep=not (self._writes and self._step in self._recording.steps))
         self._arm_if_due()
         return self
 
@@ -205,6 +201,7 @@ class Recorder:
         if self._resume_at is not None:
             try:
                 self._recording.rewind(self._resume_at, event=schema.RESUME)
+                self._contents.resume(Recording(self._store))
             except BaseException:
                 self._recording.release()
                 raise
@@ -266,6 +263,7 @@ class Recorder:
         """Note that something happened after the step just done (or after step `at`)."""
         self._finish_record()
         happened = Event(self._step if at is None else at, kind, attrs)
+        self._contents.note(happened)
         self._submit(lambda: self._recording.event(happened))
 
     def skip_step(self) -> None:
@@ -299,28 +297,11 @@ class Recorder:
         rate = self._optimizers[0].param_groups[0].get("lr")
         record = Record(self._step, {} if rate is None else {"learning_rate": _kept(rate)})
         record.logged |= self._logged
-        for name, (gradient, attrs) in self._gradients.taken().items():
-            record.add(matrix_path(GRADIENT, name), gradient, attrs)
-        for path, tensor, attrs in self._matrices():
-            values = whole(tensor, keep=self._writes)
-            if values is not None:
-                record.add(path, self._snapshots.copy(values), attrs)
-        record.copied = self._snapshots.mark()
+        self._contents.fill(record, self._gradients.taken())
         if self._writes and keep:
             self._pending = record
-
-    def _matrices(self) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-        """What this process must read for a record: (path, tensor, attributes)."""
-        for each in self._tracked:
-            if not (self._writes or is_sharded(each.parameter)):
-                continue
-            if WEIGHT in self._record:
-                yield matrix_path(WEIGHT, each.name), each.effective_weight(), {}
-            factors = each.factors() if ADAPTER in self._record else None
-            if factors is not None:
-                attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}
-                yield factor_path(each.name, "A"), factors.a, attrs
-                yield factor_path(each.name, "B"), factors.b, attrs
+        else:
+            self._contents.written(record)
 
     def _finish_record(self, *, wait: bool = False) -> None:
         if self._pending is not None:
@@ -337,11 +318,11 @@ class Recorder:
 
     def _write(self, record: Record) -> None:
         written = record.write(self._recording, self._stored_as)
-        for path, defect in record_defects(written).items():
+        for path, defect in (record.defects | record_defects(written)).items():
             if path not in self._warned_of:  # once for each array, when it happens
                 self._warned_of.add(path)
                 warnings.warn(f"Step {record.step}: {defect}.", FailedCheckWarning, stacklevel=2)
-        self._snapshots.release(record.tensors)
+        self._contents.written(record)
 
     def _submit(self, job: Any) -> None:
         if self._steps is None:

@@ -1,6 +1,6 @@
 """The gradients of one optimizer step: which are recorded, and how they are had."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from dynamics.layout import GRADIENT
 from probes.effective import Tracked
 from probes.gathering import data_parallel_group, is_sharded, needed_ranks, whole
 from probes.probed_gradients import DEFINITION, ProbedGradients, frozen_weights
-from probes.snapshots import Snapshots
 from probes.unclipped_gradients import BEFORE_CLIPPING, UnclippedGradients
 
 PROBED_GRADIENT = "probed_gradient"
@@ -24,11 +23,12 @@ CONSUMED = (
     "gradient scaler skipped has no gradient"
 )
 
-Gradients = dict[str, tuple[torch.Tensor, dict[str, Any]]]
+# name -> (what is kept of it, attributes of its array)
+Gradients = dict[str, tuple[Any, dict[str, Any]]]
 
 
 class StepGradients:
-    """Copies the gradients that a step consumes: whole, unscaled, on the CPU.
+    """Takes the gradients that a step consumes: whole and unscaled.
 
     Args:
         model: what is trained.
@@ -37,8 +37,8 @@ class StepGradients:
         record: words of `Recorder`.
         process_group: the user's word, see `data_parallel_group`.
         grad_scaler: what scales the loss, or None.
-        keep: whether this process writes; the others help to gather and to average.
-        snapshots: takes the copies.
+        writes: whether this process writes; the others help to gather and to average.
+        keep: what a record has of a gradient: keep(gradient, owned=...), see `contents`.
 
     Attributes:
         definition: what the recorded gradients are, in one sentence each.
@@ -54,16 +54,16 @@ class StepGradients:
         *,
         process_group: Any,
         grad_scaler: Any,
-        keep: bool,
-        snapshots: Snapshots,
+        writes: bool,
+        keep: Callable[..., Any],
     ):
         self._model = model
         self._tracked = tracked
         self._optimizers = optimizers
         self._consumed = GRADIENT in record
         self._grad_scaler = grad_scaler
+        self._writes = writes
         self._keep = keep
-        self._snapshots = snapshots
         self._found: Gradients = {}
         self._probed: ProbedGradients | None = None
         self._unclipped: UnclippedGradients | None = None
@@ -97,7 +97,7 @@ class StepGradients:
                 collector.disarm()
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy what a step of this optimizer is about to consume."""
+        """Keep what a step of this optimizer is about to consume."""
         self._refuse_replaced()
         stepped, last = self._stepped_by(optimizer), optimizer is self._optimizers[-1]
         if self._consumed:
@@ -105,11 +105,11 @@ class StepGradients:
             scale = getattr(optimizer, "grad_scale", None)
             for each in stepped:
                 if each.parameter.grad is not None:
-                    gradient = whole(each.parameter.grad, keep=self._keep)
+                    gradient = whole(each.parameter.grad, keep=self._writes)
                     if gradient is not None:
                         if scale is not None:
                             gradient = gradient / scale.to(gradient.device)
-                        kept = self._snapshots.copy(gradient, owned=scale is not None)
+                        kept = self._keep(gradient, owned=scale is not None)
                         self._found[each.name] = (kept, {})
         if self._unclipped is not None:
             unclipped = self._unclipped.take(stepped, self._loss_scale(optimizer))
@@ -122,9 +122,9 @@ class StepGradients:
 
     def _add(self, gradients: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
         for name, gradient in gradients.items():
-            found = whole(gradient, keep=self._keep)
+            found = whole(gradient, keep=self._writes)
             if found is not None:
-                self._found[name] = (self._snapshots.copy(found, owned=True), attrs)
+                self._found[name] = (self._keep(found, owned=True), attrs)
 
     def taken(self) -> Gradients:
         """Name -> (gradient, attributes of its array) of the step just done; forgets them."""

@@ -146,12 +146,14 @@ class Record:
         step: optimizer steps done.
         logged: name -> value of its scalars.
         copied: the events of a GPU after which the copies are there.
+        defects: what was seen to be wrong: where -> one line.
     """
 
     def __init__(self, step: int, logged: dict[str, Any]):
         self.step = step
         self.logged = logged
         self.copied: list[torch.cuda.Event] = []
+        self.defects: dict[str, str] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         self._attrs: dict[str, dict[str, Any]] = {}
 

@@ -1,5 +1,7 @@
 """What several test packages share."""
 
+import logging
+
 import pytest
 
 
@@ -15,3 +17,25 @@ def short_demo(tmp_path_factory):
     (text / "numbers.txt").write_text(TEXT)
     run_demo(folder / "out", short_config(), text=text)
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An fsspec file system of a bucket on a server of this machine."""
+    s3fs = pytest.importorskip("s3fs", reason="needs the extra remote")
+    moto_server = pytest.importorskip("moto.server", reason="needs moto, of the extra dev")
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        logging.getLogger("werkzeug").disabled = True
+        server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        yield files
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()

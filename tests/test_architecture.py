@@ -11,7 +11,13 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import what stands in its own or an earlier row.
 LAYERS = [
-    {"dynamics.errors", "dynamics.schema", "dynamics.names", "dynamics.architecture"},
+    {
+        "dynamics.errors",
+        "dynamics.schema",
+        "dynamics.names",
+        "dynamics.architecture",
+        "dynamics.spectrum",
+    },
     {"dynamics.run"},
     {"dynamics.origins", "dynamics.tracing"},
     {
@@ -51,7 +57,8 @@ LAYERS = [
     },
     {"probes.checks", "probes.gathering"},
     {"probes.probed_gradients", "probes.unclipped_gradients"},
-    {"probes.step_gradients"},
+    {"probes.step_gradients", "probes.measuring"},
+    {"probes.contents"},
     {"probes.recorder"},
     {"probes.frameworks"},
     {"probes.relora"},

@@ -41,11 +41,12 @@ def audit(run: Run | str | Path) -> Report:
 
     Raises:
         FormatError: `run` cannot be opened.
-        MissingError: it has no records.
+        MissingError: it has no records, or spectra instead of matrices.
     """
     run = run if isinstance(run, Run) else open_run(run)
     if len(run.steps) == 0:
         raise MissingError(f"{run.path} has no records yet; nothing to audit.")
+    run.require_matrices("An audit")
     events = run.events
     merges = tuple(sorted({event.step for event in events if event.kind == schema.MERGE}))
     seen = [observe(run, info, merges) for info in run.matrices.values()]

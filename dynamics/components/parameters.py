@@ -11,9 +11,10 @@ from dynamics.derived import (
 )
 from dynamics.run import Dense, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
+from dynamics.spectrum import Spectrum
 
-# (step, kind) -> the matrix, or why there is none
-Measurable = Callable[[int, str], Matrix | Difference | Status]
+# (step, kind) -> the matrix, or its spectrum, or why there is none
+Measurable = Callable[[int, str], Matrix | Difference | Spectrum | Status]
 
 
 def parameters(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
@@ -22,7 +23,11 @@ def parameters(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
 
 
 def _reader(run: Run, name: str) -> Measurable:
-    def matrix(step: int, kind: str) -> Matrix | Difference | Status:
+    def matrix(step: int, kind: str) -> Matrix | Difference | Spectrum | Status:
+        if kind in run.measured_kinds:
+            is_first = kind in schema.DIFFERENCES and step == run.steps[0]
+            nothing = Status.UNDEFINED if is_first else Status.NOT_RECORDED
+            return run.measured(name, step, kind) or nothing
         if kind == schema.ACCUMULATED_ADAPTER:
             return accumulated_adapter(run, name, step) or Status.NOT_RECORDED
         if kind not in schema.DIFFERENCES:

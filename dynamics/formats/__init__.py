@@ -20,6 +20,7 @@ from dynamics.formats.plain_files import PlainFilesRun
 from dynamics.formats.recording import RecordingRun
 from dynamics.formats.relora import ReLoRARun
 from dynamics.formats.weights import WeightsRun
+from dynamics.layout import StoreLike, is_repository
 from dynamics.run import Run
 
 # In the order of detection: an adapter's checkpoint may hold a base model too, a Trainer's the
@@ -43,7 +44,7 @@ FORMATS: tuple[_Format, ...] = (
 
 
 def open_run(
-    path: str | Path | Store,
+    path: StoreLike,
     *,
     format: str | None = None,
     base: str | Path | None = None,
@@ -54,7 +55,7 @@ def open_run(
 
     Args:
         path: a recording, a directory of checkpoints, or a single checkpoint, which may be one
-            file: a path or URL. A zarr Store is read as a recording.
+            file: a path or URL. A zarr Store or an Icechunk repository is read as a recording.
         format: the layout's name, where detection should not decide.
         base: the directory of the base model of PEFT adapters.
         adapter: the name of one of several PEFT adapters in each checkpoint.
@@ -66,7 +67,7 @@ def open_run(
         MissingError: no layout is called `format`.
     """
     run: Run
-    if isinstance(path, Store):
+    if isinstance(path, Store) or is_repository(path):
         run = RecordingRun(path)
     else:
         path = located(path)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,23 @@ import numpy as np
 
 from dynamics import schema
 from dynamics.formats.evaluations import with_evaluations
+from dynamics.formats.files import is_remote
 from dynamics.layout import (
     ADAPTER,
     GRADIENT,
     WEIGHT,
     Recording,
+    SpectraReader,
     StoreLike,
     Verification,
     factor_path,
+    is_repository_folder,
     matrix_path,
+    told,
     verify,
 )
 from dynamics.run import Dense, Event, Factored, Matrix, Run, matrices_of
+from dynamics.spectrum import Spectrum
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 
@@ -34,27 +40,36 @@ class RecordingRun(Run):
 
     @staticmethod
     def recognises(path: Path) -> bool:
-        """Whether `path` is the root of a Zarr v3 store."""
-        return (path / "zarr.json").is_file()
+        """Whether `path` is the root of a Zarr v3 store, or an Icechunk repository on this disk."""
+        if (path / "zarr.json").is_file():
+            return True
+        return not is_remote(path) and is_repository_folder(path)
 
     def __init__(self, path: StoreLike):
-        self.path = str(path)
+        self.path = told(path)
         self._folder = path.parent if isinstance(path, Path) else None
         self._recording = Recording(path)
         self.steps = self._recording.steps
         self.attrs: Mapping[str, Any] = self._recording.attrs
         self._index = {int(step): index for index, step in enumerate(self.steps)}
         self._adapted = set(self._recording.parameters(ADAPTER))
+        self._spectra = SpectraReader(self._recording)
+        self.measured_kinds = tuple(self._spectra.shapes)
+        measured = (shapes.items() for shapes in self._spectra.shapes.values())
         self.matrices = matrices_of(
-            {name: self._adapter_shape(name) for name in self._adapted}
+            dict(chain.from_iterable(measured))
+            | {name: self._adapter_shape(name) for name in self._adapted}
             | {
                 name: self._recording.array(matrix_path(group, name)).shape[1:]
                 for group in (WEIGHT, GRADIENT)
                 for name in self._recording.parameters(group)
             }
         )
+        if self.measured_kinds:
+            self.stored_kinds = ()  # at most the first weights, which displacements refer to
+            return
         weights = self._recording.parameters(WEIGHT)
-        self.stored_kinds: tuple[str, ...] = (
+        self.stored_kinds = (
             *((schema.WEIGHT,) if weights else ()),
             *((schema.BASE,) if weights and self._adapted else ()),
             *((schema.ADAPTER,) if self._adapted else ()),
@@ -76,6 +91,10 @@ class RecordingRun(Run):
                 return weight
             return Dense(weight.values.astype(np.float64) - adapter.product(), weight.dtype)
         return self._dense(_GROUPS[kind], name, index) if kind in _GROUPS else None
+
+    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+        """A spectrum that the recorder measured; see `Run.measured`."""
+        return self._spectra.read(name, self._index[step], kind)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """The chunks that `read` takes the matrix from; see `Run.origin`."""

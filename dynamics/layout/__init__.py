@@ -4,9 +4,11 @@ Only the files of this package spell its paths; `paths` describes the layout.
 """
 
 from dynamics.layout.compression import COMPRESSIONS, Compression
-from dynamics.layout.paths import ADAPTER, GRADIENT, WEIGHT, factor_path, matrix_path
+from dynamics.layout.paths import ADAPTER, GRADIENT, SPECTRA, WEIGHT, factor_path, matrix_path
 from dynamics.layout.reader import Recording
-from dynamics.layout.stores import StoreLike
+from dynamics.layout.spectra import SpectraReader, spectra_arrays
+from dynamics.layout.stores import StoreLike, told
+from dynamics.layout.transactions import is_repository, is_repository_folder
 from dynamics.layout.verification import Verification, verify
 from dynamics.layout.writer import RecordingWriter
 
@@ -14,13 +16,19 @@ __all__ = [
     "ADAPTER",
     "COMPRESSIONS",
     "GRADIENT",
+    "SPECTRA",
     "WEIGHT",
     "Compression",
     "Recording",
     "RecordingWriter",
+    "SpectraReader",
     "StoreLike",
     "Verification",
     "factor_path",
+    "is_repository",
+    "is_repository_folder",
     "matrix_path",
+    "spectra_arrays",
+    "told",
     "verify",
 ]

@@ -43,7 +43,7 @@ def was_never_begun(store: Store) -> bool:
     """Whether a writer died before its first commit, so that there is nothing to keep."""
     if stores.opened(store, use_consolidated=False).attrs.get("format") != schema.RECORDING_FORMAT:
         return False
-    if stores.opened(store).metadata.consolidated_metadata is not None:
+    if stores.nodes_of(stores.opened(store)) is not None:
         return False
     return not any(key.startswith(f"{paths.STEP}/c/") for key in stores.keys_of(store))
 

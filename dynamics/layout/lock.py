@@ -57,6 +57,7 @@ class WriterLock:
                         "it has closed the recording; if it is dead, pass take_over=True."
                     )
                 stores.put(store, WRITER, content)
+            stores.commit(self._store, "a writer begins")
             _LIVE[self._mine["token"]] = self
         except OSError as error:
             raise DynamicsError(
@@ -79,8 +80,10 @@ class WriterLock:
 
     def release(self) -> None:
         """Let others write, unless somebody took it over. Twice is once."""
+        stores.renew(self._store)
         if self._holder() == self._mine:
             stores.delete(self._store, WRITER)
+            stores.commit(self._store, "the writer is done")
         _LIVE.pop(self._mine["token"], None)
 
     def _holder(self) -> Mapping[str, Any]:

@@ -4,6 +4,8 @@
 a record exists once it is replaced, by one small write. It is made from the arrays' own documents
 in memory: `zarr.consolidate_metadata` lists the store, which takes hundreds of milliseconds.
 
+Where a store has transactions, all arrays' own documents are part of each instead.
+
 **Arrays' own documents.** Rewriting them for every record would cost more than the numbers of
 small models. They follow the commits: whenever the recording has doubled, and on closing. A reader
 that passes the consolidated metadata over sees fewer records until then.
@@ -47,11 +49,26 @@ class Metadata:
         self._arrays[path] = _document(array)
         self._told[path] = array.shape[0]
 
+    def make_room(self, of: Iterable[str], length: int) -> None:
+        """Let arrays have this length before their chunks are written.
+
+        Icechunk takes no chunk beyond an array's end, and shows nothing before its commit anyway.
+        """
+        if stores.is_transactional(self._store):
+            for path in of:
+                if self._told[path] < length:
+                    self._put(path, length)
+
     def commit(self) -> None:
         """Show what is written."""
+        if stores.is_transactional(self._store):
+            self.tell()
+            root = {"zarr_format": 3, "node_type": "group", "attributes": self._attrs}
+            stores.put(self._store, ROOT, json.dumps(root).encode())
+            return
         # Before the commit, so that nobody looks for chunks that are deleted after it.
         self.tell(path for path, told in self._told.items() if told > self._length(path))
-        members = self._groups | {path: self._of(path) for path in self._arrays}
+        members = self._groups | {path: self._of(path, self._length(path)) for path in self._arrays}
         root = {
             "zarr_format": 3,
             "node_type": "group",
@@ -70,12 +87,16 @@ class Metadata:
         """Bring the own documents of arrays up to date; of all by default."""
         for path in list(self._arrays if of is None else of):
             if self._told[path] != self._length(path):
-                stores.put(self._store, f"{path}/{ROOT}", json.dumps(self._of(path)).encode())
-                self._told[path] = self._length(path)
+                self._put(path, self._length(path))
 
-    def _of(self, path: str) -> dict[str, Any]:
+    def _put(self, path: str, length: int) -> None:
+        document = json.dumps(self._of(path, length)).encode()
+        stores.put(self._store, f"{path}/{ROOT}", document)
+        self._told[path] = length
+
+    def _of(self, path: str, length: int) -> dict[str, Any]:
         document = self._arrays[path]
-        return {**document, "shape": [self._length(path), *document["shape"][1:]]}
+        return {**document, "shape": [length, *document["shape"][1:]]}
 
 
 def _depth_and_name(member: tuple[str, Any]) -> tuple[int, str]:

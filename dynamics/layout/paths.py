@@ -8,10 +8,14 @@
       weight/<parameter>    (step, out, in), one chunk per record, attrs: source_dtype
       gradient/<parameter>  the same
       adapter/<parameter>/  A (step, r, in), B (step, out, r), attrs: scaling, transposed
+      spectra/<kind>/       in place of matrices: singular_value (step, matrix, index), NaN beyond
+                            a matrix's own, attrs: matrices (name, shape, ...); and
+                            bounds (step, matrix, bound): error, noise floor, rank bound
       events/               step, kind, attrs (JSON) along `event`
       writer                an empty group while somebody writes, attrs: host, pid, since
 
-**Missing.** An array that got no matrix in a record has no chunk there, and reads as NaN.
+**Missing.** An array that got no matrix in a record has no chunk there, and reads as NaN. A
+spectrum that a record lacks has NaN for its rank bound, and one of NaN or Inf has not.
 
 bfloat16 and float8 have no Zarr data type that every reader knows; they are stored as float32,
 which holds them exactly, and `source_dtype` says what they were.
@@ -27,7 +31,8 @@ import zarr
 
 from dynamics.errors import FormatError
 
-WEIGHT, GRADIENT, ADAPTER = "weight", "gradient", "adapter"
+WEIGHT, GRADIENT, ADAPTER, SPECTRA = "weight", "gradient", "adapter", "spectra"
+SINGULAR_VALUE, BOUNDS = "singular_value", "bounds"
 STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
 SCALARS, EVENTS = "scalars", "events"
 ROOT, WRITER = "zarr.json", "writer/zarr.json"
@@ -48,6 +53,11 @@ def factor_path(parameter: str, factor: str) -> str:
     return f"{ADAPTER}/{parameter}/{factor}"
 
 
+def spectra_path(kind: str, array: str) -> str:
+    """Path of the spectra of a kind: `array` is SINGULAR_VALUE or BOUNDS."""
+    return f"{SPECTRA}/{kind}/{array}"
+
+
 def scalar_path(name: str) -> str:
     """Path of what was logged under a name."""
     return f"{SCALARS}/{name}"
@@ -60,7 +70,7 @@ def event_path(column: str) -> str:
 
 def is_matrix(path: str) -> bool:
     """Whether an array has a matrix per record, and one chunk for each."""
-    return path.split("/")[0] in (WEIGHT, GRADIENT, ADAPTER)
+    return path.split("/")[0] in (WEIGHT, GRADIENT, ADAPTER, SPECTRA)
 
 
 def is_event(path: str) -> bool:
@@ -75,6 +85,8 @@ def dimension_names(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
     if not shape:
         return (STEP,)
     rows, cols = shape
+    if path.startswith(f"{SPECTRA}/"):
+        return STEP, "matrix", "bound" if path.endswith(f"/{BOUNDS}") else "index"
     if path.startswith(f"{ADAPTER}/"):
         return (
             (STEP, f"rank_{rows}", f"in_{cols}")

@@ -37,15 +37,15 @@ class Recording:
                 f"{where} is a recording of version {version}; this release reads 1 to "
                 f"{schema.RECORDING_VERSION}. Install a matching release."
             )
-        metadata = self._root.metadata.consolidated_metadata
-        if metadata is None:
+        with stores.damaged("The metadata", self.store):
+            nodes = stores.nodes_of(self._root)
+        if nodes is None:
             raise FormatError(
                 f"{where} is a recording without a commit: its root metadata lists no arrays "
                 "(no consolidated metadata). Its writer died at once, or another tool changed it."
             )
         self._arrays: dict[str, zarr.Array] = {}
-        nodes = metadata.flattened_metadata.items()
-        shapes = {path: node.shape for path, node in nodes if hasattr(node, "shape")}
+        shapes = {path: node.shape for path, node in nodes.items() if hasattr(node, "shape")}
         self.paths: tuple[str, ...] = tuple(shapes)
         for path, shape in shapes.items():
             paths.check_shape(f"{path} of {where}", path, shape)

@@ -1,8 +1,9 @@
 """Stores by path, URL or zarr Store: what they hold, and single objects in them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
 
 import zarr
 from zarr.abc.store import Store
@@ -10,14 +11,27 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import FsspecStore, LocalStore
 
-from dynamics.errors import FormatError, one_line, require_extra
+from dynamics.errors import DynamicsError, FormatError, one_line, require_extra
+from dynamics.layout import transactions
 from dynamics.layout.paths import ROOT, WRITER
+from dynamics.layout.transactions import TransactionalStore
 
-StoreLike = str | Path | Store
+if TYPE_CHECKING:
+    from icechunk import Repository
+
+# A path, a URL, a zarr Store, or an Icechunk repository.
+StoreLike = Union[str, Path, Store, "Repository"]
 
 
 def for_reading(store: StoreLike) -> str | Store:
-    """What zarr opens: it knows paths, URLs and stores."""
+    """What zarr opens: it knows paths, URLs and stores.
+
+    Raises:
+        DynamicsError: an Icechunk repository without the package.
+        FormatError: one that cannot be read.
+    """
+    if (repository := _repository(store)) is not None:
+        return transactions.for_reading(repository)
     return store if isinstance(store, Store) else str(store)
 
 
@@ -25,11 +39,20 @@ def for_writing(store: StoreLike) -> Store:
     """The zarr Store behind a path or URL; nothing is made.
 
     Raises:
-        DynamicsError: a URL without the packages that it needs.
+        DynamicsError: a URL or repository without the packages that it needs, or the store of a
+            single session of Icechunk.
         FormatError: a path that is a file, or a URL of an unknown protocol.
     """
+    if (repository := _repository(store)) is not None:
+        return TransactionalStore(repository)
+    if transactions.is_session_store(store):
+        raise DynamicsError(
+            "A session of Icechunk ends with its first commit: give the Repository itself to the "
+            "recorder, which commits every record."
+        )
     if isinstance(store, Store):
         return store
+    assert not transactions.is_repository(store)
     if "://" not in str(store):
         if Path(store).is_file():
             raise FormatError(f"{store} exists and is no recording; choose another path.")
@@ -45,6 +68,8 @@ def for_writing(store: StoreLike) -> Store:
 
 def told(store: StoreLike) -> str:
     """The store as messages name it."""
+    if transactions.is_repository(store):
+        return transactions.told(store)
     return str(store.root) if isinstance(store, LocalStore) else str(store)
 
 
@@ -62,6 +87,44 @@ def opened(store: StoreLike, *, use_consolidated: bool | None = None) -> zarr.Gr
         ) from error
 
 
+def commit(store: Store, message: str) -> None:
+    """Show what was written where a store has transactions; others show everything at once.
+
+    Raises:
+        RecordingHeldError: somebody else has committed in between.
+    """
+    if isinstance(store, TransactionalStore):
+        store.commit(message)
+
+
+def renew(store: Store) -> None:
+    """Forget what was not committed where a store has transactions."""
+    if isinstance(store, TransactionalStore):
+        store.renew()
+
+
+def is_transactional(store: Store) -> bool:
+    """Whether readers see whole commits only, so that every array tells its own length."""
+    return not store.supports_consolidated_metadata
+
+
+def nodes_of(root: zarr.Group) -> Mapping[str, Any] | None:
+    """Path -> metadata of all that a commit shows; None where there was none."""
+    if is_transactional(root.store):
+        return {path: node.metadata for path, node in root.members(max_depth=None)}
+    consolidated = root.metadata.consolidated_metadata
+    return None if consolidated is None else consolidated.flattened_metadata
+
+
+def _repository(store: StoreLike) -> "Repository | None":
+    if transactions.is_repository(store):
+        return store
+    if isinstance(store, Path) or (isinstance(store, str) and "://" not in store):
+        path = Path(store)
+        return transactions.opened_folder(path) if transactions.is_repository_folder(path) else None
+    return None
+
+
 def holds_zarr(store: Store) -> bool:
     """Whether the store has a root group or array."""
     return bool(sync(store.exists(ROOT)))
@@ -74,13 +137,11 @@ def is_occupied(store: Store) -> bool:
     top = WRITER.split("/")[0]
 
     async def anything() -> bool:
-        async for name in store.list_dir(""):
-            if name.strip("/") != top:
-                return True
-        async for key in store.list_prefix(f"{top}/"):
-            if key != WRITER:
-                return True
-        return False
+        names = {name.strip("/") async for name in store.list_dir("")}
+        if names - {top}:
+            return True
+        # Icechunk lists no prefix that does not exist.
+        return any([key != WRITER async for key in store.list_prefix(f"{top}/")] if names else [])
 
     return sync(anything())
 

@@ -35,7 +35,7 @@ class RecordingWriter:
     """Appends records to a store. One writer per store at a time; not thread-safe.
 
     Args:
-        store: a path, a URL, or any zarr Store.
+        store: a path, a URL, any zarr Store, or an Icechunk repository.
         attrs: JSON-like attributes of a new recording; ignored where an old one goes on.
         resume: go on with an existing recording instead of refusing it.
         take_over: take the recording from a writer that holds it. One that died on this machine
@@ -108,7 +108,7 @@ class RecordingWriter:
         self._new_series(paths.CHECKSUM, "int64", paths.NO_CHECKSUM)
         for column, dtype in zip(paths.EVENT_COLUMNS, ("int64", "str", "str"), strict=True):
             self._new_series(paths.event_path(column), dtype, None)
-        self._commit()
+        self._commit("a recording begins")
 
     def _open(self, recording: Recording) -> None:
         attrs = {**recording.attrs, "format_version": schema.RECORDING_VERSION}
@@ -161,6 +161,7 @@ class RecordingWriter:
             if path not in self._arrays:
                 self._new_array(path, values.shape, str(values.dtype), (attrs or {}).get(path))
             self._behind.add((path, index))
+        self._metadata.make_room(matrices, index + 1)
         sync(self._write_matrices(matrices, index))
         # Another record may have left its matrix here, where this one has none.
         self._delete_behind(except_for={(path, index) for path in matrices})
@@ -201,11 +202,13 @@ class RecordingWriter:
             if paths.is_matrix(path)
             for index in range(kept, len(steps))
         }
+        if stores.is_transactional(self._store):
+            self._delete_behind()  # nobody sees it before the commit, and then all at once
         if event is not None:
             told = {"dropped_records": len(steps) - kept, "last_step": max(steps, default=None)}
             self._add_row(_event_row(Event(step, event, told)), kept_events, event=True)
         else:
-            self._commit()
+            self._commit(f"rewound to step {step}")
         self._delete_behind()
         return len(steps) - kept
 
@@ -244,11 +247,13 @@ class RecordingWriter:
                 self._new_series(path, "float64", float("nan"))
                 self._series[path] = [float("nan")] * index
         changed = [path for path in self._series if paths.is_event(path) == event]
+        step = row[paths.event_path("step") if event else paths.STEP]
         try:
+            self._metadata.make_room(changed, index + 1)
             for path in changed:
                 self._series[path].append(row.get(path, float("nan")))
                 self._write_series(path, index)
-            self._commit()
+            self._commit(f"{row[paths.event_path('kind')] if event else 'record'} at step {step}")
         except BaseException:
             for path in changed:
                 del self._series[path][index:]
@@ -320,9 +325,10 @@ class RecordingWriter:
                 self._metadata.add_group(name, group)
                 self._groups.add(name)
 
-    def _commit(self) -> None:
+    def _commit(self, message: str) -> None:
         self._lock.check()
         self._metadata.commit()
+        stores.commit(self._store, message)
 
 
 def _length(series: Mapping[str, list[Any]], path: str) -> int:

@@ -22,7 +22,7 @@ from dynamics.metrics.spectral import (
     stable_rank,
     top_k_energy,
 )
-from dynamics.spectra import Spectrum
+from dynamics.spectrum import Spectrum
 
 __all__ = [
     "METRICS",

@@ -42,7 +42,7 @@ def test_a_recorder_needs_no_more_buffers_than_records_that_are_under_way(tmp_pa
     with recorder:
         training.train(model, optimizer, 60)
     # Of each of 4 arrays: one pending, two waiting, one being written.
-    assert 4 <= len(recorder._snapshots) <= 4 * 4
+    assert 4 <= len(recorder._contents.snapshots) <= 4 * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -200,9 +200,12 @@ def test_the_command_evaluates_and_shows_ties(run, text, tmp_path):
     lines = [line.split() for line in done.output.splitlines()]
     mean = next(line for line in lines if line[:3] == ["mean", "over", "paradigms"])
     assert mean[-2:] == ["7", "0"]  # pairs, ties
-    assert ["step", "validation", "loss", "perplexity"] == next(
-        line for line in lines if line[:2] == ["step", "validation"]
-    )[:4]
+    assert next(line for line in lines if line[:2] == ["step", "validation"])[:4] == [
+        "step",
+        "validation",
+        "loss",
+        "perplexity",
+    ]
     assert {row["step"] for row in map(json.loads, (run / EVALUATIONS).open())} == {6, 24}
 
 

@@ -1,0 +1,248 @@
+"""Recordings of singular values in place of matrices."""
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+import dynamics as dy
+from dynamics import noise, schema
+from dynamics.auditing import audit
+from dynamics.errors import DynamicsError, MissingError
+from dynamics.run import Dense
+from dynamics.spectra import spectrum
+from probes import Recorder, at_steps
+from probes.checks import FailedCheckWarning
+from probes.measuring import measured
+from tests.probes import adapted, training
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+ALL = ("weight", "gradient", "adapter", "probed_gradient", "update", "displacement")
+BOUNDS = (schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR)
+
+
+def _stored(tensor):
+    exact = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return Dense(exact.numpy(), str(tensor.dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (24, 12), (12, 24), (300, 20), (20, 300)], ids=str)
+def test_a_live_matrix_has_the_spectrum_and_floor_of_the_stored_one(dtype, shape):
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.randn(shape, generator=generator, dtype=torch.float64)
+    matrix[0] *= 2.0**-20
+    matrix[:, shape[1] // 3 : shape[1] // 2] = 0  # columns of padding
+    matrix[shape[0] // 2 :, 0] = 0.5  # a power of two, below which numbers lie closer
+    matrix = matrix.to(dtype)
+
+    live, stored = measured(matrix), spectrum(_stored(matrix))
+
+    np.testing.assert_allclose(live.s, stored.s, rtol=0, atol=1e-13 * stored.s[0])
+    assert live.noise_floor == pytest.approx(stored.noise_floor, rel=1e-12)
+    assert live.error == pytest.approx(stored.error)
+    assert (live.rows, live.cols, live.rank_bound) == (*shape, min(shape))
+
+
+def test_a_live_difference_counts_the_rounding_of_both_and_of_merges():
+    now, before = (torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+
+    live = measured(now, before=before, merges=2, rank_bound=7)
+
+    exact = np.linalg.svd(now.double().numpy() - before.double().numpy(), compute_uv=False)
+    terms = [(now.numpy(), "float32")] * 3 + [(before.numpy(), "float32")]
+    np.testing.assert_allclose(live.s, exact, rtol=0, atol=1e-13 * exact[0])
+    assert live.noise_floor == pytest.approx(noise.noise_floor(*terms), rel=1e-12)
+    assert live.rank_bound == 7
+
+
+def test_blocks_of_a_tall_matrix_are_measured_as_the_whole(monkeypatch):
+    monkeypatch.setattr("probes.measuring._BLOCK", 64)
+    tall = torch.randn(997, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    before = 0.9 * tall + 0.1
+
+    live, wide = measured(tall, before=before), measured(tall.T, before=before.T)
+
+    exact = np.linalg.svd((tall - before).numpy(), compute_uv=False)
+    for each in (live, wide):
+        np.testing.assert_allclose(each.s, exact, rtol=0, atol=1e-14 * exact[0] * 10)
+
+
+def _train_adapted(path, **options):
+    """Eight steps with a merge after the fourth; returns the model."""
+    model = adapted.adapted_model()
+    optimizer = adapted.adam(model)
+    with Recorder(model, optimizer, path, every=2, **options) as recorder:
+        for step in range(1, 9):
+            optimizer.zero_grad()
+            ids = adapted.tokens(step)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            if step == 4:
+                _merge(model)
+                recorder.event(schema.MERGE)
+    return model
+
+
+@torch.no_grad()
+def _merge(model):
+    """Add s·B·A to the base weights and begin a new cycle with B = 0."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.get_base_layer().weight.add_(module.get_delta_weight("default"))
+            module.lora_B["default"].weight.zero_()
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """The same adapted training recorded as matrices and as spectra."""
+    folder = tmp_path_factory.mktemp("twins")
+    models = [
+        _train_adapted(folder / "matrices"),
+        _train_adapted(folder / "spectra", spectra_only=True, record=ALL),
+    ]
+    return folder / "matrices", folder / "spectra", models
+
+
+def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(twins):
+    kinds = ["weight", "adapter", "gradient", "update", "displacement"]
+    stored, live = (dy.analyze(path, kinds=kinds) for path in twins[:2])
+
+    assert list(live.matrix.values) == list(stored.matrix.values)
+    assert list(live.step.values) == [0, 2, 4, 6, 8]
+    np.testing.assert_array_equal(live[schema.STATUS], stored[schema.STATUS])
+    scale = stored[schema.SINGULAR_VALUE].max(schema.INDEX)
+    assert (
+        (abs(live[schema.SINGULAR_VALUE] - stored[schema.SINGULAR_VALUE]) <= 1e-13 * scale)
+        .where(stored[schema.SINGULAR_VALUE].notnull(), True)
+        .all()
+    )
+    for name in BOUNDS:
+        np.testing.assert_allclose(live[name], stored[name], rtol=1e-9)
+    for name in ("numerical_rank", "rank_bound", "effective_rank_above_floor"):
+        np.testing.assert_allclose(live[name], stored[name], rtol=1e-9, err_msg=name)
+    assert set(dy.open_run(twins[1]).kinds) == set(kinds)
+
+
+def test_spectra_only_leaves_training_as_it_is(twins):
+    for one, other in zip(*(model.parameters() for model in twins[2]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_record_of_spectra_is_small_and_opens_in_plain_xarray(twins):
+    with xr.open_datatree(twins[1], engine="zarr") as tree:
+        weight = tree["spectra/weight"]
+        matrices = dy.open_run(twins[1]).matrices
+        assert weight["singular_value"].dims == ("step", "matrix", "index")
+        assert weight["singular_value"].shape[:2] == (5, len(matrices))
+        told = weight["singular_value"].attrs["matrices"]
+        assert {each["name"] for each in told} == set(matrices)
+    chunks = [p for p in (twins[1] / "weight").rglob("c/*") if p.is_dir()]
+    assert {p.name for p in chunks} == {"0"}, "the weights of the first record only"
+
+
+def test_a_resumed_recording_of_spectra_refers_to_the_same_weights(tmp_path):
+    def record(path, start, end, **options):
+        model, optimizer = training.build()
+        training.train(model, optimizer, start)
+        with Recorder(
+            model,
+            optimizer,
+            path,
+            every=at_steps([0, 2, 4, 6, 9]),
+            spectra_only=True,
+            record=ALL,
+            **options,
+        ):
+            training.train(model, optimizer, end, start=start)
+
+    record(tmp_path / "whole", 0, 9)
+    record(tmp_path / "twice", 0, 6)
+    record(tmp_path / "twice", 4, 9, resume_at=4)
+    record(tmp_path / "gap", 0, 6)
+    record(tmp_path / "gap", 5, 9, resume_at=5)
+
+    whole, twice, gap = (dy.analyze(tmp_path / name) for name in ("whole", "twice", "gap"))
+    singular = schema.SINGULAR_VALUE
+    np.testing.assert_array_equal(twice[singular], whole[singular])
+    np.testing.assert_array_equal(twice[schema.NOISE_FLOOR], whole[schema.NOISE_FLOOR])
+    # After step 5 nobody knows the weights of step 4 any more.
+    unknown = gap[schema.STATUS].sel(kind="update", step=6)
+    assert (unknown == schema.Status.NOT_RECORDED).all()
+    for kind, step in (("update", 9), ("displacement", 6), ("displacement", 9)):
+        np.testing.assert_array_equal(
+            gap[singular].sel(kind=kind, step=step), whole[singular].sel(kind=kind, step=step)
+        )
+
+
+def test_numbers_that_are_not_finite_are_named_when_recorded_and_when_analyzed(tmp_path):
+    model, optimizer = training.build()
+    recorder = Recorder(model, optimizer, tmp_path / "r", every=1, spectra_only=True).attach()
+    training.train(model, optimizer, 1)
+    with torch.no_grad():
+        model.up_proj.weight[3, 4] = torch.inf
+    optimizer.zero_grad()
+    optimizer.step()
+    with pytest.warns(FailedCheckWarning, match="Step 2: weight of up_proj.weight holds NaN or"):
+        recorder.close()
+    with pytest.warns(UserWarning, match="up_proj.weight .weight. at step 2 holds NaN"):
+        found = dy.analyze(tmp_path / "r", kinds=["weight"])
+    status = found[schema.STATUS].sel(step=2, matrix="up_proj.weight").item()
+    assert status == schema.Status.NON_FINITE
+
+
+def test_what_needs_matrices_is_refused(twins):
+    for ask in (
+        lambda: audit(twins[1]),
+        lambda: dy.analyze(twins[1], components=["ov_circuit"]),
+        lambda: dy.subspace_overlaps(dy.open_run(twins[1]), k=2),
+        lambda: dy.gradient_expressibility(twins[1]),
+    ):
+        with pytest.raises(MissingError, match=r"needs the matrices, and .*spectra_only=True"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"record": ["update"]}, "update follow from the weights"),
+        ({"record": ["update", "momentum"], "spectra_only": True}, "record takes some of .*update"),
+        ({"spectra_only": True, "storage_dtype": "bfloat16"}, "storage_dtype='bfloat16'"),
+        ({"spectra_only": True, "when_full": "skip"}, "when_full='skip'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, message, tmp_path):
+    model, optimizer = training.build()
+    with pytest.raises(DynamicsError, match=message):
+        Recorder(model, optimizer, tmp_path / "r", **options)
+
+
+def test_damaged_spectra_are_one_line(twins, tmp_path):
+    import json
+    import shutil
+
+    copied = tmp_path / "copy"
+    shutil.copytree(twins[1], copied)
+    root = json.loads((copied / "zarr.json").read_text())
+    path = "spectra/weight/singular_value"
+    del root["consolidated_metadata"]["metadata"][path]["attributes"]["matrices"][0]
+    (copied / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(DynamicsError, match=f"{path} of .* metadata are damaged"):
+        dy.open_run(copied)
+
+
+def test_a_model_of_linear_layers_of_all_shapes_is_recorded(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(500, 8), nn.Linear(8, 32), nn.Linear(32, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(model, optimizer, tmp_path / "r", every=1, spectra_only=True):
+        model(torch.arange(20)).square().mean().backward()
+        optimizer.step()
+    run = dy.open_run(tmp_path / "r")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            found = run.measured(name, 1, "weight")
+            exact = np.linalg.svd(parameter.detach().double().numpy(), compute_uv=False)
+            np.testing.assert_allclose(found.s, exact, rtol=1e-12, atol=1e-13 * exact[0])
