@@ -46,6 +46,7 @@ def in_processes(
     pickled = _pickled(run)
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["dynamics.formats", "dynamics.workers"])  # once for all workers
     unfinished: deque[Task] = deque()
     for retry in range(_RETRIES + 1):
         pool = ProcessPoolExecutor(workers, context, _begin, (pickled,))

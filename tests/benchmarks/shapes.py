@@ -1,0 +1,98 @@
+"""Time and error of each way to the singular values, shape by shape, on one thread.
+
+    python tests/benchmarks/shapes.py [ROWSxCOLS ...]
+
+The matrices are Gaussian, float32. Errors are the largest of a singular value relative to the
+largest one, against float64 gesvd. Peak memory is what a process of its own needs for the
+singular values beyond the matrix and its imports.
+"""
+
+import subprocess
+import sys
+
+from timing import best, one_thread, peak_memory, table
+
+SHAPES = ["96x96", "384x96", "128x384", "384x384", "1536x384", "2048x2048", "50304x96", "50304x384"]
+METHODS = ["svd", "svdvals f32", "svdvals f64", "gesdd f64", "gram", "dynamics.spectrum"]
+
+
+def matrix(shape):
+    """A Gaussian float32 matrix of shape "mxn"."""
+    import numpy as np
+
+    m, n = map(int, shape.split("x"))
+    return np.random.default_rng(0).standard_normal((m, n), np.float32)
+
+
+def methods(values):
+    """Method -> function that gives the singular values."""
+    import numpy as np
+    import torch
+
+    from dynamics import spectrum
+    from dynamics.gram import gram, singular_values_from_gram
+    from dynamics.run import Dense
+
+    tensor = torch.from_numpy(values)
+    return {
+        "svd": lambda: torch.linalg.svd(tensor, full_matrices=False)[1],
+        "svdvals f32": lambda: torch.linalg.svdvals(tensor),
+        "svdvals f64": lambda: torch.linalg.svdvals(tensor.double()),
+        "gesdd f64": lambda: np.linalg.svd(values.astype(np.float64), compute_uv=False),
+        "gram": lambda: singular_values_from_gram(gram(values), max(values.shape))[0],
+        "dynamics.spectrum": lambda: spectrum(Dense(values, "float32")).s,
+    }
+
+
+def reference(values):
+    """Singular values by float64 gesvd, of R for tall matrices."""
+    import numpy as np
+    import scipy.linalg
+
+    tall = (values if values.shape[0] >= values.shape[1] else values.T).astype(np.float64)
+    tall = np.linalg.qr(tall, mode="r") if tall.shape[0] > 8 * tall.shape[1] else tall
+    return scipy.linalg.svd(tall, compute_uv=False, lapack_driver="gesvd")
+
+
+def memory(shape, method):
+    """MB that a method needs beyond the matrix, in a process of its own."""
+    command = [sys.executable, __file__, "--memory", shape, method]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main(shapes):
+    """Print the table."""
+    import numpy as np
+
+    one_thread()
+    rows = []
+    for shape in shapes:
+        values = matrix(shape)
+        exact = reference(values)
+        times = {}
+        for name, function in methods(values).items():
+            error = np.abs(np.asarray(function(), dtype=np.float64) - exact).max() / exact[0]
+            times[name] = best(function)
+            large = values.size > 2**22
+            needs = f"{memory(shape, name):.0f}" if large else ""
+            ratio = times["svdvals f32"] / times[name] if "svdvals f32" in times else None
+            speed = "" if ratio is None else f"{ratio:.2f}"
+            rows.append([shape, name, f"{1e3 * times[name]:.2f}", speed, f"{error:.0e}", needs])
+        print(f"{shape} done", file=sys.stderr, flush=True)
+    table(
+        ["shape", "method", "ms", "times faster than svdvals f32", "error / s1", "MB beside it"],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        one_thread()
+        data = matrix(sys.argv[2])
+        small = methods(matrix("384x96"))
+        small[sys.argv[3]]()  # whatever is loaded at the first call
+        before = peak_memory()
+        methods(data)[sys.argv[3]]()
+        print(peak_memory() - before)
+    else:
+        main(sys.argv[1:] or SHAPES)

@@ -1,0 +1,164 @@
+"""A whole analysis against the usual ways: python tests/benchmarks/whole_job.py [--run DIR] ...
+
+All weights, updates and displacements of a run, every metric; the usual ways compute singular
+values only, of the same matrices read by the same code. One thread each, but for the last rows.
+Without --run, a synthetic one is written: Gaussian weights that move by updates whose spectra decay
+as a power law, as those of trained models do.
+
+    svd twice       a full torch.linalg.svd for PER and another for the condition number
+    svdvals f32     one torch.linalg.svdvals per matrix
+    WeightWatcher   its `svd_vals` of each matrix (pip install 'learning-dynamics[bench]')
+    floor           reading, and the bare float64 Gram products and eigenvalues
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from timing import one_thread, table
+
+SIZES = {  # hidden, intermediate, key-value, vocabulary
+    "65m": (384, 1536, 128, 50304),
+    "1b": (2048, 8192, 512, 0),
+}
+
+
+def write_run(folder, size, layers, checkpoints):
+    """A run in Hugging Face's layout."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    hidden, wide, kv, vocabulary = SIZES[size]
+    shapes = {}
+    for layer in range(layers):
+        attention = {"q": hidden, "k": kv, "v": kv, "o": hidden}
+        for each, rows in attention.items():
+            shapes[f"model.layers.{layer}.self_attn.{each}_proj.weight"] = (rows, hidden)
+        for each in ("gate", "up"):
+            shapes[f"model.layers.{layer}.mlp.{each}_proj.weight"] = (wide, hidden)
+        shapes[f"model.layers.{layer}.mlp.down_proj.weight"] = (hidden, wide)
+    if vocabulary:
+        shapes |= dict.fromkeys(
+            ("model.embed_tokens.weight", "lm_head.weight"), (vocabulary, hidden)
+        )
+    rng = np.random.default_rng(0)
+    weights = {n: 0.02 * rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    for step in range(checkpoints):
+        directory = Path(folder, f"checkpoint-{step}")
+        directory.mkdir(parents=True)
+        save_file(weights, directory / "model.safetensors")
+        for name, (m, n) in shapes.items():
+            decay = np.arange(1, 65, dtype=np.float32) ** -1.0
+            update = (rng.standard_normal((m, 64), np.float32) * decay) @ rng.standard_normal(
+                (64, n), np.float32
+            )
+            update += 0.1 * rng.standard_normal((m, n), np.float32)
+            weights[name] = weights[name] + np.float32(1e-4) * update
+    return folder
+
+
+def matrices(run):
+    """(W, W - W_previous, W - W_first) as float32 arrays, matrix by matrix, step by step."""
+    for name in run.matrices:
+        first = before = None
+        for step in run.steps.tolist():
+            now = run.read(name, step, "weight").values
+            yield now
+            if before is None:
+                first = now
+            else:
+                yield now - before
+                yield now - first
+            before = now
+
+
+def usual_ways():
+    """Name -> function of one matrix."""
+    import numpy as np
+    import torch
+
+    def eigenvalues(values):
+        tall = values if values.shape[0] >= values.shape[1] else values.T
+        tall = tall.astype(np.float64)
+        return np.linalg.eigvalsh(tall.T @ tall)
+
+    def svd_twice(values):
+        for _ in range(2):
+            torch.linalg.svd(torch.from_numpy(values), full_matrices=False)
+
+    found = {
+        "floor": eigenvalues,
+        "svdvals f32": lambda values: torch.linalg.svdvals(torch.from_numpy(values)),
+        "svd twice": svd_twice,
+    }
+    try:
+        from weightwatcher.RMT_Util import svd_vals
+
+        found["WeightWatcher"] = lambda values: svd_vals(values.astype(float))
+    except ImportError:
+        print("WeightWatcher is not installed; without it.")
+    return found
+
+
+def timed(function):
+    """(wall seconds, CPU seconds)."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def main():
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", help="measure this run's checkpoints instead of synthetic ones")
+    parser.add_argument("--size", choices=SIZES, default="65m")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--checkpoints", type=int, default=3)
+    parser.add_argument("--ways", default="floor,svdvals f32,svd twice,WeightWatcher")
+    parser.add_argument("--workers", default="2", help="numbers of workers to try; 0: none")
+    options = parser.parse_args()
+    one_thread()
+    import dynamics as dy
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.run or write_run(
+            Path(folder, "run"), options.size, options.layers, options.checkpoints
+        )
+        run = dy.open_run(path)
+        count = sum(1 for _ in matrices(run))  # and the files are in the page cache
+        cache = Path(folder, "cache")
+        found = {}
+        result = []
+        found["dynamics.analyze"] = timed(lambda: result.append(dy.analyze(run, cache=cache)))
+        for name, way in usual_ways().items():
+            if name in options.ways.split(","):
+                found[name] = timed(lambda way=way: [way(each) for each in matrices(run)])
+        found["again, all known"] = timed(lambda: dy.analyze(run, cache=cache))
+        for workers in map(int, options.workers.split(",")):
+            if workers:
+                found[f"dynamics.analyze, {workers} workers"] = timed(
+                    lambda workers=workers: dy.analyze(
+                        run, workers=workers, cache=Path(folder, f"cache{workers}")
+                    )
+                )
+        ours, our_cpu = found["dynamics.analyze"]
+        print(
+            f"{path}: {len(run.matrices)} matrices, {len(run.steps)} checkpoints, {count} spectra"
+        )
+        table(
+            ["way", "s", "CPU s", "time / dynamics.analyze", "CPU / dynamics.analyze"],
+            [
+                [name, f"{wall:.1f}", f"{cpu:.1f}", f"{wall / ours:.2f}", f"{cpu / our_cpu:.2f}"]
+                for name, (wall, cpu) in found.items()
+            ],
+        )
+        dense = float(
+            (result[0]["singular_value_error"] < 1e-12 * result[0]["spectral_norm"]).mean()
+        )
+        print(json.dumps({"share with the error of a dense SVD": round(dense, 3)}))
+
+
+if __name__ == "__main__":
+    main()
