@@ -12,7 +12,6 @@ as a power law, as those of trained models do.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -154,10 +153,10 @@ def main():
                 for name, (wall, cpu) in found.items()
             ],
         )
-        dense = float(
-            (result[0]["singular_value_error"] < 1e-12 * result[0]["spectral_norm"]).mean()
-        )
-        print(json.dumps({"share with the error of a dense SVD": round(dense, 3)}))
+        measured = result[0]["status"] == dy.Status.MEASURED
+        as_svd = result[0]["singular_value_error"] < 2e-12 * result[0]["spectral_norm"]
+        share = float(as_svd.sum() / measured.sum())
+        print(f"{share:.1%} of the spectra have an error bound as small as a dense SVD's.")
 
 
 if __name__ == "__main__":

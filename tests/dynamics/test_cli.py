@@ -565,3 +565,16 @@ def test_an_adapter_without_base_says_how_to_go_on(refused, command, tmp_path, h
     assert measured["matrix"].values.tolist() == ["model.layers.0.mlp.up_proj.weight"]
     code, _, err = command("inspect", tmp_path / "run")
     assert (code, len(err.splitlines())) == (1, 1)
+
+
+def test_workers_save_the_same_result_and_a_scheduler_that_is_not_there_is_named(
+    command, refused, recording, here, monkeypatch
+):
+    pytest.importorskip("distributed")
+    assert command("analyze", recording, "-o", "one.zarr")[0] == 0
+    assert command("analyze", recording, "-o", "two.zarr", "--workers", 2, "--no-cache")[0] == 0
+    assert dy.load("one.zarr").identical(dy.load("two.zarr"))
+    monkeypatch.setattr("dynamics.workers._SECONDS_TO_CONNECT", 1)
+    address = ("--scheduler", "tcp://127.0.0.1:1")
+    assert "No Dask scheduler" in refused("analyze", recording, "-o", "three.zarr", *address)
+    assert not (here / "three.zarr").exists()
