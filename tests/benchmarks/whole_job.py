@@ -12,6 +12,7 @@ as a power law, as those of trained models do.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -105,7 +106,9 @@ def timed(function):
     """(wall seconds, CPU seconds)."""
     wall, cpu = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    found = time.perf_counter() - wall, time.process_time() - cpu
+    print(f"{found[0]:.1f} s, {found[1]:.1f} s of CPU", file=sys.stderr, flush=True)
+    return found
 
 
 def main():
