@@ -36,7 +36,10 @@ EXAMPLES ?= 2000
 fuzz: $(STAMP)  ## damage files in thousands of new ways (EXAMPLES per target), some minutes
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/dynamics/fuzz --timeout 3600
 
-bench: $(STAMP)  ## peak memory over a synthetic checkpoint of 8 GB (needs that much disk), about 10 min
+bench: $(STAMP)  ## what recording costs, and memory over a checkpoint of 8 GB (as much disk), about 20 min
+	$(BIN)/python -m tests.benchmarks.recording --model micro
+	$(BIN)/python -m tests.benchmarks.recording --model small
+	$(BIN)/python -m tests.benchmarks.killed_writers
 	$(BIN)/python tests/benchmarks/large_checkpoint.py
 
 lock:  ## write constraints.txt anew from the newest versions that pyproject.toml allows

@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from dynamics.formats import open_run
     from dynamics.metrics import METRICS
     from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
-    from dynamics.run import Run
+    from dynamics.run import Run, Spectrum
     from dynamics.schema import Status
     from dynamics.spectra import singular_values, spectrum
-    from dynamics.spectrum import Spectrum
     from dynamics.statistics import mean_interval
     from dynamics.storage import load, save
     from dynamics.subspaces import run_alignment, subspace_overlaps
@@ -39,10 +38,9 @@ _HOMES = {
     "dynamics.formats": ("open_run",),
     "dynamics.metrics": ("METRICS",),
     "dynamics.plots": ("plot_comparison", "plot_heatmap", "plot_spectrum", "plot_trajectory"),
-    "dynamics.run": ("Run",),
+    "dynamics.run": ("Run", "Spectrum"),
     "dynamics.schema": ("Status",),
     "dynamics.spectra": ("singular_values", "spectrum"),
-    "dynamics.spectrum": ("Spectrum",),
     "dynamics.statistics": ("mean_interval",),
     "dynamics.storage": ("load", "save"),
     "dynamics.subspaces": ("run_alignment", "subspace_overlaps"),

@@ -17,11 +17,10 @@ from dynamics.derived import Difference, is_finite
 from dynamics.errors import DynamicsError, FormatError
 from dynamics.formats import open_run
 from dynamics.metrics import METRICS, Metric
-from dynamics.run import Dense, Factored, MatrixInfo, Run
+from dynamics.run import Dense, Factored, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
 from dynamics.selection import Chosen, Selection, selected
 from dynamics.spectra import spectrum
-from dynamics.spectrum import Spectrum
 from dynamics.spectrum_cache import SpectrumCache, content_key
 from dynamics.tracing import TracedRun
 

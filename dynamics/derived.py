@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynamics import schema
-from dynamics.run import Dense, Factored, Matrix, Run
-from dynamics.spectrum import Spectrum
+from dynamics.run import Dense, Factored, Matrix, Run, Spectrum
 
 
 @dataclass(frozen=True)

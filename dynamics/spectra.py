@@ -5,8 +5,7 @@ import scipy.linalg
 
 from dynamics.derived import Difference
 from dynamics.noise import noise_floor, product_noise_bound
-from dynamics.run import Dense, Factored
-from dynamics.spectrum import Spectrum
+from dynamics.run import Dense, Factored, Spectrum
 
 EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 2**21  # numbers of a block of rows, at least

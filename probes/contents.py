@@ -18,8 +18,7 @@ from dynamics.layout import (
     matrix_path,
     spectra_arrays,
 )
-from dynamics.run import Event
-from dynamics.spectrum import Spectrum
+from dynamics.run import Event, Spectrum
 from probes.effective import Factors, Tracked
 from probes.gathering import is_sharded, whole
 from probes.measuring import measured, measured_adapter

@@ -7,8 +7,7 @@ import torch
 
 from dynamics import spectra
 from dynamics.noise import bound_of_sums
-from dynamics.run import Factored
-from dynamics.spectrum import Spectrum
+from dynamics.run import Factored, Spectrum
 from probes.effective import Factors
 
 _BLOCK = 2**21  # numbers of a block of rows, at least

@@ -9,9 +9,8 @@ from dynamics.derived import (
     difference_rank_bound,
     reference_step,
 )
-from dynamics.run import Dense, Matrix, MatrixInfo, Run
+from dynamics.run import Dense, Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
-from dynamics.spectrum import Spectrum
 
 # (step, kind) -> the matrix, or its spectrum, or why there is none
 Measurable = Callable[[int, str], Matrix | Difference | Spectrum | Status]
