@@ -84,7 +84,9 @@ def train(
 def sweep(
     preset: Annotated[str, typer.Argument(help="tiny, small (as published) or micro.")],
     output: Annotated[Path, typer.Option("--output", help="A folder for all runs.")],
-    method: Annotated[str, typer.Option("--method", help="One, or several: a,b.")] = "relora",
+    method: Annotated[
+        str, typer.Option("--method", help="One, or several: a,b; relora:as_published is one too.")
+    ] = "relora",
     text: Annotated[Path | None, typer.Option("--text", help="Folder of .txt files.")] = None,
     data: Annotated[
         str | None,
