@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformers import TrainerCallback
+
 from dynamics.errors import MissingError
 from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora.config import TrainConfig
@@ -15,6 +17,8 @@ from probes.relora.data import (
     prepare_data,
     standard_library_text,
 )
+from probes.relora.evaluation_callback import EvaluationCallback
+from probes.relora.evaluations import Evaluation
 from probes.relora.model import parameter_counts
 from probes.relora.run_directory import (
     CONFIG_NAME,
@@ -27,6 +31,7 @@ from probes.relora.run_directory import (
 )
 from probes.relora.token_datasets import open_tokens
 from probes.relora.train import train
+from probes.relora.trained_models import as_transformers
 
 # Enough for one epoch of the micro preset.
 BUILT_IN_BYTES = 8_000_000
@@ -52,6 +57,7 @@ def run_experiment(
     text: Path | None = None,
     resume: bool = False,
     record: bool = True,
+    evaluations: Sequence[Evaluation] = (),
     report_to: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
@@ -63,11 +69,13 @@ def run_experiment(
         text: a folder of .txt files to train on instead of the config's dataset.
         resume: go on from the newest complete checkpoint, or start again where there is none.
         record: whether to record.
+        evaluations: what to evaluate the model on every `evaluate_every` steps, beside the
+            validation loss.
         report_to: see `train`.
         say: gets a few lines on what it does, in the first process alone.
 
     Raises:
-        DynamicsError: see `train` and `load_data`.
+        DynamicsError: see `train` and `load_data`; or the data has no tokenizer for texts.
     """
     first = os.environ.get("RANK", "0") == "0"
     tell = say if first else lambda line: None
@@ -95,11 +103,24 @@ def run_experiment(
     if record:
         options = {"resume_at": 0} if resume and checkpoint is None else {}
         recorder = RecorderCallback(output / RECORDING_NAME, every=config.record_every, **options)
+    callbacks: list[TrainerCallback] = [recorder] if recorder else []
+    if evaluations:
+        tokenizer = None if data.tokenizer is None else as_transformers(data.tokenizer)
+        if tokenizer is None and any(each.needs_tokenizer for each in evaluations):
+            raise MissingError(
+                f"{source} came as tokens without their tokenizer, and texts need it; name it "
+                "(--set tokenizer=NAME)."
+            )
+        callbacks.append(
+            EvaluationCallback(
+                evaluations, tokenizer, every=config.evaluate_every, recorder=recorder
+            )
+        )
     trainer = train(
         config,
         data,
         output,
-        callbacks=[recorder] if recorder else [],
+        callbacks=callbacks,
         on_event=recorder.event if recorder else None,
         resume=checkpoint is not None,
         report_to=report_to,
