@@ -1,13 +1,16 @@
 """A run of the reference experiment from its config: data, recording, training, in one folder."""
 
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
-from dynamics.errors import MissingError
+from dynamics.errors import DynamicsError, MissingError
 from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora.config import TrainConfig
 from probes.relora.data import (
@@ -48,6 +51,38 @@ def load_data(config: TrainConfig, text: Path | None = None) -> TrainingData:
     if config.dataset is not None:
         return open_tokens(config)
     return prepare_data(standard_library_text(BUILT_IN_BYTES), config)
+
+
+def trained_with(
+    run_dir: str | os.PathLike[str], text: Path | None = None
+) -> tuple[TrainConfig, TrainingData]:
+    """The config and the data that a run was trained with.
+
+    Args:
+        run_dir: its folder.
+        text: the folder of .txt files that it was trained on, if it was.
+
+    Raises:
+        MissingError: the run does not say how it was trained.
+        DynamicsError: this is not what it was trained on.
+    """
+    run = Path(run_dir)
+    path = run / CONFIG_NAME
+    if not path.is_file():
+        raise MissingError(f"No {path}; it cannot be told how the run was trained.")
+    stored = json.loads(path.read_text())
+    values: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value := stored[field.name], list) else value
+        for field in dataclasses.fields(TrainConfig)
+    }
+    config = TrainConfig(**values)
+    data = load_data(config, text)
+    if run_identity(config, data) != stored:
+        raise DynamicsError(
+            f"{run} was not trained on {text or 'what its config names'}; give the folder of .txt "
+            "files that it was trained on (--trained-on)."
+        )
+    return config, data
 
 
 def run_experiment(

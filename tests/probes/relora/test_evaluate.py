@@ -160,7 +160,7 @@ def test_other_text_than_the_run_was_trained_on_is_refused(run, tmp_path):
     with pytest.raises(DynamicsError, match=r"was not trained on .*other; give the folder"):
         validation_loss(run, tmp_path / "other")
     (run / "train_config.json").unlink()
-    with pytest.raises(MissingError, match="what the run held out"):
+    with pytest.raises(MissingError, match="how the run was trained"):
         validation_loss(run)
 
 
