@@ -26,6 +26,7 @@ from probes.relora.sweep import over_seeds
 DOCS = Path(__file__).parent
 PAGE = DOCS / "results.md"
 FIGURES = DOCS / "results"
+FIGURE_NAMES = ("losses", "restart", "displacement", "weights", "updates")
 R, RESET_EVERY, LAST = 8, 80, 560
 PAPER_STEPS = 20_000
 # run of `over_seeds` -> label and colour
@@ -395,32 +396,36 @@ def audit_table(data: xr.Dataset) -> str:
     return table(["", "checks that fail or warn"], rows)
 
 
-def main(curves_path: Path | None) -> None:
-    """Write the figures and the tables."""
-    data = dy.load_example("relora_micro")
-    tables = {
+def tables(data: xr.Dataset, curves: Curves | None) -> dict[str, str]:
+    """Name -> table; those that show published values only with the curves."""
+    found = {
         "final": final_table(data),
         "restart": restart_table(data),
         "displacement": displacement_table(data),
         "audit": audit_table(data),
     }
+    return found if curves is None else {**found, "weights": weights_table(data, curves)}
+
+
+def main(curves_path: Path | None) -> None:
+    """Write the figures and the tables."""
+    data = dy.load_example("relora_micro")
+    curves = None if curves_path is None else published(curves_path)
     save_figure("losses", 1, 2, lambda axes: draw_losses(data, axes[0]))
     save_figure("restart", 1, 2, lambda axes: draw_restart(data, axes[0]))
     save_figure("displacement", 1, 2, lambda axes: draw_displacement(data, axes[0]))
-    if curves_path is not None:
-        curves = published(curves_path)
-        tables["weights"] = weights_table(data, curves)
+    if curves is not None:
         save_figure("weights", 4, 2, lambda axes: draw_weights(data, curves, axes))
         save_figure("updates", 3, 2, lambda axes: draw_updates(data, curves, axes))
-    PAGE.write_text(with_tables(PAGE.read_text("utf-8"), tables), "utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text("utf-8"), tables(data, curves)), "utf-8")
 
 
-def with_tables(page: str, tables: dict[str, str]) -> str:
+def with_tables(page: str, found: dict[str, str]) -> str:
     """The page with each table between <!-- NAME --> and <!-- end -->."""
-    for name, text in tables.items():
+    for name, text in found.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert marked.search(page), f"{PAGE} has no place for the table {name}"
-        page = marked.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+        page = marked.sub(lambda place, text=text: f"{place[1]}{text}\n{place[2]}", page)
     return page
 
 
