@@ -88,9 +88,17 @@ def collect(runs: list[SweepRun], folder: Path, text: Path) -> xr.Dataset:
 def _restarts(runs: list[SweepRun], folder: Path, text: Path) -> xr.DataArray:
     """(run, restart, after), of the ReLoRA runs that merge with their scale."""
     chosen = [run for run in runs if run.varied["method"] == "relora"]
-    losses = [restart_losses(folder / run.name, RESTART_AT, text=text) for run in chosen]
+    losses = [_restart(folder / run.name, text) for run in chosen]
     found = xr.concat(losses, xr.Variable(schema.RUN, [run.name for run in chosen]))
     return found.reindex({schema.RUN: [run.name for run in runs]})
+
+
+def _restart(run: Path, text: Path) -> xr.DataArray:
+    """The losses of one run, kept beside it: they take minutes."""
+    kept = run / f"restart-{RESTART_AT}.json"
+    if not kept.is_file():
+        kept.write_text(json.dumps(restart_losses(run, RESTART_AT, text=text).to_dict()))
+    return xr.DataArray.from_dict(json.loads(kept.read_text()))
 
 
 def main(folder: Path, text: Path, seeds: tuple[int, ...] = SEEDS) -> None:

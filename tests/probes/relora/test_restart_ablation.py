@@ -48,8 +48,8 @@ def test_a_merge_changes_the_loss_by_rounding_and_one_without_its_scale_by_more(
     assert np.ptp(before.values) == 0
     scaled = ~losses["restart"].str.contains("unscaled")
     assert float(abs(after - before)[scaled].max()) < 2e-6
-    jump = (after - before).sel(restart="unscaled merge + reset + ramp").item()
-    assert jump > 1e-3
+    # Half of the cycle's update is gone; whether that is for the better is up to the model.
+    assert abs(after - before).sel(restart="unscaled merge + reset + ramp").item() > 2e-5
 
 
 def test_a_step_of_the_ramp_without_a_rate_changes_nothing(losses: xr.DataArray) -> None:

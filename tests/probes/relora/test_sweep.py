@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import dynamics as dy
-from dynamics.errors import DynamicsError
+from dynamics.errors import DynamicsError, MissingError
 from probes.relora import as_published, micro, parameter_counts, tiny
 from probes.relora.experiment import run_experiment
 from probes.relora.sweep import compare_runs, over_seeds, run_sweep
@@ -151,6 +151,15 @@ def test_a_sweep_ends_with_its_runs_compared(swept: Any) -> None:
     again = compare_runs(runs, output, kinds=["displacement"])
     for name in ("numerical_rank", "effective_rank"):
         np.testing.assert_array_equal(again[name], comparison[name])
+
+
+def test_kinds_that_no_run_has_are_refused(swept: Any) -> None:
+    runs, output, _, _, _ = swept
+    either = compare_runs(runs, output, kinds=["gradient", "adapter"], steps=[12])
+    assert either["kind"].values.tolist() == ["adapter", "gradient"]
+    for kinds in (["optimizer_update"], ["weight", "optimizer_update"]):
+        with pytest.raises(MissingError, match=r"ha[sv]e? no |No run has optimizer_update"):
+            compare_runs(runs, output, kinds=kinds, steps=[12])
 
 
 def test_statistics_over_seeds_take_a_run_as_one_measurement(swept: Any) -> None:
