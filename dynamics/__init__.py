@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dynamics.auditing import audit
     from dynamics.comparison import compare, difference, select_run
     from dynamics.errors import DynamicsError
+    from dynamics.examples import load_example
     from dynamics.expressibility import gradient_expressibility
     from dynamics.formats import open_run
     from dynamics.metrics import METRICS
@@ -34,6 +35,7 @@ _HOMES = {
     "dynamics.auditing": ("audit",),
     "dynamics.comparison": ("compare", "difference", "select_run"),
     "dynamics.errors": ("DynamicsError",),
+    "dynamics.examples": ("load_example",),
     "dynamics.expressibility": ("gradient_expressibility",),
     "dynamics.formats": ("open_run",),
     "dynamics.metrics": ("METRICS",),
@@ -60,6 +62,7 @@ __all__ = [
     "difference",
     "gradient_expressibility",
     "load",
+    "load_example",
     "mean_interval",
     "open_run",
     "plot_comparison",

@@ -186,7 +186,8 @@ class Spectra:
                     merged_there=before.step in self._merges,
                 )
         earlier = before.weight.to(weight.device)
-        return measured(weight, before=earlier, merges=merges, rank_bound=bound)
+        adapter = None if bound is None else factors
+        return measured(weight, before=earlier, merges=merges, rank_bound=bound, adapter=adapter)
 
     def _remember(
         self,

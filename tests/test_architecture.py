@@ -43,6 +43,7 @@ LAYERS = [
         "dynamics.plots",
         "dynamics.tables",
     },
+    {"dynamics.examples"},
     {"dynamics.cli_values", "dynamics.cli_following"},
     {"dynamics.cli"},
     {"dynamics"},  # re-exports
