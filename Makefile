@@ -36,13 +36,16 @@ EXAMPLES ?= 2000
 fuzz: $(STAMP)  ## damage files in thousands of new ways (EXAMPLES per target), some minutes
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/dynamics/fuzz --timeout 3600
 
-bench: $(STAMP)  ## the tables of docs/performance.md, and 8 GB of checkpoint in bounded memory, about 1 h
+bench: $(STAMP)  ## what analysing and recording cost, and memory over a checkpoint of 8 GB, about 1 h
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/whole_job.py
 	$(BIN)/python tests/benchmarks/whole_job.py --size 1b --layers 1 --checkpoints 2
 	$(BIN)/python tests/benchmarks/shapes.py
 	$(BIN)/python tests/benchmarks/low_rank.py
 	$(BIN)/python tests/benchmarks/scaling.py
+	$(BIN)/python -m tests.benchmarks.recording --model micro
+	$(BIN)/python -m tests.benchmarks.recording --model small
+	$(BIN)/python -m tests.benchmarks.killed_writers
 	$(BIN)/python tests/benchmarks/large_checkpoint.py
 
 lock:  ## write constraints.txt anew from the newest versions that pyproject.toml allows

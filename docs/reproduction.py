@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from dynamics.metrics import METRICS
-from dynamics.run import Dense
+from dynamics.run import Dense, Spectrum
 from dynamics.spectra import spectrum
-from dynamics.spectrum import Spectrum
 
 RANK = 16
 LAYERS = 12  # the published values are means over these

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from dynamics.auditing import audit
     from dynamics.comparison import compare, difference, select_run
     from dynamics.errors import DynamicsError
+    from dynamics.examples import load_example
     from dynamics.expressibility import gradient_expressibility
     from dynamics.formats import open_run
     from dynamics.metrics import METRICS
     from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
-    from dynamics.run import Run
+    from dynamics.run import Run, Spectrum
     from dynamics.schema import Status
     from dynamics.spectra import singular_values, spectrum
-    from dynamics.spectrum import Spectrum
     from dynamics.statistics import mean_interval
     from dynamics.storage import load, save
     from dynamics.subspaces import run_alignment, subspace_overlaps
@@ -35,14 +35,14 @@ _HOMES = {
     "dynamics.auditing": ("audit",),
     "dynamics.comparison": ("compare", "difference", "select_run"),
     "dynamics.errors": ("DynamicsError",),
+    "dynamics.examples": ("load_example",),
     "dynamics.expressibility": ("gradient_expressibility",),
     "dynamics.formats": ("open_run",),
     "dynamics.metrics": ("METRICS",),
     "dynamics.plots": ("plot_comparison", "plot_heatmap", "plot_spectrum", "plot_trajectory"),
-    "dynamics.run": ("Run",),
+    "dynamics.run": ("Run", "Spectrum"),
     "dynamics.schema": ("Status",),
     "dynamics.spectra": ("singular_values", "spectrum"),
-    "dynamics.spectrum": ("Spectrum",),
     "dynamics.statistics": ("mean_interval",),
     "dynamics.storage": ("load", "save"),
     "dynamics.subspaces": ("run_alignment", "subspace_overlaps"),
@@ -62,6 +62,7 @@ __all__ = [
     "difference",
     "gradient_expressibility",
     "load",
+    "load_example",
     "mean_interval",
     "open_run",
     "plot_comparison",

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynamics import schema
-from dynamics.run import Dense, Factored, Matrix, Run
-from dynamics.spectrum import Spectrum
+from dynamics.run import Dense, Factored, Matrix, Run, Spectrum
 
 
 @dataclass(frozen=True)
@@ -15,19 +14,23 @@ class Difference:
     """now - before, computed in float64.
 
     Its noise is the rounding of both terms, and of every merge in between: each stored
-    W + s·B·A rounds the weight anew.
+    W + s·B·A rounds the weight anew. Where an adapter is part of the later weight, the product
+    s·B·A was rounded before it was added, in float32 at each of its r partial sums: those of a
+    sum of independent terms have (r + 1)/2 times the variance of its last rounding.
 
     Attributes:
         now: the later matrix.
         before: the earlier one.
         merges: how often an adapter was merged into the weight between the two.
         rank_bound: the largest rank it can have, where adapters alone moved the weight.
+        adapter: what `now` is the sum of, beside its base.
     """
 
     now: Dense
     before: Dense
     merges: int = 0
     rank_bound: int | None = None
+    adapter: Factored | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,7 +45,19 @@ class Difference:
     @property
     def stored(self) -> tuple[tuple[np.ndarray, str], ...]:
         """The stored numbers that its noise comes from."""
-        return (*self.now.stored * (1 + self.merges), *self.before.stored)
+        sums = (*self.now.stored * (1 + self.merges), *self.before.stored)
+        if self.adapter is None:
+            return sums
+        product = (self.adapter.product(), self.now.dtype)
+        return (*sums, *((product,) * product_roundings(self.adapter.rank_bound, self.now.dtype)))
+
+
+def product_roundings(rank: int, dtype: str) -> int:
+    """How often a product B·A of this rank counts as rounded to `dtype`, see `Difference`.
+
+    Products in a shorter dtype are summed up in float32 and rounded once.
+    """
+    return (rank + 2) // 2 if dtype in ("float32", "float64") else 1
 
 
 def is_finite(

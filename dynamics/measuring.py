@@ -12,10 +12,9 @@ from dynamics.components import COMPONENTS
 from dynamics.components.parameters import Measurable
 from dynamics.derived import Difference, is_finite
 from dynamics.errors import DynamicsError, FormatError
-from dynamics.run import Dense, Factored, Run
+from dynamics.run import Dense, Factored, Run, Spectrum
 from dynamics.schema import Status
 from dynamics.spectra import spectrum
-from dynamics.spectrum import Spectrum
 from dynamics.spectrum_cache import content_key
 from dynamics.tracing import Dependency, TracedRun
 

@@ -11,10 +11,9 @@ import xarray as xr
 from dynamics import schema
 from dynamics.measuring import Outcome
 from dynamics.metrics import METRICS, Metric
-from dynamics.run import MatrixInfo, Run
+from dynamics.run import MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
 from dynamics.selection import Selection
-from dynamics.spectrum import Spectrum
 
 # What a cell has besides its singular values.
 _SPECTRUM = ("rows", "cols", "rank_bound", "error", "noise_floor")

@@ -27,14 +27,13 @@ from dynamics.array_facts import ArrayFacts
 from dynamics.derived import Difference
 from dynamics.gram import gram, singular_values_from_gram
 from dynamics.noise import noise_floor, product_noise_bound
-from dynamics.run import Dense, Factored
-from dynamics.spectrum import Spectrum
+from dynamics.run import Dense, Factored, Spectrum
 
 EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 2**21  # numbers of a block of rows, at least
 # To be raised whenever `spectrum` or the noise give other numbers: those kept by a
 # `spectrum_cache` are then measured again.
-MEASURE_VERSION = 2
+MEASURE_VERSION = 3
 # The largest relative error of the smallest singular value that a Gram matrix may leave.
 TOLERANCE = 1e-3
 _SMALL = 2**15  # entries of a matrix

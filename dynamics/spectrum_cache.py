@@ -14,9 +14,8 @@ import scipy
 from dynamics.array_facts import ArrayFacts
 from dynamics.derived import Difference
 from dynamics.errors import DynamicsError
-from dynamics.run import Dense, Factored
+from dynamics.run import Dense, Factored, Spectrum
 from dynamics.spectra import MEASURE_VERSION
-from dynamics.spectrum import Spectrum
 from dynamics.tracing import Dependency, TracedRun, trace_from_json, trace_to_json
 
 _APPLICATION = 0x6C64796E  # "ldyn", in the file's header

@@ -23,9 +23,8 @@ from dynamics.metrics.pairwise import (
 )
 from dynamics.names import matches
 from dynamics.results import matrix_coords
-from dynamics.run import Matrix, MatrixInfo, Run
+from dynamics.run import Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
-from dynamics.spectrum import Spectrum
 from dynamics.tracing import TracedRun
 
 # (kind, step, matrix) -> the values measured there

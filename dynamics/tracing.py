@@ -10,8 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dynamics import schema
-from dynamics.run import Dense, Event, Matrix, Run
-from dynamics.spectrum import Spectrum
+from dynamics.run import Dense, Event, Matrix, Run, Spectrum
 
 # Weight, update and displacement of a step share matrices, and so do all heads of a layer.
 _MEMO_BYTES = 512 * 2**20

@@ -18,8 +18,7 @@ from dynamics.layout import (
     matrix_path,
     spectra_arrays,
 )
-from dynamics.run import Event
-from dynamics.spectrum import Spectrum
+from dynamics.run import Event, Spectrum
 from probes.effective import Factors, Tracked
 from probes.gathering import is_sharded, whole
 from probes.measuring import measured, measured_adapter
@@ -187,7 +186,8 @@ class Spectra:
                     merged_there=before.step in self._merges,
                 )
         earlier = before.weight.to(weight.device)
-        return measured(weight, before=earlier, merges=merges, rank_bound=bound)
+        adapter = None if bound is None else factors
+        return measured(weight, before=earlier, merges=merges, rank_bound=bound, adapter=adapter)
 
     def _remember(
         self,

@@ -31,7 +31,6 @@ class Tracked:
     parameter: nn.Parameter
     lora_layer: Any = None
 
-    @torch.no_grad()
     def effective_weight(self) -> torch.Tensor:
         """The weight that the model computes with, as merging would store it.
 
@@ -41,9 +40,9 @@ class Tracked:
         adapter = _active_adapter(self.name, self.lora_layer)
         if adapter is None:
             return weight
-        return weight.clone().add_(self.lora_layer.get_delta_weight(adapter))
+        with torch.no_grad():
+            return weight.clone().add_(self.lora_layer.get_delta_weight(adapter))
 
-    @torch.no_grad()
     def factors(self) -> Factors | None:
         """The active adapter's factors as they train, None where there is no adapter."""
         adapter = _active_adapter(self.name, self.lora_layer)

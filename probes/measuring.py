@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from dynamics import spectra
+from dynamics.derived import product_roundings
 from dynamics.noise import bound_of_sums
-from dynamics.run import Factored
-from dynamics.spectrum import Spectrum
+from dynamics.run import Factored, Spectrum
 from probes.effective import Factors
 
 _BLOCK = 2**21  # numbers of a block of rows, at least
@@ -21,6 +21,7 @@ def measured(
     before: torch.Tensor | None = None,
     merges: int = 0,
     rank_bound: int | None = None,
+    adapter: Factors | None = None,
 ) -> Spectrum:
     """What `dynamics.spectrum` gives for the stored matrix: float64 singular values, same floors.
 
@@ -29,6 +30,7 @@ def measured(
         before: an earlier matrix to subtract; its rounding counts too.
         merges: how often an adapter was merged in between, see `derived.Difference`.
         rank_bound: the largest rank it can have, where adapters alone moved it.
+        adapter: what `matrix` is the sum of, beside its base; the product's rounding counts.
 
     Returns:
         All NaN, but for sizes and rank bound, where a number is NaN or Inf.
@@ -44,13 +46,17 @@ def measured(
     for each, count in terms:
         of_rows, of_cols = _variance_sums(each)
         row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
+    if adapter is not None:
+        count = product_roundings(adapter.a.shape[0], _name(matrix.dtype))
+        of_rows, of_cols = _variance_sums(_product(adapter), matrix.dtype)
+        row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
     error = max(rows, cols) * spectra.EPS * float(s[0])
     return Spectrum(s, rows, cols, bound, error, bound_of_sums(row_sums, col_sums))
 
 
 def measured_adapter(factors: Factors) -> Spectrum:
     """The spectrum of s·B·A from its factors, which are small and go to the CPU."""
-    dtype = str(factors.a.dtype).removeprefix("torch.")
+    dtype = _name(factors.a.dtype)
     a, b = (each.detach().cpu().double().numpy() for each in (factors.a, factors.b))
     left, right = (a.T, b.T) if factors.transposed else (b, a)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -91,9 +97,23 @@ def _is_finite(matrix: torch.Tensor) -> bool:
     return bool(torch.isfinite(matrix.float() if matrix.itemsize == 1 else matrix).all())
 
 
-def _variance_sums(matrix: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The row and column sums of `dynamics.noise.rounding_variance`, on the matrix's device."""
-    finfo = torch.finfo(matrix.dtype)
+def _product(factors: Factors) -> torch.Tensor:
+    product = factors.scaling * (factors.b.double() @ factors.a.double())
+    return product.T if factors.transposed else product
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _variance_sums(
+    matrix: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The row and column sums of `dynamics.noise.rounding_variance`, on the matrix's device.
+
+    Of rounding to `dtype`; to the matrix's own by default.
+    """
+    finfo = torch.finfo(dtype or matrix.dtype)
     significand, smallest = -int(math.log2(finfo.eps)), int(math.log2(finfo.smallest_normal))
     m, n = matrix.shape
     rows, cols = (matrix.new_zeros(size, dtype=torch.float64) for size in (m, n))

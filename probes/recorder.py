@@ -87,7 +87,7 @@ class Recorder:
         take_over: continue a recording whose writer died on another machine; see `RecordingWriter`.
         storage_dtype: round weights and gradients of more precision to "float32", "bfloat16" or
             "float16"; the noise floors know. They keep their own dtype by default.
-        compression: "blosc", "zstd" or "none".
+        compression: "lz4", "zstd" (both over transposed bits) or "none".
         level: the compression's; see `dynamics.layout.Compression`.
         attrs: further JSON-like attributes of a new recording.
         write: whether this process writes; by default rank 0 of torch.distributed does.

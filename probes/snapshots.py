@@ -29,7 +29,6 @@ class Snapshots:
         """Buffers that wait to be used again."""
         return sum(map(len, self._free.values()))
 
-    @torch.no_grad()
     def copy(self, tensor: torch.Tensor, *, owned: bool = False) -> torch.Tensor:
         """The values of a tensor as they are now, on the CPU, contiguous.
 
@@ -42,7 +41,7 @@ class Snapshots:
             return tensor
         on_gpu = tensor.is_cuda
         buffer = self._buffer(tensor.shape, tensor.dtype, pinned=on_gpu)
-        buffer.copy_(tensor, non_blocking=on_gpu)
+        buffer.copy_(tensor, non_blocking=on_gpu)  # neither requires a gradient
         if on_gpu:
             stream = torch.cuda.current_stream(tensor.device)
             self._copied.setdefault(stream, torch.cuda.Event()).record(stream)

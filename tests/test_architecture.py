@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import dynamics
+
 ROOT = Path(__file__).parents[1]
 
 # A module may import what stands in its own or an earlier row.
@@ -16,7 +18,6 @@ LAYERS = [
         "dynamics.schema",
         "dynamics.names",
         "dynamics.architecture",
-        "dynamics.spectrum",
     },
     {"dynamics.run"},
     {"dynamics.origins", "dynamics.tracing"},
@@ -44,6 +45,7 @@ LAYERS = [
         "dynamics.plots",
         "dynamics.tables",
     },
+    {"dynamics.examples"},
     {"dynamics.cli_values", "dynamics.cli_following"},
     {"dynamics.cli"},
     {"dynamics"},  # re-exports
@@ -108,3 +110,9 @@ def test_importing_and_asking_for_help_load_neither_torch_nor_pyplot():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_module_hides_a_public_name():
+    # Importing dynamics.audit would put the module in the place of the function dynamics.audit.
+    modules = {path.stem for path in (ROOT / "dynamics").iterdir()}
+    assert not modules & {name.lower() for name in dynamics.__all__ if name.islower()}

@@ -9,9 +9,8 @@ from dynamics.derived import (
     difference_rank_bound,
     reference_step,
 )
-from dynamics.run import Dense, Matrix, MatrixInfo, Run
+from dynamics.run import Dense, Factored, Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
-from dynamics.spectrum import Spectrum
 
 # (step, kind) -> the matrix, or its spectrum, or why there is none
 Measurable = Callable[[int, str], Matrix | Difference | Spectrum | Status]
@@ -43,6 +42,8 @@ def _reader(run: Run, name: str) -> Measurable:
         assert isinstance(before, Dense)
         merges = run.merges_between(name, before_step, step)
         bound = difference_rank_bound(run, name, before_step, step)
-        return Difference(now, before, merges, bound)
+        adapter = run.read(name, step, schema.ADAPTER) if bound is not None else None
+        assert adapter is None or isinstance(adapter, Factored)
+        return Difference(now, before, merges, bound, adapter)
 
     return matrix

@@ -25,8 +25,7 @@ from dynamics.layout import (
     told,
     verify,
 )
-from dynamics.run import Dense, Event, Factored, Matrix, Run, matrices_of
-from dynamics.spectrum import Spectrum
+from dynamics.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 

@@ -9,7 +9,7 @@ from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.layout import paths, stores
 from dynamics.layout.reader import Recording
-from dynamics.spectrum import Spectrum
+from dynamics.run import Spectrum
 
 MATRICES = "matrices"
 

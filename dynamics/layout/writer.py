@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
 from zarr.storage import LocalStore
@@ -29,6 +30,8 @@ from dynamics.layout.metadata import Metadata
 from dynamics.layout.reader import Recording
 from dynamics.layout.stores import StoreLike
 from dynamics.run import Event
+
+_SERIES_CODECS = [ZstdCodec(level=1), Crc32cCodec()]
 
 
 class RecordingWriter:
@@ -309,7 +312,7 @@ class RecordingWriter:
             fill_value=fill,
             dimension_names=paths.dimension_names(path, shape),
             attributes=dict(attrs or {}),
-            compressors=(self._compression if shape else Compression("zstd")).codecs(),
+            compressors=self._compression.codecs() if shape else _SERIES_CODECS,
             overwrite=True,  # what an uncommitted record left behind
         )
         self._metadata.add_array(path, array)

@@ -22,7 +22,7 @@ from dynamics.metrics.spectral import (
     stable_rank,
     top_k_energy,
 )
-from dynamics.spectrum import Spectrum
+from dynamics.run import Spectrum
 
 __all__ = [
     "METRICS",

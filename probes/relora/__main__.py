@@ -1,11 +1,19 @@
 """The command line of the ReLoRA experiment: python -m probes.relora."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dynamics.cli import run_app
+
+if TYPE_CHECKING:
+    from probes.relora.evaluations import Evaluation
+
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="First pairs of a paradigm, texts of a domain."),
+]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,6 +65,14 @@ def train(
         bool, typer.Option("--resume", help="Go on where it was interrupted.")
     ] = False,
     record: Annotated[bool, typer.Option("--record/--no-record")] = True,
+    blimp: Annotated[
+        Path | None, typer.Option("--blimp", help="Evaluate on BLiMP's .jsonl files, as it trains.")
+    ] = None,
+    perplexity: Annotated[
+        list[str] | None,
+        typer.Option("--perplexity", help="Evaluate on texts too, as --text of evaluate."),
+    ] = None,
+    limit: LimitOption = None,
     report_to: Annotated[
         list[str] | None, typer.Option("--report-to", help="tensorboard, wandb, trackio, ...")
     ] = None,
@@ -73,7 +89,13 @@ def train(
         published=published,
     )
     run_experiment(
-        config, output, text=text, resume=resume, record=record, report_to=report_to or ()
+        config,
+        output,
+        text=text,
+        resume=resume,
+        record=record,
+        evaluations=_evaluations(perplexity, blimp, limit=limit),
+        report_to=report_to or (),
     )
 
 
@@ -84,7 +106,9 @@ def train(
 def sweep(
     preset: Annotated[str, typer.Argument(help="tiny, small (as published) or micro.")],
     output: Annotated[Path, typer.Option("--output", help="A folder for all runs.")],
-    method: Annotated[str, typer.Option("--method", help="One, or several: a,b.")] = "relora",
+    method: Annotated[
+        str, typer.Option("--method", help="One, or several: a,b; relora:as_published is one too.")
+    ] = "relora",
     text: Annotated[Path | None, typer.Option("--text", help="Folder of .txt files.")] = None,
     data: Annotated[
         str | None,
@@ -131,7 +155,7 @@ def sweep(
     "--download-blimp\n\n  python -m probes.relora evaluate runs/relora --text paloma --limit 100"
 )
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="The run's folder, with checkpoint-N/.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, with checkpoint-N/.")],
     blimp: Annotated[
         Path | None, typer.Option("--blimp", help="Folder of BLiMP's .jsonl files.")
     ] = None,
@@ -148,62 +172,74 @@ def evaluate(
         str | None, typer.Option("--domain-field", help="The field that names a text's domain.")
     ] = None,
     validation: Annotated[
-        bool, typer.Option("--validation", help="The loss on what the run held out.")
+        bool, typer.Option("--validation", help="The loss on what a run held out.")
     ] = False,
     trained_on: Annotated[
-        Path | None, typer.Option("--trained-on", help="The --text folder that it was trained on.")
+        Path | None, typer.Option("--trained-on", help="The --text folder they were trained on.")
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="First pairs of a paradigm, texts of a domain."),
-    ] = None,
+    limit: LimitOption = None,
     steps: Annotated[
         str | None, typer.Option("--steps", help="Checkpoints, as in 80,160; all by default.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Name or path, where the run has none.")
+        str | None, typer.Option("--tokenizer", help="Name or path, where a run has none.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
 ) -> None:
-    """Evaluate a run's checkpoints on BLiMP, texts and its held-out data; again: what is new."""
+    """Evaluate checkpoints on BLiMP, texts and held-out data; again: what is new."""
     from rich.console import Console
 
     from dynamics.errors import DynamicsError
     from probes.relora.blimp_data import download_blimp as download
-    from probes.relora.blimp_data import missing_paradigms, read_blimp
     from probes.relora.evaluate import evaluate as evaluate_run
     from probes.relora.evaluate import validation_loss
     from probes.relora.evaluation_tables import evaluation_tables
-    from probes.relora.evaluation_texts import read_texts
-    from probes.relora.evaluations import BlimpEvaluation, Evaluation, PerplexityEvaluation
 
     if steps is not None and not all(step.strip().isdecimal() for step in steps.split(",")):
         raise DynamicsError(f"--steps takes numbers, as in 80,160; found {steps!r}.")
+    if blimp is not None and download_blimp:
+        download(blimp)
+    given = _evaluations(text, blimp, domain_field=domain_field, limit=limit)
+    if not given and not validation:
+        raise DynamicsError("Nothing to evaluate: give --blimp, --text or --validation.")
+    for run in runs:
+        if len(runs) > 1:
+            print(run)
+        own = [validation_loss(run, trained_on)] if validation else []
+        found = evaluate_run(
+            run,
+            [*own, *given],
+            steps=None if steps is None else [int(step) for step in steps.split(",")],
+            tokenizer=tokenizer,
+            device=device,
+        )
+        for table in evaluation_tables(found):
+            Console().print(table)
+        print(f"Wrote {run / 'evaluation.jsonl'}")
+
+
+def _evaluations(
+    text: list[str] | None,
+    blimp: Path | None,
+    *,
+    domain_field: str | None = None,
+    limit: int | None = None,
+) -> "list[Evaluation]":
+    """The evaluations on texts and on BLiMP that a command line asks for."""
+    from probes.relora.blimp_data import missing_paradigms, read_blimp
+    from probes.relora.evaluation_texts import read_texts
+    from probes.relora.evaluations import BlimpEvaluation, PerplexityEvaluation
+
     evaluations: list[Evaluation] = []
-    if validation:
-        evaluations.append(validation_loss(run, trained_on))
     if text:
         texts = read_texts(text, domain_field=domain_field, limit=limit)
         evaluations.append(PerplexityEvaluation(texts))
     if blimp is not None:
-        if download_blimp:
-            download(blimp)
         paradigms = read_blimp(blimp, limit=limit)
         if missing := missing_paradigms(paradigms):
             print(f"{len(missing)} of BLiMP's 67 paradigms are not in {blimp}: {missing}")
         evaluations.append(BlimpEvaluation(paradigms))
-    if not evaluations:
-        raise DynamicsError("Nothing to evaluate: give --blimp, --text or --validation.")
-    found = evaluate_run(
-        run,
-        evaluations,
-        steps=None if steps is None else [int(step) for step in steps.split(",")],
-        tokenizer=tokenizer,
-        device=device,
-    )
-    for table in evaluation_tables(found):
-        Console().print(table)
-    print(f"Wrote {run / 'evaluation.jsonl'}")
+    return evaluations
 
 
 def _source(text: Path | None, data: str | None) -> dict[str, str | None]:

@@ -12,15 +12,9 @@ import torch
 
 from dynamics.errors import DynamicsError, MissingError
 from dynamics.formats.evaluations import EVALUATIONS, read_evaluations
-from probes.relora.config import TrainConfig
 from probes.relora.evaluations import Evaluation, ValidationLoss
-from probes.relora.experiment import load_data
-from probes.relora.run_directory import (
-    CONFIG_NAME,
-    complete_checkpoints,
-    run_identity,
-    step_of,
-)
+from probes.relora.experiment import trained_with
+from probes.relora.run_directory import complete_checkpoints, step_of
 from probes.relora.trained_models import load_model, load_tokenizer, weights_digest
 
 
@@ -108,27 +102,12 @@ def validation_loss(run_dir: str | os.PathLike[str], text: Path | None = None) -
         text: the folder of .txt files that it was trained on, if it was.
 
     Raises:
-        MissingError: the run does not say how it was trained.
-        DynamicsError: this is not what it was trained on, or nothing was held out.
+        MissingError: see `trained_with`.
+        DynamicsError: see `trained_with`; or nothing was held out.
     """
-    run = Path(run_dir)
-    path = run / CONFIG_NAME
-    if not path.is_file():
-        raise MissingError(f"No {path}; it cannot be told what the run held out.")
-    stored = json.loads(path.read_text())
-    fields: dict[str, Any] = {
-        field.name: tuple(value) if isinstance(value := stored[field.name], list) else value
-        for field in dataclasses.fields(TrainConfig)
-    }
-    config = TrainConfig(**fields)
-    data = load_data(config, text)
-    if run_identity(config, data) != stored:
-        raise DynamicsError(
-            f"{run} was not trained on {text or 'what its config names'}; give the folder of .txt "
-            "files that it was trained on (--trained-on)."
-        )
+    _, data = trained_with(run_dir, text)
     if not len(data.validation):
-        raise DynamicsError(f"{run} held no sequences out; evaluate it on texts instead.")
+        raise DynamicsError(f"{run_dir} held no sequences out; evaluate it on texts instead.")
     return ValidationLoss(data.validation)
 
 

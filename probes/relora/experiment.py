@@ -1,11 +1,16 @@
 """A run of the reference experiment from its config: data, recording, training, in one folder."""
 
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from dynamics.errors import MissingError
+from transformers import TrainerCallback
+
+from dynamics.errors import DynamicsError, MissingError
 from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora.config import TrainConfig
 from probes.relora.data import (
@@ -15,6 +20,8 @@ from probes.relora.data import (
     prepare_data,
     standard_library_text,
 )
+from probes.relora.evaluation_callback import EvaluationCallback
+from probes.relora.evaluations import Evaluation
 from probes.relora.model import parameter_counts
 from probes.relora.run_directory import (
     CONFIG_NAME,
@@ -27,6 +34,7 @@ from probes.relora.run_directory import (
 )
 from probes.relora.token_datasets import open_tokens
 from probes.relora.train import train
+from probes.relora.trained_models import as_transformers
 
 # Enough for one epoch of the micro preset.
 BUILT_IN_BYTES = 8_000_000
@@ -45,6 +53,38 @@ def load_data(config: TrainConfig, text: Path | None = None) -> TrainingData:
     return prepare_data(standard_library_text(BUILT_IN_BYTES), config)
 
 
+def trained_with(
+    run_dir: str | os.PathLike[str], text: Path | None = None
+) -> tuple[TrainConfig, TrainingData]:
+    """The config and the data that a run was trained with.
+
+    Args:
+        run_dir: its folder.
+        text: the folder of .txt files that it was trained on, if it was.
+
+    Raises:
+        MissingError: the run does not say how it was trained.
+        DynamicsError: this is not what it was trained on.
+    """
+    run = Path(run_dir)
+    path = run / CONFIG_NAME
+    if not path.is_file():
+        raise MissingError(f"No {path}; it cannot be told how the run was trained.")
+    stored = json.loads(path.read_text())
+    values: dict[str, Any] = {
+        field.name: tuple(value) if isinstance(value := stored[field.name], list) else value
+        for field in dataclasses.fields(TrainConfig)
+    }
+    config = TrainConfig(**values)
+    data = load_data(config, text)
+    if run_identity(config, data) != stored:
+        raise DynamicsError(
+            f"{run} was not trained on {text or 'what its config names'}; give the folder of .txt "
+            "files that it was trained on (--trained-on)."
+        )
+    return config, data
+
+
 def run_experiment(
     config: TrainConfig,
     output: Path,
@@ -52,6 +92,7 @@ def run_experiment(
     text: Path | None = None,
     resume: bool = False,
     record: bool = True,
+    evaluations: Sequence[Evaluation] = (),
     report_to: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
@@ -63,11 +104,13 @@ def run_experiment(
         text: a folder of .txt files to train on instead of the config's dataset.
         resume: go on from the newest complete checkpoint, or start again where there is none.
         record: whether to record.
+        evaluations: what to evaluate the model on every `evaluate_every` steps, beside the
+            validation loss.
         report_to: see `train`.
         say: gets a few lines on what it does, in the first process alone.
 
     Raises:
-        DynamicsError: see `train` and `load_data`.
+        DynamicsError: see `train` and `load_data`; or the data has no tokenizer for texts.
     """
     first = os.environ.get("RANK", "0") == "0"
     tell = say if first else lambda line: None
@@ -95,11 +138,24 @@ def run_experiment(
     if record:
         options = {"resume_at": 0} if resume and checkpoint is None else {}
         recorder = RecorderCallback(output / RECORDING_NAME, every=config.record_every, **options)
+    callbacks: list[TrainerCallback] = [recorder] if recorder else []
+    if evaluations:
+        tokenizer = None if data.tokenizer is None else as_transformers(data.tokenizer)
+        if tokenizer is None and any(each.needs_tokenizer for each in evaluations):
+            raise MissingError(
+                f"{source} came as tokens without their tokenizer, and texts need it; name it "
+                "(--set tokenizer=NAME)."
+            )
+        callbacks.append(
+            EvaluationCallback(
+                evaluations, tokenizer, every=config.evaluate_every, recorder=recorder
+            )
+        )
     trainer = train(
         config,
         data,
         output,
-        callbacks=[recorder] if recorder else [],
+        callbacks=callbacks,
         on_event=recorder.event if recorder else None,
         resume=checkpoint is not None,
         report_to=report_to,

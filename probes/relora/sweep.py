@@ -13,7 +13,7 @@ import xarray as xr
 
 import dynamics as dy
 from dynamics import schema
-from dynamics.errors import DynamicsError
+from dynamics.errors import DynamicsError, MissingError
 from dynamics.statistics import mean_interval
 from probes.relora.model import parameter_counts
 from probes.relora.run_directory import CONFIG_NAME, RECORDING_NAME, is_finished
@@ -85,7 +85,13 @@ def run_sweep(
     return comparison
 
 
-def compare_runs(runs: Sequence[SweepRun], output: Path, **options: Any) -> xr.Dataset:
+def compare_runs(
+    runs: Sequence[SweepRun],
+    output: Path,
+    *,
+    kinds: Sequence[str] | None = None,
+    **options: Any,
+) -> xr.Dataset:
     """All runs in one Dataset along `run`, by name.
 
     Coordinates along `run`: each varied field (numbers as numbers), `method`, `seed`, and
@@ -95,14 +101,27 @@ def compare_runs(runs: Sequence[SweepRun], output: Path, **options: Any) -> xr.D
     Args:
         runs: of `plan`.
         output: the sweep's folder.
+        kinds: to measure, in the runs that have them (full rank has no adapters); all by default.
         options: of `analyze`.
+
+    Raises:
+        MissingError: a run has none of the kinds, or no run has one of them.
     """
-    analyses = {
-        run.name: dy.analyze(
-            output / run.name / RECORDING_NAME, cache=output / run.name / "run.cache", **options
+    analyses, known = {}, set()
+    for name in (run.name for run in runs):
+        recording = dy.open_run(output / name / RECORDING_NAME)
+        known |= set(recording.kinds)
+        own = None if kinds is None else [kind for kind in kinds if kind in recording.kinds]
+        if own == []:
+            raise MissingError(
+                f"{name} has no {' or '.join(kinds or ())} matrices to compare; it has "
+                f"{', '.join(recording.kinds)}."
+            )
+        analyses[name] = dy.analyze(
+            recording, cache=output / name / "run.cache", kinds=own, **options
         )
-        for run in runs
-    }
+    if missing := [kind for kind in kinds or () if kind not in known]:
+        raise MissingError(f"No run has {', '.join(missing)} matrices to compare.")
     coords = {name: (schema.RUN, _column(runs, name)) for name in runs[0].varied}
     coords["trainable_parameters"] = (
         schema.RUN,

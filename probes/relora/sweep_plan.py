@@ -14,6 +14,7 @@ from probes.relora.schedule import schedule_of
 from probes.relora.settings import SCALING, configured, parse_settings, written
 
 MATCHES = ("steps", "tokens", "trainable_parameters")
+AS_PUBLISHED = "as_published"
 
 
 class DifferentSchedulesWarning(UserWarning):
@@ -27,8 +28,8 @@ class SweepRun:
     Attributes:
         name: of its folder: its method and what is varied.
         config: the run.
-        varied: field -> value of what is varied, with `method` and `seed`; None for a field that
-            means nothing to the method.
+        varied: field -> value of what is varied, with `method` (the word that it was planned from)
+            and `seed`; None for a field that means nothing to the method.
     """
 
     name: str
@@ -50,11 +51,12 @@ def plan(
 
     Args:
         preset: one of `PRESETS`.
-        methods: of `METHODS`.
+        methods: of `METHODS`; METHOD:as_published is the method with what the published code did
+            otherwise, beside others without.
         words: field=value or field=value,value,...; a field with several values is varied.
         seeds: of the runs.
         given: field -> value, None where it was not given, as in `configured`.
-        published: as in `configured`.
+        published: as in `configured`, of all methods.
         match: what all runs have as much of as the first one: "steps" leaves them as they are;
             "tokens" sets `max_steps`; "trainable_parameters" sets `lora_rank`, to the nearest, and
             keeps the scaling.
@@ -68,22 +70,23 @@ def plan(
     combinations = [dict(zip(axes, row, strict=True)) for row in rows]
     several = [name for name, values in axes.items() if len(values) > 1]
     runs: dict[str, SweepRun] = {}
-    for method, row, seed in itertools.product(methods, combinations, seeds):
+    for word, row, seed in itertools.product(methods, combinations, seeds):
+        method, marked = _variant(word)
         chosen = {name: value for name, value in row.items() if _matters(name, method)}
         varied = {name: chosen.get(name) for name in several}
         words_of_name = [f"{name}={value}" for name, value in varied.items() if value is not None]
-        name = "-".join([method, *words_of_name, f"seed={seed}"]).replace("/", "_")
+        name = "-".join([word.replace(":", "-"), *words_of_name, f"seed={seed}"]).replace("/", "_")
         config = configured(
             preset,
             method,
             {**(given or {}), "seed": seed},
             [f"{name}={value}" for name, value in chosen.items()],
-            published=published,
+            published=published or marked,
         )
         if runs:
             config = matched(config, next(iter(runs.values())).config, match)
         # The same name is the same run: a full-rank run need not be repeated for each rank.
-        runs.setdefault(name, SweepRun(name, config, {"method": method, **varied, "seed": seed}))
+        runs.setdefault(name, SweepRun(name, config, {"method": word, **varied, "seed": seed}))
     return list(runs.values())
 
 
@@ -134,6 +137,16 @@ def warn_of_schedules(runs: Sequence[SweepRun]) -> None:
                 stacklevel=2,
             )
             return
+
+
+def _variant(word: str) -> tuple[str, bool]:
+    """METHOD or METHOD:as_published -> the method, and whether it is as published."""
+    method, colon, variant = word.partition(":")
+    if colon and variant != AS_PUBLISHED:
+        raise DynamicsError(
+            f"No variant {variant!r} of {method}; write {method}, or {method}:{AS_PUBLISHED}."
+        )
+    return method, bool(colon)
 
 
 def _matters(name: str, method: str) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from dynamics.derived import Difference
 from dynamics.metrics import effective_rank, numerical_rank
-from dynamics.run import Dense
+from dynamics.run import Dense, Factored
 from dynamics.spectra import spectrum
 
 
@@ -45,6 +45,29 @@ def test_the_displacement_of_k_merges_has_rank_k_times_r():
                 before, now, _ = _merged(getattr(torch, dtype), cycles, 4, (128, 96), seed)
                 found = spectrum(Difference(Dense(now, dtype), Dense(before, dtype), cycles))
                 assert numerical_rank(found.s, found.floor) == 4 * cycles
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])  # of the adapter's entries, over the weight's
+@pytest.mark.parametrize(("shape", "rank"), [((64, 128), 4), ((128, 128), 8), ((128, 384), 32)])
+def test_the_floor_covers_the_rounding_of_the_adapter_s_product(dtype, size, shape, rank):
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+    b = torch.randn((shape[0], rank), generator=generator).to(dtype)
+    a = (0.01 * size * rank**-0.5 * torch.randn((rank, shape[1]), generator=generator)).to(dtype)
+    now = weight + 2.0 * (b.float() @ a.float()).to(dtype)  # as PEFT has it
+    name = str(dtype).removeprefix("torch.")
+    factors = (b.double().numpy(), a.double().numpy())
+    found = spectrum(
+        Difference(
+            Dense(now.double().numpy(), name),
+            Dense(weight.double().numpy(), name),
+            adapter=Factored(*factors, 2.0, name),
+        )
+    )
+    exact = 2.0 * factors[0] @ factors[1]
+    noise = np.linalg.norm((now.double() - weight.double()).numpy() - exact, 2)
+    assert noise <= found.noise_floor <= 2 * noise
 
 
 def test_an_update_below_the_rounding_of_bfloat16_has_no_rank_above_the_floor():

@@ -22,7 +22,7 @@ def matrix(seed, shape=(40, 30)):
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
-@pytest.fixture(params=["blosc", "zstd", "none"])
+@pytest.fixture(params=["lz4", "zstd", "none"])
 def recording(request, tmp_path):
     path = tmp_path / "run.zarr"
     with RecordingWriter(path, {}, compression=Compression(request.param)) as writer:

@@ -5,6 +5,7 @@ torchrun --standalone --nproc_per_node 2 -m tests.probes.stacks_distributed FOLD
 
 import sys
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -81,15 +82,16 @@ def no_rank_holds_more_than_one_whole_matrix(folder):
 def adapters_of_a_sharded_model(folder):
     """PEFT's adapters on a model that `fully_shard` sharded, and in one process for comparison."""
     record = ["weight", "gradient", "adapter"]
-    for sharded in (True, False):
+    spectra = {"spectra_only": True, "record": [*record, "update", "displacement"]}
+    for sharded, options in product((True, False), ({"record": record}, spectra)):
         model = adapted_model()
         if sharded:
             for layer in model.base_model.model.model.layers:
                 fully_shard(layer)
             fully_shard(model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        store = folder / f"adapted-{'sharded' if sharded else 'whole'}.zarr"
-        with Recorder(model, optimizer, store, every=1, record=record):
+        name = f"{'sharded' if sharded else 'whole'}{'-spectra' * (options is spectra)}"
+        with Recorder(model, optimizer, folder / f"adapted-{name}.zarr", every=1, **options):
             ids = tokens(1)
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()

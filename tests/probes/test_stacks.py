@@ -123,3 +123,12 @@ def test_adapters_of_a_sharded_model_are_those_of_the_whole_one(folder):
     for path in matrices:
         for index in (0, 1):
             assert relative_error(sharded.read(path, index), whole.read(path, index)) < 1e-6
+
+
+def test_spectra_of_a_sharded_model_are_those_of_the_whole_one(folder):
+    sharded, whole = (
+        dy.analyze(folder / f"adapted-{name}-spectra.zarr") for name in ("sharded", "whole")
+    )
+    assert whole.kind.values.tolist() == ["weight", "adapter", "update", "displacement"]
+    for name in ("singular_value", "noise_floor", "rank_bound"):
+        np.testing.assert_allclose(sharded[name], whole[name], rtol=1e-5, atol=1e-7, err_msg=name)

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import TrainerCallback
 
-from probes.relora import TextData, TokenBlocks, TrainConfig, train
+from probes.relora import TextData, TokenBlocks, TrainConfig, add_adapters, build_model, train
 from probes.relora.data import TrainingData
+from probes.relora.restart import lora_layers
+
+TOKENS = torch.arange(32).view(2, 16)
 
 
 def tiny_config(**changes: Any) -> TrainConfig:
@@ -40,6 +44,22 @@ def tiny_config(**changes: Any) -> TrainConfig:
         save_every=2,
     )
     return replace(config, **changes)
+
+
+def trained_adapters(config: TrainConfig, dtype: torch.dtype = torch.float64) -> PeftModel:
+    """A model whose adapters hold an update, as after some steps."""
+    model = add_adapters(build_model(config), config).to(dtype).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            factor = layer.lora_B["default"].weight
+            factor.copy_(0.05 * torch.randn(factor.shape, generator=generator))
+    return model
+
+
+def assert_equal_weights(model: torch.nn.Module, expected: torch.nn.Module) -> None:
+    for (name, a), b in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def random_data(sequences: int = 20) -> TextData:

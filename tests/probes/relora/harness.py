@@ -66,7 +66,7 @@ def harness_blimp(
 
 
 def harness_model(model: Any, tokenizer: Any) -> HFLM:
-    # Its cache of logits mixes up windows of a repetitive text that are equal but for their targets.
+    # Its cache of logits takes windows of a repetitive text for one that differ in their targets.
     return HFLM(
         pretrained=model, tokenizer=tokenizer, batch_size=16, device="cpu", logits_cache=False
     )

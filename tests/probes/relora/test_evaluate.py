@@ -157,15 +157,17 @@ def test_the_validation_loss_is_the_one_that_the_trainer_logged(run, text):
 def test_other_text_than_the_run_was_trained_on_is_refused(run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.txt").write_text(TEXT[:70_000])
-    with pytest.raises(DynamicsError, match="was not trained on .*other; give the folder"):
+    with pytest.raises(DynamicsError, match=r"was not trained on .*other; give the folder"):
         validation_loss(run, tmp_path / "other")
     (run / "train_config.json").unlink()
-    with pytest.raises(MissingError, match="what the run held out"):
+    with pytest.raises(MissingError, match="how the run was trained"):
         validation_loss(run)
 
 
 def test_what_cannot_be_evaluated_is_refused(run, blimp, tmp_path):
-    with pytest.raises(MissingError, match="No complete checkpoint of step 7 in .*: 6, 12, 18, 24"):
+    with pytest.raises(
+        MissingError, match=r"No complete checkpoint of step 7 in .*: 6, 12, 18, 24"
+    ):
         evaluate(run, [blimp], steps=[7])
     with pytest.raises(MissingError, match="No complete checkpoint-N in"):
         evaluate(tmp_path / "nowhere", [blimp])
@@ -200,12 +202,8 @@ def test_the_command_evaluates_and_shows_ties(run, text, tmp_path):
     lines = [line.split() for line in done.output.splitlines()]
     mean = next(line for line in lines if line[:3] == ["mean", "over", "paradigms"])
     assert mean[-2:] == ["7", "0"]  # pairs, ties
-    assert next(line for line in lines if line[:2] == ["step", "validation"])[:4] == [
-        "step",
-        "validation",
-        "loss",
-        "perplexity",
-    ]
+    header = next(line for line in lines if line[:2] == ["step", "validation"])
+    assert header[:4] == ["step", "validation", "loss", "perplexity"]
     assert {row["step"] for row in map(json.loads, (run / EVALUATIONS).open())} == {6, 24}
 
 
@@ -217,6 +215,17 @@ def test_the_command_refuses_what_says_nothing(run):
     ):
         with pytest.raises(DynamicsError, match=message):
             CliRunner().invoke(app, ["evaluate", str(run), *arguments], catch_exceptions=False)
+
+
+def test_the_command_takes_several_runs(run, tmp_path):
+    write_pairs(tmp_path / "blimp")
+    other = shutil.copytree(run, tmp_path / "other")
+    words = ["evaluate", str(run), str(other), "--blimp", str(tmp_path / "blimp"), "--steps", "24"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert [str(run), str(other)] == [
+        line for line in done.output.splitlines() if line in (str(run), str(other))
+    ]
+    assert (run / EVALUATIONS).read_bytes() == (other / EVALUATIONS).read_bytes()
 
 
 def test_the_tables_show_ties_and_missing_values():

@@ -78,12 +78,12 @@ def test_a_name_that_is_nothing_is_refused(tmp_path):
         with pytest.raises(MissingError, match=f"No file or folder {name}"):
             read_texts([name])
     write(tmp_path / "pages" / "train.parquet")
-    with pytest.raises(MissingError, match="pages:val.* cannot be opened as a dataset"):
+    with pytest.raises(MissingError, match=r"pages:val.* cannot be opened as a dataset"):
         read_texts([f"{tmp_path}/pages:val"])
 
 
 def test_sources_without_text_are_refused(tmp_path):
-    with pytest.raises(MissingError, match="found no file of .jsonl"):
+    with pytest.raises(MissingError, match=r"found no file of \.jsonl"):
         read_texts([tmp_path])
     with pytest.raises(MissingError, match="No text in"):
         read_texts([write(tmp_path / "empty.jsonl", ROWS[1:2])])

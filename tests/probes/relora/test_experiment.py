@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import dynamics as dy
 from dynamics.errors import DynamicsError
 from probes.relora.__main__ import app
+from tests.probes.relora.scored_texts import PAIRS, SEQUENCE_LENGTH, write_pairs
 from tests.short_run import TEXT
 
 ROOT = Path(__file__).parents[3]
@@ -138,6 +139,23 @@ def test_what_was_never_started_or_was_another_run_is_not_resumed(
         run(*arguments("relora", whole, text))
     with pytest.raises(DynamicsError, match=r"trains on --text or on --data; give one of them"):
         run(*arguments("relora", tmp_path, text, "--data", "some/tokens"))
+
+
+def test_a_run_evaluates_on_texts_and_on_blimp_as_it_trains(text: Path, tmp_path: Path) -> None:
+    output, pairs = tmp_path / "run", write_pairs(tmp_path / "blimp")
+    sentences = "".join(sentence for each in PAIRS.values() for pair in each for sentence in pair)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/speech.txt").write_text(sentences)
+    words = ["--blimp", str(pairs), "--perplexity", str(tmp_path / "texts"), "--limit", "2"]
+    longer = {"sequence_length": SEQUENCE_LENGTH, "batch_size": 2}
+    run(*arguments("full_rank", output, text, *words, **longer))
+    recording = dy.open_run(output / "run.zarr")
+    evaluated = [
+        step for step in recording.steps if step and step % SETTINGS["evaluate_every"] == 0
+    ]
+    for name in ("blimp", "blimp_ties", "perplexity_speech", "eval_loss"):
+        series = recording.scalars[name]
+        assert recording.steps[np.isfinite(series)].tolist() == evaluated, name
 
 
 def test_two_processes_train_the_run_of_one_and_the_first_records(

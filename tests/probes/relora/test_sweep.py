@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import dynamics as dy
-from dynamics.errors import DynamicsError
-from probes.relora import parameter_counts, tiny
+from dynamics.errors import DynamicsError, MissingError
+from probes.relora import as_published, micro, parameter_counts, tiny
 from probes.relora.experiment import run_experiment
 from probes.relora.sweep import compare_runs, over_seeds, run_sweep
 from probes.relora.sweep_plan import (
@@ -53,6 +53,24 @@ def test_a_plan_has_every_combination_and_no_run_twice() -> None:
     ]
     assert {run.config.scaling for run in runs if run.config.adapted} == {2.0}
     assert len(runs) == 14
+
+
+def test_a_method_as_published_stands_beside_others() -> None:
+    runs = plan("micro", methods=["full_rank", "relora", "relora:as_published"], seeds=[0, 1])
+    assert [run.name for run in runs if run.config.seed == 1] == [
+        "full_rank-seed=1",
+        "relora-seed=1",
+        "relora-as_published-seed=1",
+    ]
+    assert [run.varied["method"] for run in runs[::2]] == [
+        "full_rank",
+        "relora",
+        "relora:as_published",
+    ]
+    assert [run.config.merge_with_scaling for run in runs[2:]] == [True, True, False, False]
+    assert runs[4].config == as_published(micro())
+    with pytest.raises(DynamicsError, match="No variant 'fixed' of relora; write relora, or"):
+        plan("micro", methods=["relora:fixed"])
 
 
 def test_runs_are_matched_by_tokens_or_by_trainable_parameters() -> None:
@@ -133,6 +151,15 @@ def test_a_sweep_ends_with_its_runs_compared(swept: Any) -> None:
     again = compare_runs(runs, output, kinds=["displacement"])
     for name in ("numerical_rank", "effective_rank"):
         np.testing.assert_array_equal(again[name], comparison[name])
+
+
+def test_kinds_that_no_run_has_are_refused(swept: Any) -> None:
+    runs, output, _, _, _ = swept
+    either = compare_runs(runs, output, kinds=["gradient", "adapter"], steps=[12])
+    assert either["kind"].values.tolist() == ["adapter", "gradient"]
+    for kinds in (["optimizer_update"], ["weight", "optimizer_update"]):
+        with pytest.raises(MissingError, match=r"ha[sv]e? no |No run has optimizer_update"):
+            compare_runs(runs, output, kinds=kinds, steps=[12])
 
 
 def test_statistics_over_seeds_take_a_run_as_one_measurement(swept: Any) -> None:

@@ -1,0 +1,169 @@
+"""What a restart does to the loss, taken apart: the merge, the optimizer reset, the ramp.
+
+A checkpoint of a merge step holds the state before the merge (see `ReLoRACallback`), so the same
+state can go on in every combination of the three, over the same batches with the same dropout.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from dynamics.errors import DynamicsError, MissingError
+from probes.relora.base_checkpoint import load_base
+from probes.relora.config import TrainConfig
+from probes.relora.data import TextData
+from probes.relora.experiment import trained_with
+from probes.relora.log_likelihood import log_likelihoods
+from probes.relora.model import add_adapters, build_model
+from probes.relora.optimizer_reset import reset_optimizer
+from probes.relora.restart import adapter_parameters, merge_and_reset
+from probes.relora.run_directory import complete_checkpoints, step_of
+from probes.relora.schedule import schedule_of
+from probes.relora.seeding import DROPOUT, stream_seed
+from probes.relora.sequences import TokenBlocks
+
+HELD_OUT = 64  # sequences of the validation loss
+
+
+@dataclass(frozen=True)
+class Restart:
+    """What happens at a merge step.
+
+    Attributes:
+        merge: the adapters are merged into the base and drawn anew.
+        reset: Adam's state of the adapters is dropped.
+        ramp: the learning rate ramps up from 0, as after a merge.
+        with_scaling: the merge is of s·B·A, and not of B·A.
+    """
+
+    merge: bool
+    reset: bool
+    ramp: bool
+    with_scaling: bool = True
+
+    @property
+    def name(self) -> str:
+        """E.g. "merge + ramp", "nothing", "unscaled merge + reset + ramp"."""
+        parts = [
+            ("merge" if self.with_scaling else "unscaled merge") if self.merge else "",
+            "reset" if self.reset else "",
+            "ramp" if self.ramp else "",
+        ]
+        return " + ".join(part for part in parts if part) or "nothing"
+
+
+ALL_RESTARTS = (
+    *(Restart(*each) for each in itertools.product((False, True), repeat=3)),
+    Restart(True, True, True, with_scaling=False),
+)
+
+
+def restart_losses(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    *,
+    text: Path | None = None,
+    restarts: Sequence[Restart] = ALL_RESTARTS,
+    steps: int = 20,
+) -> xr.DataArray:
+    """Validation losses around a restart, in each combination of its parts.
+
+    Args:
+        run_dir: a ReLoRA run on text, of `run_experiment`, on a CPU in float32.
+        step: of a checkpoint at which it merges.
+        text: the folder of .txt files that it was trained on, if it was.
+        restarts: the combinations.
+        steps: optimizer steps that each goes on for.
+
+    Returns:
+        (restart, after) float64, nats per token over up to 64 held-out sequences without dropout:
+        after = -1 is before the restart, 0 right after it, n after n further optimizer steps.
+
+    Raises:
+        MissingError: there is no such checkpoint.
+        DynamicsError: the run does not merge there, or see `trained_with`.
+    """
+    config, data = trained_with(run_dir, text)
+    if config.method != "relora" or step % config.reset_every or not 0 < step < config.max_steps:
+        raise DynamicsError(
+            f"{run_dir} ({config.method}, {config.max_steps} steps) merges at multiples of "
+            f"{config.reset_every}, and not at step {step}."
+        )
+    if not isinstance(data, TextData):
+        raise DynamicsError(f"{run_dir} was trained on a stream; this takes runs on text.")
+    folders = {step_of(path): path for path in complete_checkpoints(run_dir)}
+    if step not in folders:
+        raise MissingError(f"No complete checkpoint of step {step} in {run_dir}: {list(folders)}.")
+    found = [
+        list(_branch(config, data, folders[step], restart, min(steps, config.max_steps - step)))
+        for restart in restarts
+    ]
+    return xr.DataArray(
+        found,
+        coords={
+            "restart": [restart.name for restart in restarts],
+            "after": np.arange(len(found[0])) - 1,
+        },
+        dims=("restart", "after"),
+        name="restart_loss",
+        attrs={"long_name": "validation loss around a restart", "units": "nats per token"},
+    )
+
+
+def _branch(
+    config: TrainConfig, data: TextData, checkpoint: Path, restart: Restart, steps: int
+) -> Iterator[float]:
+    """The validation loss before the restart, after it, and after each further step."""
+    start = step_of(checkpoint)
+    model, optimizer = _restored(config, checkpoint)
+    # Without the ramp, LoRA's schedule: the same cosine without teeth.
+    rate = schedule_of(config if restart.ramp else replace(config, method="lora"))
+    yield _loss(model, data.validation)
+    if restart.merge:
+        merge_and_reset(model, seed=config.seed, step=start, with_scaling=restart.with_scaling)
+    if restart.reset:
+        reset_optimizer(optimizer, adapter_parameters(model))
+    yield _loss(model, data.validation)
+    trainable = [each for group in optimizer.param_groups for each in group["params"]]
+    whole = len(data.train) - len(data.train) % config.sequences_per_step
+    model.train()
+    for done in range(start, start + steps):
+        optimizer.param_groups[0]["lr"] = config.learning_rate * rate(done)
+        torch.manual_seed(stream_seed(config.seed, DROPOUT, done))
+        first = done * config.sequences_per_step % whole
+        rows = data.train.blocks[first : first + config.sequences_per_step]
+        for micro_batch in rows.split(config.batch_size):
+            loss = model(input_ids=micro_batch, labels=micro_batch).loss
+            (loss / config.gradient_accumulation_steps).backward()
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield _loss(model, data.validation)
+
+
+def _restored(config: TrainConfig, checkpoint: Path) -> tuple[PeftModel, torch.optim.AdamW]:
+    model = add_adapters(build_model(config), config)
+    load_base(model, checkpoint)
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    return model, optimizer
+
+
+def _loss(model: PeftModel, held_out: TokenBlocks) -> float:
+    sequences = held_out.blocks[:HELD_OUT].tolist()
+    scored = [len(each) - 1 for each in sequences]
+    return float(-log_likelihoods(model, sequences, scored).sum() / sum(scored))

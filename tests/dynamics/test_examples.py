@@ -1,0 +1,60 @@
+"""The examples that come with the package."""
+
+import json
+from importlib.resources import files
+
+import numpy as np
+import pytest
+
+import dynamics as dy
+from dynamics import schema
+from dynamics.errors import MissingError
+from dynamics.examples import EXAMPLES
+
+METHODS = ["full_rank", "relora", "relora:as_published", "lora"]
+
+
+def test_the_micro_study_compares_four_methods_of_three_seeds() -> None:
+    data = dy.load_example("relora_micro")
+    runs = list(zip(data["method"].values.tolist(), data["seed"].values.tolist(), strict=True))
+    assert runs == [(method, seed) for method in METHODS for seed in (0, 1, 2)]
+    for name in ("loss", "eval_loss", "blimp", "perplexity"):
+        assert data[name].sel(step=560).notnull().all(), name
+    events = json.loads(data.attrs["events"])
+    for run, method in zip(data["run"].values.tolist(), data["method"].values, strict=True):
+        merges = [event["step"] for event in events[run] if event["kind"] == schema.MERGE]
+        assert merges == ([80, 160, 240, 320, 400, 480] if "relora" in method else []), run
+
+
+def test_its_displacement_has_at_most_r_directions_a_cycle() -> None:
+    data = dy.load_example("relora_micro")
+    data = data.isel(matrix=np.flatnonzero(data["layer"].values >= 0))
+    ranks = data["numerical_rank"].sel(kind=schema.DISPLACEMENT)
+    cycles = np.ceil(ranks["step"] / 80)
+    for method in ("relora", "relora:as_published"):
+        found = ranks.isel(run=np.flatnonzero(data["method"].values == method))
+        assert (found.fillna(0) <= 8 * cycles).all(), method
+    without = ranks.isel(run=np.flatnonzero(data["method"].values == "lora"))
+    assert (without.fillna(0) <= 8).all()
+
+
+def test_an_example_works_with_the_library_s_functions() -> None:
+    data = dy.load_example("relora_micro")
+    one = dy.select_run(data, "relora-seed=0")
+    assert dy.plot_trajectory(one, "effective_rank", kind="displacement").get_lines()
+    assert dy.difference(data, baseline="full_rank-seed=0").sizes["run"] == 11
+
+
+def test_examples_are_small_and_say_nothing_of_the_machine_that_made_them() -> None:
+    archives = [each for each in files("dynamics.examples").iterdir() if each.name.endswith(".zip")]
+    assert [each.name for each in archives] == [f"{name}.zip" for name in EXAMPLES]
+    assert sum(len(each.read_bytes()) for each in archives) < 5_000_000
+    for name in EXAMPLES:
+        written = json.dumps(dy.load_example(name).attrs)
+        assert "/home/" not in written
+        assert "/tmp/" not in written
+
+
+def test_an_unknown_example_is_refused() -> None:
+    with pytest.raises(MissingError, match=r"No example 'pythia'; known: relora_micro\."):
+        dy.load_example("pythia")
