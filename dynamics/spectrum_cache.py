@@ -51,6 +51,9 @@ def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None 
     elif isinstance(matrix, Difference):
         other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
         parts = [matrix.now.values, matrix.before.values]
+        if matrix.adapter is not None:  # its product was rounded
+            other = (*other, matrix.adapter.scale)
+            parts += [matrix.adapter.left, matrix.adapter.right]
     else:
         other, parts = (matrix.dtype,), [matrix.values]
     digest.update(repr((type(matrix).__name__, other)).encode())

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import dynamics as dy
 from dynamics import measuring, origins
+from dynamics.derived import Difference
 from dynamics.formats import tensors
 from dynamics.layout import WEIGHT, Recording, RecordingWriter, factor_path, matrix_path
 from dynamics.run import Dense, Event, Factored
@@ -292,6 +293,14 @@ def test_an_adapter_of_another_scaling_is_another_matrix():
         Dense(left, "float16"),
         Dense(left.astype(np.float64), "float32"),
         Dense(left.T, "float32"),
+        Difference(Dense(left, "float32"), Dense(left, "float32")),
+        *(
+            Difference(Dense(left, "float32"), Dense(left, "float32"), adapter=each)
+            for each in (
+                Factored(left, right, 1.0, "float32"),
+                Factored(left, right, 2.0, "float32"),
+            )
+        ),
     ]
     assert len({content_key(each) for each in matrices}) == len(matrices)
     assert content_key(Dense(left.copy(), "float32")) == content_key(Dense(left, "float32"))
