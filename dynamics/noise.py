@@ -248,7 +248,8 @@ def product_noise_bound(left: Stored, right: Stored) -> float:
     """
     d_left, d_right = noise_floor(left), noise_floor(right)
     norm_left, norm_right = (
-        np.linalg.norm(np.asarray(x[0], dtype=np.float64), 2) for x in (left, right)
+        np.linalg.norm(np.linalg.qr(x if x.shape[0] > x.shape[1] else x.T, mode="r"), 2)
+        for x in (np.asarray(left[0], np.float64), np.asarray(right[0], np.float64))
     )
     return float(d_left * norm_right + norm_left * d_right + d_left * d_right)
 

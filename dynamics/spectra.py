@@ -85,9 +85,15 @@ def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarra
     left (m, r), right (r, n). With left = Q₁R₁ and rightᵀ = Q₂R₂ they are those of R₁R₂ᵀ: the
     (m, n) product is never formed, and rounding cannot give it more rank than r.
     """
-    _, r1 = np.linalg.qr(np.asarray(left, dtype=np.float64))
-    _, r2 = np.linalg.qr(np.asarray(right, dtype=np.float64).T)
+    r1, r2 = _triangles(left, right)
     return singular_values(r1 @ r2.T)
+
+
+def _triangles(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """R of the QR decompositions of left and rightᵀ: (min(m, r), r) and (min(n, r), r)."""
+    tall = (np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64).T)
+    r1, r2 = (np.asarray(np.linalg.qr(each, mode="r")) for each in tall)
+    return r1, r2
 
 
 def spectrum(
@@ -112,12 +118,13 @@ def spectrum(
     rows, cols = matrix.shape
     k = min(rows, cols)
     if isinstance(matrix, Factored):
-        leading = abs(matrix.scale) * singular_values_of_product(matrix.left, matrix.right)
+        r1, r2 = _triangles(matrix.left, matrix.right)
+        leading = abs(matrix.scale) * singular_values(r1 @ r2.T)
         s = np.zeros(k)
         s[: leading.size] = leading
         bound = matrix.rank_bound
         # Backward error of two QRs and a product is relative to ‖left‖‖right‖, not to s₁.
-        size = abs(matrix.scale) * _norm(matrix.left) * _norm(matrix.right)
+        size = abs(matrix.scale) * _norm(r1) * _norm(r2)
         error = max(rows, cols) * EPS * size
     else:
         s, error = _of_dense(matrix)
