@@ -261,7 +261,7 @@ def save_figure(name: str, rows: int, columns: int, draw: Callable[[np.ndarray],
     FigureCanvasAgg(figure)
     draw(figure.subplots(rows, columns, squeeze=False))
     FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", dpi=110)
+    figure.savefig(FIGURES / f"{name}.png", dpi=90)
 
 
 def interval(found: xr.Dataset, digits: int) -> str:
