@@ -5,6 +5,10 @@ r"""What docs/results.md is made from: the example `relora_micro`, out of the st
     python -m probes.relora evaluate RUNS/*/ --blimp BLIMP --text TEXTS --limit 100 --steps 560
     python docs/results_data.py RUNS TEXT [SEEDS]
 
+TEXT is the folder of training texts, BLIMP BLiMP's data folder, TEXTS a .jsonl file with an article
+of WikiText-2's test set (split at top-level headings) as the `text` of each line. All methods of a
+seed must be finished.
+
 It takes the metrics that the page shows, in float32, and adds what each check of the audit says
 and the losses around a restart (`probes.relora.restart_ablation`).
 """
