@@ -242,7 +242,7 @@ def draw_updates(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
             finish(ax, "optimizer step", "PER")
             ax.set_title(f"{TITLES[component]}, {where}", fontsize="medium")
     for ax in axes[2]:  # where there is room
-        ax.legend(frameon=False, fontsize="x-small", loc="center right")
+        ax.legend(frameon=False, fontsize="x-small", loc="lower right", bbox_to_anchor=(1, 0.12))
 
 
 PAPER_MIN_DIMENSION = {
