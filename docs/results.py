@@ -47,16 +47,16 @@ COMPONENTS = {
     "attention.v_proj": "v_proj",
     "attention.o_proj": "o_proj",
 }
-# (metric, component, scale, model) -> [(step, value)]
-Curves = dict[tuple[str, str, str, str], list[tuple[float, float]]]
+# (kind, metric, component, scale, model) -> [(step, value)]
+Curves = dict[tuple[str, str, str, str, str], list[tuple[float, float]]]
 
 
 def published(path: Path) -> Curves:
-    """The paper's curves, by metric, component, scale and model."""
+    """The paper's curves, by kind, metric, component, scale and model."""
     curves: Curves = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            key = (row["metric"], row["component"], row["scale"], row["model"])
+            key = tuple(row[name] for name in ("kind", "metric", "component", "scale", "model"))
             curves.setdefault(key, []).append((float(row["step"]), float(row["value"])))
     return curves
 
@@ -88,6 +88,7 @@ def finish(ax: Axes, xlabel: str, ylabel: str) -> None:
     ax.set_ylabel(ylabel)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
+    ax.locator_params(axis="x", nbins=5)
 
 
 def mark_merges(ax: Axes) -> None:
@@ -180,7 +181,7 @@ def draw_weights(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
         ("lora", "weight", "--", "LoRA, effective"),
     ]
     for (left, right), (metric, component) in zip(axes, rows, strict=True):
-        draw_published(left, curves, metric, component)
+        draw_published(left, curves, "weights", metric, component)
         chosen = of_module(data, COMPONENTS[component])
         for run, kind, style, label in ours:
             found = over_seeds(chosen.sel(kind=kind), OURS[metric]).sel(run=run)
@@ -203,14 +204,14 @@ TITLES = {
 }
 
 
-def draw_published(ax: Axes, curves: Curves, metric: str, component: str) -> None:
+def draw_published(ax: Axes, curves: Curves, kind: str, metric: str, component: str) -> None:
     """The paper's lines: full rank grey, ReLoRA red; small solid, tiny dashed."""
     for model, colour, label in (
         ("full_rank", "#444444", "full rank"),
         ("relora", "#d62728", "ReLoRA"),
     ):
         for scale, style in (("small", "-"), ("tiny", "--")):
-            steps, values = zip(*sorted(curves[metric, component, scale, model]), strict=True)
+            steps, values = zip(*sorted(curves[kind, metric, component, scale, model]), strict=True)
             ax.plot(steps, values, color=colour, linestyle=style, label=f"{label} {scale}")
 
 
@@ -225,7 +226,7 @@ def draw_updates(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
     for (left, right), component in zip(
         axes, ("attention.v_proj", "attention.o_proj", "swiglu.w_2"), strict=True
     ):
-        draw_published(left, curves, "per", component)
+        draw_published(left, curves, "updates", "per", component)
         chosen = of_module(data, COMPONENTS[component])
         for run, kind, style, label in ours:
             found = over_seeds(chosen.sel(kind=kind), OURS["per"]).sel(run=run)
@@ -240,8 +241,8 @@ def draw_updates(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
         for ax, where in ((left, "published"), (right, "micro")):
             finish(ax, "optimizer step", "PER")
             ax.set_title(f"{TITLES[component]}, {where}", fontsize="medium")
-    for ax in axes[0]:
-        ax.legend(frameon=False, fontsize="x-small")
+    for ax in axes[2]:  # where there is room
+        ax.legend(frameon=False, fontsize="x-small", loc="lower right", bbox_to_anchor=(1, 0.12))
 
 
 PAPER_MIN_DIMENSION = {
@@ -260,7 +261,7 @@ def save_figure(name: str, rows: int, columns: int, draw: Callable[[np.ndarray],
     FigureCanvasAgg(figure)
     draw(figure.subplots(rows, columns, squeeze=False))
     FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", dpi=110)
+    figure.savefig(FIGURES / f"{name}.png", dpi=90)
 
 
 def interval(found: xr.Dataset, digits: int) -> str:
@@ -290,10 +291,11 @@ def final_table(data: xr.Dataset) -> str:
     found = {name: over_seeds(last, variable) for name, (variable, _) in columns.items()}
     trainable = found["training loss"]["trainable_parameters"]
     return table(
-        ["", "trainable", *columns],
+        ["", "seeds", "trainable", *columns],
         [
             [
                 label,
+                str(int(found["training loss"]["count"].sel(run=run))),
                 f"{int(trainable.sel(run=run)):,}",
                 *(interval(found[name].sel(run=run), columns[name][1]) for name in columns),
             ]
@@ -342,7 +344,7 @@ def weights_table(data: xr.Dataset, curves: Curves) -> str:
         chosen = of_module(data, COMPONENTS[component])
         for metric, digits in (("per", 3), ("condition_number", 2)):
             cells = [
-                _span(dict(curves[metric, component, scale, model]), digits)
+                _span(dict(curves["weights", metric, component, scale, model]), digits)
                 for scale in ("tiny", "small")
                 for model in ("full_rank", "relora")
             ]

@@ -3,7 +3,11 @@ r"""What docs/results.md is made from: the example `relora_micro`, out of the st
     python -m probes.relora sweep micro --method full_rank,relora,relora:as_published,lora \
         --steps 560 --seeds 0,1,2 --set save_every=80 --text TEXT --output RUNS
     python -m probes.relora evaluate RUNS/*/ --blimp BLIMP --text TEXTS --limit 100 --steps 560
-    python docs/results_data.py RUNS TEXT
+    python docs/results_data.py RUNS TEXT [SEEDS]
+
+TEXT is the folder of training texts, BLIMP BLiMP's data folder, TEXTS a .jsonl file with an article
+of WikiText-2's test set (split at top-level headings) as the `text` of each line. All methods of a
+seed must be finished.
 
 It takes the metrics that the page shows, in float32, and adds what each check of the audit says
 and the losses around a restart (`probes.relora.restart_ablation`).
@@ -101,7 +105,7 @@ def _restart(run: Path, text: Path) -> xr.DataArray:
     return xr.DataArray.from_dict(json.loads(kept.read_text()))
 
 
-def main(folder: Path, text: Path, seeds: tuple[int, ...] = SEEDS) -> None:
+def main(folder: Path, text: Path, seeds: tuple[int, ...]) -> None:
     """Write the example."""
     words = [f"max_steps={STEPS}", "save_every=80", "dataset=none", "tokenizer=none"]
     runs = plan("micro", methods=METHODS, words=words, seeds=seeds)
@@ -112,4 +116,5 @@ def main(folder: Path, text: Path, seeds: tuple[int, ...] = SEEDS) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    chosen = tuple(map(int, sys.argv[3].split(","))) if len(sys.argv) > 3 else SEEDS
+    main(Path(sys.argv[1]), Path(sys.argv[2]), chosen)

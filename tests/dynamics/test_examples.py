@@ -14,10 +14,11 @@ from dynamics.examples import EXAMPLES
 METHODS = ["full_rank", "relora", "relora:as_published", "lora"]
 
 
-def test_the_micro_study_compares_four_methods_of_three_seeds() -> None:
+def test_the_micro_study_compares_four_methods_seed_by_seed() -> None:
     data = dy.load_example("relora_micro")
     runs = list(zip(data["method"].values.tolist(), data["seed"].values.tolist(), strict=True))
-    assert runs == [(method, seed) for method in METHODS for seed in (0, 1, 2)]
+    seeds = range(len(runs) // len(METHODS))
+    assert runs == [(method, seed) for method in METHODS for seed in seeds]
     for name in ("loss", "eval_loss", "blimp", "perplexity"):
         assert data[name].sel(step=560).notnull().all(), name
     events = json.loads(data.attrs["events"])
@@ -42,7 +43,8 @@ def test_an_example_works_with_the_library_s_functions() -> None:
     data = dy.load_example("relora_micro")
     one = dy.select_run(data, "relora-seed=0")
     assert dy.plot_trajectory(one, "effective_rank", kind="displacement").get_lines()
-    assert dy.difference(data, baseline="full_rank-seed=0").sizes["run"] == 11
+    others = data.sizes["run"] - 1
+    assert dy.difference(data, baseline="full_rank-seed=0").sizes["run"] == others
 
 
 def test_examples_are_small_and_say_nothing_of_the_machine_that_made_them() -> None:
