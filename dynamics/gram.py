@@ -18,7 +18,8 @@ at a time, which bounds even these. 16 is three times the worst found, 5.3√m·
 Never in float32: its u is 5·10⁸ times larger, and what is below 3·10⁻³·σ₁ would be noise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -46,17 +47,24 @@ def gram(matrix: np.ndarray | Difference) -> np.ndarray:
     return total
 
 
-def singular_values_from_gram(product: np.ndarray, m: int) -> tuple[np.ndarray, float]:
+def singular_values_from_gram(
+    product: Any, m: int, eigvalsh: Callable[[Any], np.ndarray] = np.linalg.eigvalsh
+) -> tuple[np.ndarray, float]:
     """The singular values of Y (m, n) from YᵀY, and the bound on the error of the least of them.
+
+    Args:
+        product: YᵀY (n, n) float64, an array or a tensor.
+        m: rows of Y.
+        eigvalsh: gives its eigenvalues, ascending.
 
     Returns:
         s: (n,) float64, descending. Eigenvalues that rounding made negative are 0.
         error: δ/s_n, which no singular value's error exceeds; Inf where s_n is 0, and where ‖Y‖_F²
             is 0, not finite, or so large or small that squares leave float64: s is NaN then.
     """
-    if not _SMALLEST < np.trace(product) < _LARGEST:
+    if not _SMALLEST < float(product.trace()) < _LARGEST:
         return np.full(len(product), np.nan), np.inf
-    eigenvalues = np.linalg.eigvalsh(product)[::-1]
+    eigenvalues = eigvalsh(product)[::-1]
     s = np.sqrt(np.maximum(eigenvalues, 0.0))
     return s, float(gram_error(eigenvalues[0], m) / s[-1]) if s[-1] > 0 else np.inf
 

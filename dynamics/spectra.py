@@ -36,7 +36,7 @@ _BLOCK = 2**21  # numbers of a block of rows, at least
 MEASURE_VERSION = 3
 # The largest relative error of the smallest singular value that a Gram matrix may leave.
 TOLERANCE = 1e-3
-_SMALL = 2**15  # entries of a matrix
+SMALL = 2**15  # entries of a matrix
 
 
 def singular_values(matrix: np.ndarray) -> np.ndarray:
@@ -138,7 +138,7 @@ def _of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
     """(s, error) by rules 2 to 4 above."""
     rows, cols = matrix.shape
     longest = max(rows, cols)
-    if rows * cols > _SMALL:
+    if rows * cols > SMALL:
         s, error = singular_values_from_gram(
             gram(matrix if isinstance(matrix, Difference) else matrix.values), longest
         )

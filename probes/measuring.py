@@ -1,12 +1,14 @@
 """Spectra of live matrices, measured where they are: on the device that trains."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from dynamics import spectra
 from dynamics.derived import product_roundings
+from dynamics.gram import singular_values_from_gram
 from dynamics.noise import bound_of_sums
 from dynamics.run import Factored, Spectrum
 from probes.effective import Factors
@@ -41,7 +43,7 @@ def measured(
     terms = [(matrix, 1 + merges)] if before is None else [(matrix, 1 + merges), (before, 1)]
     if not all(_is_finite(each) for each, _ in terms):
         return Spectrum(np.full(k, np.nan), rows, cols, bound, math.nan, math.nan)
-    s = singular_values(matrix, before)
+    s, error = _of_dense(matrix, before)
     row_sums, col_sums = np.zeros(rows), np.zeros(cols)
     for each, count in terms:
         of_rows, of_cols = _variance_sums(each)
@@ -50,7 +52,6 @@ def measured(
         count = product_roundings(adapter.a.shape[0], _name(matrix.dtype))
         of_rows, of_cols = _variance_sums(_product(adapter), matrix.dtype)
         row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
-    error = max(rows, cols) * spectra.EPS * float(s[0])
     return Spectrum(s, rows, cols, bound, error, bound_of_sums(row_sums, col_sums))
 
 
@@ -74,15 +75,9 @@ def singular_values(matrix: torch.Tensor, before: torch.Tensor | None = None) ->
     times as tall as wide, or as wide as tall, goes by blocks of rows, as in
     `dynamics.singular_values`, so that an embedding is never whole in float64.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        matrix, before = matrix.T, None if before is None else before.T
-    m, n = matrix.shape
-    height = max(8 * n, _BLOCK // n)
+    n, m = sorted(matrix.shape)
     triangle = matrix.new_zeros((0, n), dtype=torch.float64)
-    for first in range(0, m, height):
-        block = matrix[first : first + height].double()
-        if before is not None:
-            block = block - before[first : first + height].double()
+    for block in _blocks(matrix, before, max(8 * n, _BLOCK // n)):
         if m <= 8 * n:
             triangle = block  # the whole matrix
         else:
@@ -91,6 +86,35 @@ def singular_values(matrix: torch.Tensor, before: torch.Tensor | None = None) ->
         return torch.linalg.svdvals(triangle).cpu().numpy()
     except torch.linalg.LinAlgError:
         return spectra.singular_values(triangle.cpu().numpy())
+
+
+def _of_dense(matrix: torch.Tensor, before: torch.Tensor | None) -> tuple[np.ndarray, float]:
+    """(s, error) by the rules of `dynamics.spectra`."""
+    n, m = sorted(matrix.shape)
+    if m * n > spectra.SMALL:
+        product = matrix.new_zeros((n, n), dtype=torch.float64)
+        for block in _blocks(matrix, before, max(1, _BLOCK // n)):
+            product += block.T @ block
+        s, error = singular_values_from_gram(product, m, _eigvalsh)
+        if error <= spectra.TOLERANCE * s[-1]:
+            return s, error
+    s = singular_values(matrix, before)
+    return s, m * spectra.EPS * float(s[0])
+
+
+def _eigvalsh(product: torch.Tensor) -> np.ndarray:
+    return torch.linalg.eigvalsh(product).cpu().numpy()
+
+
+def _blocks(
+    matrix: torch.Tensor, before: torch.Tensor | None, height: int
+) -> Iterator[torch.Tensor]:
+    """`matrix` - `before`, or its transpose if that is taller, in float64 blocks of rows."""
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix, before = matrix.T, None if before is None else before.T
+    for first in range(0, matrix.shape[0], height):
+        block = matrix[first : first + height].double()
+        yield block if before is None else block - before[first : first + height].double()
 
 
 def _is_finite(matrix: torch.Tensor) -> bool:

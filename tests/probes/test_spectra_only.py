@@ -46,6 +46,24 @@ def test_a_live_matrix_has_the_spectrum_and_floor_of_the_stored_one(dtype, shape
     assert (live.rows, live.cols, live.rank_bound) == (*shape, min(shape))
 
 
+@pytest.mark.parametrize("decay", [0.0, 12.0], ids=["ordinary", "ill-conditioned"])
+def test_a_larger_matrix_goes_the_same_way_live_and_stored(decay):
+    generator = torch.Generator().manual_seed(5)
+    matrix = torch.randn(400, 150, generator=generator, dtype=torch.float64)
+    matrix *= 10 ** torch.linspace(0, -decay, 150, dtype=torch.float64)
+
+    live, stored = measured(matrix), spectrum(_stored(matrix))
+
+    exact = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    for each in (live, stored):
+        assert (abs(each.s - exact) <= each.error).all()
+    # By the Gram matrix, whose bound is that of the least; by an SVD where that says too little.
+    by_svd = 400 * np.finfo(float).eps * exact[0]
+    for each in (live, stored):
+        assert (each.error == pytest.approx(by_svd, rel=1e-6)) == (decay > 0)
+    assert live.error == pytest.approx(stored.error, rel=1e-6)
+
+
 def test_a_live_difference_counts_the_rounding_of_both_and_of_merges():
     now, before = (torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
 
