@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import xarray as xr
 from peft.tuners.lora import LoraLayer
@@ -11,11 +12,13 @@ import dynamics as dy
 from dynamics import noise, schema
 from dynamics.auditing import audit
 from dynamics.errors import DynamicsError, MissingError
+from dynamics.gram import gram_error
 from dynamics.run import Dense
 from dynamics.spectra import spectrum
 from probes import Recorder, at_steps
 from probes.checks import FailedCheckWarning
 from probes.measuring import measured
+from tests.dynamics.test_gram import HARD
 from tests.probes import adapted, training
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
@@ -62,6 +65,18 @@ def test_a_larger_matrix_goes_the_same_way_live_and_stored(decay):
     for each in (live, stored):
         assert (each.error == pytest.approx(by_svd, rel=1e-6)) == (decay > 0)
     assert live.error == pytest.approx(stored.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("shape", [(384, 96), (256, 256)])
+def test_the_error_bound_holds_for_torch_as_for_numpy(name, shape):
+    matrix = HARD[name](np.random.default_rng(0), *shape)
+    live = measured(torch.from_numpy(matrix))
+    exact = scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
+    assert np.abs(live.s - exact).max() <= live.error
+    product = torch.from_numpy(matrix).T @ torch.from_numpy(matrix)
+    squares = torch.linalg.eigvalsh(product).numpy()[::-1]
+    assert np.abs(squares - exact**2).max() <= gram_error(squares[0], max(shape))
 
 
 def test_a_live_difference_counts_the_rounding_of_both_and_of_merges():
