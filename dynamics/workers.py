@@ -13,10 +13,12 @@ hashes and reads in between are Python.
 import multiprocessing
 import pickle
 import signal
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 
 from dynamics.errors import DynamicsError, one_line, require_extra
 from dynamics.measuring import Outcome, Task, Workplace
@@ -29,45 +31,110 @@ _RETRIES = 3
 _AHEAD = 3  # tasks in flight per worker
 _SECONDS_TO_CONNECT = 20
 
-_workplace: Workplace  # of a worker process
-
 
 def in_processes(
     run: Run, tasks: Iterator[Task], workers: int, stopped: Callable[[], bool]
 ) -> Results:
     """The outcomes of the tasks, in the order in which `workers` processes have them ready.
 
-    Ends early where `stopped` says so. Where a process dies, all are started anew with what was not
-    done yet.
+    Ends early where `stopped` says so. A process that dies is replaced, and its task carried out
+    again.
 
     Raises:
-        DynamicsError: the run cannot be sent to another process, or processes died four times.
+        DynamicsError: the run cannot be sent to another process, or processes died four times of
+            one task.
     """
-    pickled = _pickled(run)
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    context.set_forkserver_preload(["dynamics.formats", "dynamics.workers"])  # once for all workers
-    unfinished: deque[Task] = deque()
-    for retry in range(_RETRIES + 1):
-        pool = ProcessPoolExecutor(workers, context, _begin, (pickled,))
+    processes = _Processes(_pickled(run))
+    # A thread per process, which sends it tasks and waits for it.
+    with ThreadPoolExecutor(workers) as threads:
         try:
             yield from _results(
-                lambda task, pool=pool: pool.submit(_carry_out, task),  # type: ignore[misc]
+                lambda task: threads.submit(processes.carry_out, task),
                 tasks,
                 _AHEAD * workers,
                 stopped,
-                unfinished,
             )
-            return
-        except BrokenProcessPool as broken:
-            if retry == _RETRIES:
-                raise DynamicsError(
-                    f"Worker processes died {_RETRIES + 1} times, at last while they measured "
-                    f"{', '.join({task.name for task in unfinished})}. If memory is short, use "
-                    "fewer workers; a script that uses them needs if __name__ == '__main__'."
-                ) from broken
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            processes.kill()
+
+
+class _Processes:
+    """One worker process for each thread that asks for something.
+
+    Not a `ProcessPoolExecutor`: all of its processes answer through one pipe, and the parent waits
+    for ever for the rest of an answer whose sender was killed. Here each has its own pipe, which
+    ends with it.
+    """
+
+    def __init__(self, pickled_run: bytes):
+        methods = multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        # Imported once for all processes.
+        context.set_forkserver_preload(["dynamics.formats", "dynamics.workers"])
+        self._context: BaseContext = context
+        self._pickled = pickled_run
+        self._of_thread = threading.local()
+        self._lock = threading.Lock()
+        self._started: list[multiprocessing.process.BaseProcess] = []
+        self._closed = False
+
+    def carry_out(self, task: Task) -> list[Outcome]:
+        for _ in range(_RETRIES + 1):
+            try:
+                if not hasattr(self._of_thread, "pipe"):
+                    self._of_thread.pipe = self._start()
+                pipe: Connection = self._of_thread.pipe
+                pipe.send(task)
+                answer: list[Outcome] | Exception = pipe.recv()
+            except (EOFError, OSError):  # it died
+                if self._closed:
+                    return []
+                vars(self._of_thread).clear()
+                continue
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        raise DynamicsError(
+            f"Worker processes died {_RETRIES + 1} times while they measured {task.name}. If "
+            "memory is short, use fewer workers; a script that uses them needs if __name__ == "
+            "'__main__'."
+        )
+
+    def _start(self) -> Connection:
+        here, there = self._context.Pipe()
+        with self._lock:  # none is started after `kill`
+            if self._closed:
+                raise EOFError
+            process = self._context.Process(  # type: ignore[attr-defined]
+                target=_work, args=(there, self._pickled), daemon=True
+            )
+            process.start()
+            self._started.append(process)
+        there.close()  # so that the pipe ends with the process
+        return here
+
+    def kill(self) -> None:
+        """End all of them, whatever they are doing."""
+        with self._lock:
+            self._closed = True
+            for each in self._started:
+                each.kill()
+        for each in self._started:
+            each.join()
+
+
+def _work(pipe: Connection, pickled_run: bytes) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
+    workplace = Workplace(pickled_run)
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone
+        while True:
+            task = pipe.recv()
+            answer: list[Outcome] | Exception
+            try:
+                answer = workplace.carry_out(task)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
 
 
 def on_cluster(
@@ -99,14 +166,12 @@ def on_cluster(
         workplace = client.submit(Workplace, pickled)
         executor = client.get_executor(pure=False, retries=_RETRIES)
         threads = sum(client.nthreads().values())
-        unfinished: deque[Task] = deque()
         try:
             yield from _results(
                 lambda task: executor.submit(Workplace.carry_out, workplace, task),
                 tasks,
                 _AHEAD * max(threads, 4),
                 stopped,
-                unfinished,
             )
         except KilledWorker as error:
             raise DynamicsError(
@@ -122,26 +187,19 @@ def _results(
     tasks: Iterator[Task],
     at_most: int,
     stopped: Callable[[], bool],
-    unfinished: deque[Task],
 ) -> Results:
-    """Carry out `unfinished`, then `tasks`; after an exception the former has what is not done."""
+    """Each task with its outcomes, as they are ready; `at_most` tasks are submitted at a time."""
     flying: dict[Future[list[Outcome]], Task] = {}
     try:
         while not stopped():
-            while len(flying) < at_most:
-                task = unfinished.popleft() if unfinished else next(tasks, None)
-                if task is None:
-                    break
-                unfinished.appendleft(task)  # until it flies: `submit` may fail
-                flying[submit(task)] = unfinished.popleft()
+            while len(flying) < at_most and (task := next(tasks, None)) is not None:
+                flying[submit(task)] = task
             if not flying:
                 return
             done, _ = wait(flying, timeout=_NAP, return_when=FIRST_COMPLETED)
             for future in done:
-                outcomes = future.result()
-                yield flying.pop(future), outcomes
+                yield flying.pop(future), future.result()
     finally:
-        unfinished.extend(flying.values())
         for future in flying:
             future.cancel()
 
@@ -153,13 +211,3 @@ def _pickled(run: Run) -> bytes:
         raise DynamicsError(
             f"{run.path} cannot be sent to workers: {one_line(error)}. Measure it without."
         ) from error
-
-
-def _begin(pickled: bytes) -> None:
-    global _workplace
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
-    _workplace = Workplace(pickled)
-
-
-def _carry_out(task: Task) -> list[Outcome]:
-    return _workplace.carry_out(task)
