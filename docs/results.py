@@ -267,7 +267,12 @@ def save_figure(name: str, rows: int, columns: int, draw: Callable[[np.ndarray],
 def interval(found: xr.Dataset, digits: int) -> str:
     """Mean ± half of the 95 % interval over seeds."""
     mean, half = float(found["mean"]), float(found["upper"] - found["mean"])
-    return f"{mean:.{digits}f}" if not half > 0 else f"{mean:.{digits}f} ± {half:.{digits}f}"
+    mean = round(mean, digits) + 0.0  # not -0.0
+    return (
+        f"{mean:.{digits}f} ± {half:.{digits}f}"
+        if round(half, digits) > 0
+        else f"{mean:.{digits}f}"
+    )
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -126,7 +126,8 @@ def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: boo
 
     Between the two, every merge adds a cycle's s·B·A of rank r, and the present adapter adds
     another: r·(merges + 1). The earlier adapter is subtracted and adds its rank, unless it was
-    merged at that very step, so that it cancels against the first merge.
+    merged at that very step, so that it cancels against the first merge. It cancels where the merge
+    adds what it should: the difference across one that leaves out s exceeds this bound.
 
     Args:
         rank: r of the present adapter.

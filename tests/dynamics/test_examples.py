@@ -17,8 +17,7 @@ METHODS = ["full_rank", "relora", "relora:as_published", "lora"]
 def test_the_micro_study_compares_four_methods_seed_by_seed() -> None:
     data = dy.load_example("relora_micro")
     runs = list(zip(data["method"].values.tolist(), data["seed"].values.tolist(), strict=True))
-    seeds = range(len(runs) // len(METHODS))
-    assert runs == [(method, seed) for method in METHODS for seed in seeds]
+    assert runs == [(method, seed) for method in METHODS for seed in (0, 1, 2)]
     for name in ("loss", "eval_loss", "blimp", "perplexity"):
         assert data[name].sel(step=560).notnull().all(), name
     events = json.loads(data.attrs["events"])
