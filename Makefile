@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a full-rank and a ReLoRA twin, measure and compare them (OUT=demo, TEXT=dir of .txt)
 	$(BIN)/python -m probes.relora demo $(OUT) $(if $(TEXT),--text $(TEXT))
 
+# Files of tests in several processes, with a thread each: most tests wait for other processes.
 test: $(STAMP)  ## run every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

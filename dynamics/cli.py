@@ -5,9 +5,6 @@ Exit codes: 0 done; 1 done, but something in the run could not be measured; 2 no
 
 import json
 import sys
-import warnings
-from contextlib import contextmanager
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +12,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamics import schema
+from dynamics.cli_options import (
+    AdapterOption,
+    BaseOption,
+    ComponentsOption,
+    FormatOption,
+    FusedOption,
+    KindsOption,
+    Listing,
+    MetricsOption,
+    OverwriteOption,
+    RunPath,
+    SelectOption,
+    StepsOption,
+    Style,
+)
+from dynamics.cli_output import (
+    console,
+    error_console,
+    print_line,
+    progress_bar,
+    report_problems,
+)
 from dynamics.cli_values import (
     abridged,
     named_paths,
@@ -27,12 +46,8 @@ from dynamics.cli_values import (
 from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import xarray as xr
-    from rich.console import Console
 
-    from dynamics.analysis import Progress
     from dynamics.run import Run
 
 app = typer.Typer(
@@ -43,60 +58,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Measure how the rank of weights, gradients and updates evolves in a training run.",
 )
-
-RunPath = Annotated[
-    str, typer.Argument(help="A recording, checkpoints or one checkpoint: a path or a URL.")
-]
-FormatOption = Annotated[
-    str | None, typer.Option("--format", help="Force a format instead of detecting it.")
-]
-FusedOption = Annotated[
-    bool, typer.Option("--keep-fused", help="Measure fused matrices (c_attn) whole, not in parts.")
-]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", help="Base model of PEFT adapters that have none beside.")
-]
-AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="One of several PEFT adapters of a checkpoint.")
-]
-MetricsOption = Annotated[
-    str | None, typer.Option("--metrics", help="Comma-separated; all by default.")
-]
-ComponentsOption = Annotated[
-    str | None, typer.Option("--components", help="Comma-separated; parameters by default.")
-]
-KindsOption = Annotated[
-    str | None, typer.Option("--kinds", help="Comma-separated; all that the run has by default.")
-]
-StepsOption = Annotated[
-    str | None,
-    typer.Option("--steps", help="Comma-separated steps and ranges FIRST:LAST; all by default."),
-]
-SelectOption = Annotated[
-    list[str] | None,
-    typer.Option("--select", help='Glob over parameter names, e.g. "*_proj"; may be repeated.'),
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output that exists.")
-]
-
-
-class Style(StrEnum):
-    """The figures that `dynamics plot` draws."""
-
-    trajectory = "trajectory"
-    spectrum = "spectrum"
-    heatmap = "heatmap"
-    comparison = "comparison"
-
-
-class Listing(StrEnum):
-    """The tables that `dynamics list` prints."""
-
-    metrics = "metrics"
-    kinds = "kinds"
-    components = "components"
-    formats = "formats"
 
 
 @app.command(
@@ -171,7 +132,7 @@ def analyze(
             open_it,
             output,
             overwrite=overwrite,
-            say=lambda line: _console().print(line, soft_wrap=True, highlight=False, markup=False),
+            say=print_line,
             interval=interval,
             steps=lambda opened: steps_so_far(opened, ranges),
             cache=cache,
@@ -179,18 +140,18 @@ def analyze(
             **who,
             **choice,
         )
-        return _report(problems)
+        return report_problems(problems)
     opened = open_it()
     chosen = selected(opened, steps=steps_of(opened, ranges), **choice)
     storage.check_update(output, chosen, overwrite=overwrite)
-    with _progress(run) as progress:
+    with progress_bar(run) as progress:
         result = measure(chosen, cache=cache, strict=strict, progress=progress, **who)
     if not overwrite:
         storage.check_kept(output, result)
     storage.save(result, output, overwrite=overwrite or output.exists())
-    _console().print(summary_table(result))
-    _console().print(f"Saved to {output}", soft_wrap=True)
-    _report(json.loads(result.attrs["problems"]))
+    console().print(summary_table(result))
+    print_line(f"Saved to {output}")
+    report_problems(json.loads(result.attrs["problems"]))
 
 
 @app.command(
@@ -229,7 +190,7 @@ def compare(
         if storage.is_analysis(path):
             analyses[name] = storage.load(path)
             continue
-        with _progress(path) as progress:
+        with progress_bar(path) as progress:
             analyses[name] = analysis.analyze(
                 open_run(path),
                 metrics=split(metrics),
@@ -240,11 +201,11 @@ def compare(
             )
         problems += [f"{name}: {each}" for each in json.loads(analyses[name].attrs["problems"])]
     both = comparison.compare(analyses)
-    _console().print(summary_table(both))
+    console().print(summary_table(both))
     result = both if baseline is None else comparison.difference(both, baseline=baseline)
     storage.save(result, output, overwrite=overwrite)
-    _console().print(f"Saved to {output}", soft_wrap=True)
-    _report(problems)
+    print_line(f"Saved to {output}")
+    report_problems(problems)
 
 
 @app.command(
@@ -311,7 +272,7 @@ def plot(
         figure.savefig(output, dpi=150)
     except (ValueError, OSError) as error:
         raise DynamicsError(f"Cannot draw {output}: {error}.") from error
-    _console().print(f"Saved to {output}", soft_wrap=True)
+    print_line(f"Saved to {output}")
 
 
 @app.command(
@@ -349,15 +310,15 @@ def inspect(
     if whole := list(kept_whole(opened).values()):
         others = f" {len(whole) - 1} more likewise." * (len(whole) > 1)
         facts.add_row("kept whole", whole[0] + others)
-    _console().print(facts)
+    console().print(facts)
     matrices = Table("matrix", "layer", "module", "shape")
     for info in opened.matrices.values():
         layer = "" if info.layer is None else str(info.layer)
         matrices.add_row(info.name, layer, info.module, f"{info.rows} × {info.cols}")
-    _console().print(matrices)
+    console().print(matrices)
     if verify:
         _verify(opened)
-    _report([*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())])
+    report_problems([*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())])
 
 
 @app.command(
@@ -382,8 +343,8 @@ def audit(
     if as_json:
         print(report.to_json())
     else:
-        _console().print(audit_table(report))
-        _console().print(report.line, soft_wrap=True, highlight=False, markup=False)
+        console().print(audit_table(report))
+        print_line(report.line)
     if report.failed:
         raise typer.Exit(1)
 
@@ -408,7 +369,7 @@ def list_(what: Annotated[Listing, typer.Argument()] = Listing.metrics) -> None:
         meanings = schema.KINDS if what is Listing.kinds else schema.COMPONENTS
         for name, meaning in meanings.items():
             table.add_row(name, meaning)
-    _console().print(table)
+    console().print(table)
 
 
 def main() -> None:
@@ -421,47 +382,12 @@ def run_app(command: typer.Typer) -> None:
     try:
         command()
     except DynamicsError as error:
-        _error_console().print(
+        error_console().print(
             f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-@contextmanager
-def _progress(run: str) -> "Iterator[Progress]":
-    """A progress bar for `analyze`, whose warnings are printed at the end instead."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        Task,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-
-    class Rate(TextColumn):
-        def render(self, task: Task) -> Text:
-            return Text("" if task.speed is None else f"{task.speed:.1f} spectra/s")
-
-    from dynamics.analysis import UnmeasuredWarning
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Rate(""),
-        TimeRemainingColumn(),
-    )
-    console = _error_console()
-    silent = not console.is_terminal  # a log file gets warnings and errors only
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(f"measuring {run_name(run)}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnmeasuredWarning)
-            yield lambda done, total, _: bar.update(task, completed=done, total=total)
 
 
 def _verify(run: "Run") -> None:
@@ -475,29 +401,8 @@ def _verify(run: "Run") -> None:
         lines.append(f"{found.unchecked} records have no checksum to compare with")
     lines += [f"not part of any record, harmless: {key}" for key in found.leftovers]
     for line in lines:
-        _console().print(line, soft_wrap=True, highlight=False, markup=False)
-    _report(list(found.damaged))
-
-
-def _report(problems: list[str]) -> None:
-    for problem in problems:
-        _error_console().print(
-            f"warning: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
-    if problems:
-        raise typer.Exit(1)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console()
-
-
-def _error_console() -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True)
+        print_line(line)
+    report_problems(list(found.damaged))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ LAYERS = [
         "dynamics.tables",
     },
     {"dynamics.examples"},
-    {"dynamics.cli_values", "dynamics.cli_following"},
+    {"dynamics.cli_values", "dynamics.cli_options", "dynamics.cli_following"},
+    {"dynamics.cli_output"},
     {"dynamics.cli"},
     {"dynamics"},  # re-exports
     {
