@@ -240,18 +240,27 @@ def product_noise_norm(left: Stored, right: Stored) -> float:
     return float(np.mean(norms))
 
 
-def product_noise_bound(left: Stored, right: Stored) -> float:
+def product_noise_bound(
+    left: Stored, right: Stored, norms: tuple[float, float] | None = None
+) -> float:
     """‖δL‖‖R‖ + ‖L‖‖δR‖ + ‖δL‖‖δR‖ with `noise_floor` for ‖δL‖ and ‖δR‖.
 
     It holds whenever those two hold. About twice the expectation where r is small, because the
     first two terms then lie in different directions.
+
+    Args:
+        left: (m, r) and its dtype.
+        right: (r, n), likewise.
+        norms: ‖L‖ and ‖R‖, if they are known.
     """
+    norm_left, norm_right = norms or (_norm(left[0]), _norm(right[0]))
     d_left, d_right = noise_floor(left), noise_floor(right)
-    norm_left, norm_right = (
-        np.linalg.norm(np.linalg.qr(x if x.shape[0] > x.shape[1] else x.T, mode="r"), 2)
-        for x in (np.asarray(left[0], np.float64), np.asarray(right[0], np.float64))
-    )
     return float(d_left * norm_right + norm_left * d_right + d_left * d_right)
+
+
+def _norm(factor: np.ndarray) -> float:
+    tall = factor if factor.shape[0] > factor.shape[1] else factor.T
+    return float(np.linalg.norm(np.linalg.qr(tall.astype(np.float64), mode="r"), 2))
 
 
 def _spacing(
@@ -301,8 +310,10 @@ def _edge(rows: np.ndarray, cols: np.ndarray) -> tuple[float, float]:
     q = q[:, 0] - (np.sum(b * q / (1 - b * q), axis=1) - wanted) / np.sum(
         b / (1 - b * q) ** 2, axis=1
     )
-    # γ is the same in any parameter of the curve; in u the parabola fits best.
-    half_second, first, value = np.polyfit(_U[near] - _U[at], near_a / q, 2)
+    # γ is the same in any parameter of the curve; in u the parabola through its points fits best.
+    before, value, after = near_a / q
+    step = _U[1] - _U[0]
+    half_second, first = (before - 2 * value + after) / (2 * step**2), (after - before) / (2 * step)
     minimum = value - first**2 / (4 * half_second)
     p = 1 / (1 + np.exp(first / (2 * half_second) - _U[at]))
     trace_slope = p * (1 - p) * np.sum(a / (1 - a * p) ** 2) / minimum

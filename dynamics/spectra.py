@@ -33,7 +33,7 @@ EPS = float(np.finfo(np.float64).eps)
 _BLOCK = 2**21  # numbers of a block of rows, at least
 # To be raised whenever `spectrum` or the noise give other numbers: those kept by a
 # `spectrum_cache` are then measured again.
-MEASURE_VERSION = 3
+MEASURE_VERSION = 4
 # The largest relative error of the smallest singular value that a Gram matrix may leave.
 TOLERANCE = 1e-3
 SMALL = 2**15  # entries of a matrix
@@ -124,14 +124,16 @@ def spectrum(
         s[: leading.size] = leading
         bound = matrix.rank_bound
         # Backward error of two QRs and a product is relative to ‖left‖‖right‖, not to s₁.
-        size = abs(matrix.scale) * _norm(r1) * _norm(r2)
-        error = max(rows, cols) * EPS * size
+        norms = float(singular_values(r1)[0]), float(singular_values(r2)[0])
+        error = max(rows, cols) * EPS * abs(matrix.scale) * norms[0] * norms[1]
+        noise = _product_noise(matrix, norms)
     else:
         s, error = _of_dense(matrix)
         known = matrix.rank_bound if isinstance(matrix, Difference) else None
         bound = known or k
+        noise = noise_of(matrix, facts)
     bound = bound if rank_bound is None else min(bound, rank_bound)
-    return Spectrum(s, rows, cols, bound, error, noise_of(matrix, facts))
+    return Spectrum(s, rows, cols, bound, error, noise)
 
 
 def _of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
@@ -151,10 +153,10 @@ def _of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
 def noise_of(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> float:
     """The spectral norm of the rounding noise in the stored numbers of a matrix of a run."""
     if isinstance(matrix, Factored):
-        noise = product_noise_bound((matrix.left, matrix.dtype), (matrix.right, matrix.dtype))
-        return abs(matrix.scale) * noise
+        return _product_noise(matrix)
     return noise_floor(*matrix.stored, sums=(facts or ArrayFacts()).variance_sums)
 
 
-def _norm(factor: np.ndarray) -> float:
-    return float(singular_values(factor)[0])
+def _product_noise(matrix: Factored, norms: tuple[float, float] | None = None) -> float:
+    left, right = (matrix.left, matrix.dtype), (matrix.right, matrix.dtype)
+    return abs(matrix.scale) * product_noise_bound(left, right, norms)

@@ -12,9 +12,12 @@ as a power law, as those of trained models do.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
+from collections import deque
+from functools import partial
 from pathlib import Path
 
 from timing import one_thread, table
@@ -46,7 +49,7 @@ def write_run(folder, size, layers, checkpoints):
     rng = np.random.default_rng(0)
     weights = {n: 0.02 * rng.standard_normal(s, np.float32) for n, s in shapes.items()}
     for step in range(checkpoints):
-        directory = Path(folder, f"checkpoint-{step}")
+        directory = Path(folder, f"checkpoint-{10 * step}")
         directory.mkdir(parents=True)
         save_file(weights, directory / "model.safetensors")
         for name, (m, n) in shapes.items():
@@ -102,13 +105,13 @@ def usual_ways():
     return found
 
 
-def timed(function):
-    """(wall seconds, CPU seconds)."""
+def timed(name, threads, function):
+    """[name, threads, wall seconds, CPU seconds of this process]."""
     wall, cpu = time.perf_counter(), time.process_time()
     function()
-    found = time.perf_counter() - wall, time.process_time() - cpu
-    print(f"{found[0]:.1f} s, {found[1]:.1f} s of CPU", file=sys.stderr, flush=True)
-    return found
+    row = [name, threads, time.perf_counter() - wall, time.process_time() - cpu]
+    print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def main():
@@ -119,10 +122,12 @@ def main():
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--checkpoints", type=int, default=3)
     parser.add_argument("--ways", default="floor,svdvals f32,svd twice,WeightWatcher")
-    parser.add_argument("--workers", default="2", help="numbers of workers to try; 0: none")
+    parser.add_argument("--cores", default=len(os.sched_getaffinity(0)), type=int)
     options = parser.parse_args()
     one_thread()
     import numpy as np
+    import torch
+    from threadpoolctl import threadpool_limits
 
     import dynamics as dy
     from dynamics.spectra import EPS
@@ -133,38 +138,40 @@ def main():
         )
         run = dy.open_run(path)
         count = sum(1 for _ in matrices(run))  # and the files are in the page cache
-        cache = Path(folder, "cache")
         dy.analyze(run, select=next(iter(run.matrices)), steps=run.steps[:1])  # imports
-        found = {}
-        result = []
-        found["dynamics.analyze"] = timed(lambda: result.append(dy.analyze(run, cache=cache)))
-        for name, way in usual_ways().items():
-            if name in options.ways.split(","):
-                found[name] = timed(lambda way=way: [way(each) for each in matrices(run)])
-        found["again, all known"] = timed(lambda: dy.analyze(run, cache=cache))
-        for workers in map(int, options.workers.split(",")):
-            if workers:
-                found[f"dynamics.analyze, {workers} workers"] = timed(
-                    lambda workers=workers: dy.analyze(
-                        run, workers=workers, cache=Path(folder, f"cache{workers}")
-                    )
-                )
-        ours, our_cpu = found["dynamics.analyze"]
+        ways = {n: way for n, way in usual_ways().items() if n in options.ways.split(",")}
+        found = []
+        for threads in dict.fromkeys((1, options.cores)):
+            torch.set_num_threads(threads)
+            cache = Path(folder, f"cache{threads}")
+            ours = partial(dy.analyze, run, cache=cache, workers=threads)
+            found.append(timed("dynamics.analyze", threads, ours))
+            for name, way in ways.items():
+                if name == "floor" and threads > 1:
+                    continue  # it is what one core has to do
+                with threadpool_limits(threads):
+                    usual = partial(deque, (way(each) for each in matrices(run)), maxlen=0)
+                    found.append(timed(name, threads, usual))
+            if threads == 1:
+                found.append(timed("again, all known", 1, ours))
+                one = ours()
         print(
             f"{path}: {len(run.matrices)} matrices, {len(run.steps)} checkpoints, {count} spectra"
         )
+        of_ours = {row[1]: row[2] for row in found if row[0] == "dynamics.analyze"}
         table(
-            ["way", "s", "CPU s", "time / dynamics.analyze", "CPU / dynamics.analyze"],
+            ["way", "threads", "s", "CPU s of this process", "time / dynamics.analyze"],
             [
-                [name, f"{wall:.1f}", f"{cpu:.1f}", f"{wall / ours:.2f}", f"{cpu / our_cpu:.2f}"]
-                for name, (wall, cpu) in found.items()
+                [name, threads, f"{wall:.1f}", f"{cpu:.1f}", f"{wall / of_ours[threads]:.2f}"]
+                for name, threads, wall, cpu in found
             ],
         )
-        ours = result[0]
-        longest = np.maximum(ours["rows"], ours["cols"])
-        ratio = ours["singular_value_error"] / (longest * EPS * ours["spectral_norm"])
+        if len(of_ours) > 1:
+            print(f"{options.cores} workers: {of_ours[1] / of_ours[options.cores]:.2f} x one.")
+        longest = np.maximum(one["rows"], one["cols"])
+        ratio = one["singular_value_error"] / (longest * EPS * one["spectral_norm"])
         dense = abs(ratio - 1) < 1e-12
-        shares = dense.sum(["step", "matrix"]) / (ours["status"] == 1).sum(["step", "matrix"])
+        shares = dense.sum(["step", "matrix"]) / (one["status"] == 1).sum(["step", "matrix"])
         told = (
             f"{kind} {share:.1%}"
             for kind, share in zip(shares["kind"].values, shares.values, strict=True)
