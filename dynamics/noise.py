@@ -43,7 +43,7 @@ _U = np.linspace(-9, 9, 193)
 _GRID = 1 / (1 + np.exp(-_U))
 _STRIDE = 8  # of a first look at that grid
 _DRAWS = 4
-_BLOCK = 2**16  # numbers worked on at a time: they and their intermediates fit into caches
+_BLOCK = 2**17  # numbers worked on at a time: they and their intermediates fit into caches
 
 
 def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -95,15 +95,16 @@ def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = 
 def _rounding_variance(
     values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: np.ndarray
 ) -> np.ndarray:
-    variance = _spacing(values, dtype, scale, columns=columns)
-    np.square(variance, out=variance)
-    variance /= 12
-    if dtype == _SCALED:
-        return variance
+    if dtype == _SCALED or scale is not None:
+        return np.square(_spacing(values, dtype, scale, columns=columns)) / 12
+    significand, smallest = _precision(dtype)
     binade = _binade(values, dtype)
-    halved = binade == np.abs(values)
+    variance = np.square(np.maximum(binade, 2.0**smallest), dtype=np.float64)
+    variance *= 4.0**-significand / 12
+    halved = binade == np.abs(values)  # powers of two, and zeros
     if halved.any():
-        variance[halved & (binade > 2.0 ** _precision(dtype)[1])] *= 0.75  # ulp²/16
+        variance[halved & (binade > 2.0**smallest)] *= 0.75  # ulp²/16
+        _clear_exact_zeros(variance, values, columns)
     return variance
 
 
@@ -266,8 +267,7 @@ def _norm(factor: np.ndarray) -> float:
 def _spacing(
     values: np.ndarray, dtype: str, scale: ArrayLike | None = None, *, columns: np.ndarray
 ) -> np.ndarray:
-    # The widths of the intervals whose numbers are stored alike, (m, n); `columns` (n,) says which
-    # ones of the whole matrix hold anything but zeros.
+    # The widths of the intervals whose numbers are stored alike, (m, n).
     if (dtype == _SCALED) != (scale is not None):
         raise DynamicsError(
             f"A matrix stored as {dtype!r} came {'with' if scale is not None else 'without'} a "
@@ -276,10 +276,15 @@ def _spacing(
     if scale is not None:
         return np.broadcast_to(np.abs(scale, dtype=np.float64), values.shape).copy()
     spacing = ulp(values, dtype)
-    if not np.all(values):
-        spacing[~np.any(values, axis=1)] = 0
-        spacing[:, ~columns] = 0
+    _clear_exact_zeros(spacing, values, columns)
     return spacing
+
+
+def _clear_exact_zeros(found: np.ndarray, values: np.ndarray, columns: np.ndarray) -> None:
+    """Set to 0 what belongs to rows and columns of zeros; `columns` (n,) says which are not."""
+    if not np.all(values):
+        found[~np.any(values, axis=1)] = 0
+        found[:, ~columns] = 0
 
 
 def _precision(dtype: str) -> tuple[int, int]:
