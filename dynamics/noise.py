@@ -17,12 +17,14 @@ evenly within it. Nothing short of `noise_limit` covers constant matrices.
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dynamics.errors import DynamicsError
 from dynamics.random_matrices import TRACY_WIDOM_999, TRACY_WIDOM_MEAN
+from dynamics.variance_profiles import edge_of_profile
 
 # (values (m, n), dtype), and the scale where integers were multiplied by one
 Stored = tuple[np.ndarray, str] | tuple[np.ndarray, str, ArrayLike]
@@ -38,10 +40,6 @@ _PRECISION: dict[str, tuple[int, int]] = {
 }
 _SCALED = "int8"
 
-# P of `_edge` = 1/(1 + e^-u): dense at 0 and 1, where matrices far from square have their minimum.
-_U = np.linspace(-9, 9, 193)
-_GRID = 1 / (1 + np.exp(-_U))
-_STRIDE = 8  # of a first look at that grid
 _DRAWS = 4
 _BLOCK = 2**17  # numbers worked on at a time: they and their intermediates fit into caches
 
@@ -89,14 +87,15 @@ def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = 
     Raises:
         DynamicsError: an unknown dtype, int8 without its scale, or a scale with another dtype.
     """
-    return _rounding_variance(values, dtype, scale, np.any(values, axis=0))
+    return _rounding_variance(values, dtype, scale, partial(_nonzero_columns, values))
 
 
 def _rounding_variance(
-    values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: np.ndarray
+    values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: Callable[[], np.ndarray]
 ) -> np.ndarray:
+    # `columns` says which ones of the whole matrix hold anything but zeros, (n,).
     if dtype == _SCALED or scale is not None:
-        return np.square(_spacing(values, dtype, scale, columns=columns)) / 12
+        return np.square(_spacing(values, dtype, scale, columns)) / 12
     significand, smallest = _precision(dtype)
     binade = _binade(values, dtype)
     variance = np.square(np.maximum(binade, 2.0**smallest), dtype=np.float64)
@@ -129,8 +128,8 @@ def noise_norm(variance: np.ndarray) -> float:
 
     √(λ₊ - 1.2065γ): the edge λ₊ of the limiting spectrum of EEᵀ and the mean of the Tracy-Widom
     law on its scale γ, both of the variances r_i c_j / Σv that have the row sums r and column sums
-    c of `variance`; see `_edge`. For equal variances λ₊ = σ²(√m + √n)². At least 0.87 times the
-    norm of the largest row or column, which alone has up to that.
+    c of `variance` (`edge_of_profile`). For equal variances λ₊ = σ²(√m + √n)². At least 0.87 times
+    the norm of the largest row or column, which alone has up to that.
 
     Against simulated rounding of Gaussian matrices, 32 x 32 to 2048 x 2048, it is 0.99 to 1.07
     times the mean; of graded ones (rows and columns over 2 or 3 decades) 0.99 to 1.15; of one row
@@ -139,7 +138,7 @@ def noise_norm(variance: np.ndarray) -> float:
     rows, cols = variance.sum(axis=1), variance.sum(axis=0)
     if not rows.any():
         return 0.0
-    edge, scale = _edge(rows, cols)
+    edge, scale = edge_of_profile(rows, cols)
     single = 0.75 * max(rows.max(), cols.max())  # the mean of |x| for uniform x is σ√3/2
     return float(np.sqrt(max(edge + TRACY_WIDOM_MEAN * scale, single)))
 
@@ -163,7 +162,7 @@ def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
     """`noise_norm_bound` of variances with these row sums (m,) and column sums (n,)."""
     if not rows.any():
         return 0.0
-    edge, scale = _edge(rows, cols)
+    edge, scale = edge_of_profile(rows, cols)
     flat = np.sqrt(edge + TRACY_WIDOM_999 * scale)
     return float(max(flat, np.sqrt(rows.max()) + np.sqrt(cols.max())))
 
@@ -176,7 +175,9 @@ def noise_limit(*stored: Stored) -> float:
     """
     half = np.zeros(stored[0][0].shape)
     for term in stored:
-        half += _spacing(*term, columns=np.any(term[0], axis=0)) / 2
+        values, dtype, *given = term
+        columns = partial(_nonzero_columns, values)
+        half += _spacing(values, dtype, given[0] if given else None, columns) / 2
     return float(np.sqrt(half.sum(axis=1).max() * half.sum(axis=0).max()))
 
 
@@ -211,7 +212,7 @@ def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:
     """
     values, dtype, *given = term
     m, n = values.shape
-    columns = np.any(values, axis=0)
+    columns = cache(partial(_nonzero_columns, values))
     rows, cols = np.zeros(m), np.zeros(n)
     height = max(1, _BLOCK // max(n, 1))
     for first in range(0, m, height):
@@ -265,7 +266,7 @@ def _norm(factor: np.ndarray) -> float:
 
 
 def _spacing(
-    values: np.ndarray, dtype: str, scale: ArrayLike | None = None, *, columns: np.ndarray
+    values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: Callable[[], np.ndarray]
 ) -> np.ndarray:
     # The widths of the intervals whose numbers are stored alike, (m, n).
     if (dtype == _SCALED) != (scale is not None):
@@ -280,11 +281,17 @@ def _spacing(
     return spacing
 
 
-def _clear_exact_zeros(found: np.ndarray, values: np.ndarray, columns: np.ndarray) -> None:
-    """Set to 0 what belongs to rows and columns of zeros; `columns` (n,) says which are not."""
+def _nonzero_columns(values: np.ndarray) -> np.ndarray:
+    return np.any(values, axis=0)
+
+
+def _clear_exact_zeros(
+    found: np.ndarray, values: np.ndarray, columns: Callable[[], np.ndarray]
+) -> None:
+    """Set to 0 what belongs to rows and columns of zeros; `columns()` (n,) says which are not."""
     if not np.all(values):
         found[~np.any(values, axis=1)] = 0
-        found[:, ~columns] = 0
+        found[:, ~columns()] = 0
 
 
 def _precision(dtype: str) -> tuple[int, int]:
@@ -294,73 +301,3 @@ def _precision(dtype: str) -> tuple[int, int]:
             f"known: {', '.join([*_PRECISION, _SCALED])}."
         )
     return _PRECISION[dtype]
-
-
-def _edge(rows: np.ndarray, cols: np.ndarray) -> tuple[float, float]:
-    """(λ₊, γ) of EEᵀ for variances r_i c_j / Σr: the largest eigenvalue is about λ₊ + γ·TW.
-
-    With a = r/max r, b = c/max c, A(P) = Σ a/(1 - aP) and B(Q) = Σ b/(1 - bQ), the Dyson equation
-    of the profile is λ = A(P)/Q = B(Q)/P, and λ₊ is its minimum over 0 < P < 1 (Lehner 1999 for
-    general profiles). Near it λ = λ₊ + ½λ''(P - P₀)² and the trace of the resolvent is
-    T = Σ 1/(1 - aP) / λ, so eigenvalues have the density T'√(2/λ'' · (λ₊ - λ))/π of the Airy
-    process of scale γ = (λ''/2T'²)^⅓. For a = b = 1 this is Johnstone's σ; for b = 1
-    El Karoui 2007 (Ann. Probab. 35(2), theorem 1).
-    """
-    a, b = rows / rows.max(), cols / cols.max()
-    at, near_a, near_q = _minimum(a, b)
-    near = slice(at - 1, at + 2)
-    # A Newton step: a second derivative does not forgive the interpolation its kinks.
-    q = near_q[:, None]
-    wanted = _GRID[near] * near_a
-    q = q[:, 0] - (np.sum(b * q / (1 - b * q), axis=1) - wanted) / np.sum(
-        b / (1 - b * q) ** 2, axis=1
-    )
-    # γ is the same in any parameter of the curve; in u the parabola through its points fits best.
-    before, value, after = near_a / q
-    step = _U[1] - _U[0]
-    half_second, first = (before - 2 * value + after) / (2 * step**2), (after - before) / (2 * step)
-    minimum = value - first**2 / (4 * half_second)
-    p = 1 / (1 + np.exp(first / (2 * half_second) - _U[at]))
-    trace_slope = p * (1 - p) * np.sum(a / (1 - a * p) ** 2) / minimum
-    unit = rows.max() * cols.max() / rows.sum()
-    return float(unit * minimum), float(unit * np.cbrt(half_second / trace_slope**2))
-
-
-def _minimum(a: np.ndarray, b: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    """Where on the grid of P A(P)/Q is least, and A and Q there and at its two neighbours.
-
-    Found on every 8th point, then on all around it: a fifth of the sums of the whole grid, which
-    are half of a small matrix's time, and the same result.
-    """
-    coarse = np.arange(0, _GRID.size, _STRIDE)
-    coarse_a, coarse_b = _resolvent(a, coarse), _resolvent(b, coarse)
-    q = _matching(coarse_a, coarse, coarse_b, coarse)
-    guess = int(coarse[np.nanargmin(coarse_a / q)]) if np.isfinite(q).any() else 0
-    p_index = np.arange(max(guess - _STRIDE - 1, 0), min(guess + _STRIDE + 2, _GRID.size))
-    sums_a = _resolvent(a, p_index)
-    low, high = np.searchsorted(_GRID[coarse] * coarse_b, (_GRID[p_index] * sums_a)[[0, -1]])
-    q_index = np.arange(coarse[max(low - 1, 0)], coarse[min(high, coarse.size - 1)] + 1)
-    q = _matching(sums_a, p_index, _resolvent(b, q_index), q_index)
-    least = int(np.nanargmin(sums_a / q)) if np.isfinite(q).any() else 0
-    inner = 0 < least < p_index.size - 1
-    if not inner:
-        p_index = q_index = np.arange(_GRID.size)
-        sums_a = _resolvent(a, p_index)
-        q = _matching(sums_a, p_index, _resolvent(b, q_index), q_index)
-        least = int(np.clip(np.nanargmin(sums_a / q), 1, _GRID.size - 2))
-    near = slice(least - 1, least + 2)
-    return int(p_index[least]), sums_a[near], q[near]
-
-
-def _resolvent(x: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Σ x/(1 - xP) at these points of the grid."""
-    return np.asarray(np.sum(x / (1 - _GRID[index, None] * x), axis=1))
-
-
-def _matching(
-    sums_a: np.ndarray, p_index: np.ndarray, sums_b: np.ndarray, q_index: np.ndarray
-) -> np.ndarray:
-    """For each P its Q, where Q·B(Q) = P·A(P), which grows with both; NaN outside the grid."""
-    log_grid = np.log(_GRID)
-    products = np.log(_GRID[p_index] * sums_a), np.log(_GRID[q_index] * sums_b)
-    return np.exp(np.interp(*products, log_grid[q_index], left=np.nan, right=np.nan))

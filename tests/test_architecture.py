@@ -24,6 +24,7 @@ LAYERS = [
     {
         "dynamics.layout",
         "dynamics.random_matrices",
+        "dynamics.variance_profiles",
         "dynamics.noise",
         "dynamics.derived",
         "dynamics.fused",

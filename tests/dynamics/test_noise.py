@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import svds
 
-from dynamics import noise
 from dynamics.errors import DynamicsError
 from dynamics.metrics import effective_rank, numerical_rank
 from dynamics.noise import (
@@ -391,15 +390,3 @@ def test_row_and_column_sums_are_those_of_the_variances(shape):
     variance = noise_variance(term)
     for found, axis in zip(variance_sums(term), (1, 0), strict=True):
         np.testing.assert_allclose(found, variance.sum(axis=axis), rtol=1e-13)
-
-
-def test_the_edge_is_the_same_as_from_every_point_of_the_grid(monkeypatch):
-    rng = np.random.default_rng(2)
-    profiles = []
-    for spread in (0.0, 0.01, 0.3, 1.0, 4.0):
-        for m, n in ((1, 1), (1, 40), (96, 96), (384, 30), (20, 900)):
-            rows, cols = (np.exp(spread * rng.standard_normal(size)) for size in (m, n))
-            profiles.append((rows, cols * rows.sum() / cols.sum()))
-    found = [noise._edge(*profile) for profile in profiles]
-    monkeypatch.setattr(noise, "_STRIDE", 1)
-    assert found == [noise._edge(*profile) for profile in profiles]
