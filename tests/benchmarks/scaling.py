@@ -35,7 +35,7 @@ def main():
         table(["checkpoints", "workers", "spectra", "s", "spectra / s"], rows)
 
         rows = []
-        for layers in (1, 4, 16):
+        for layers in (1, 16, 64, 128):
             path = write_run(Path(folder, f"{layers}"), "65m", layers, 2)
             size = sum(each.stat().st_size for each in path.glob("checkpoint-0/*")) / 2**20
             command = [sys.executable, __file__, "--memory", str(path)]
