@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -33,11 +35,16 @@ class Dependency(NamedTuple):
     since: int | None = None
 
 
+Key = tuple[str, int, str]  # name, step, kind
+Found = tuple[str | None, Matrix | None]  # the origin, the matrix
+
+
 class TracedRun(Run):
     """A run whose matrices are kept for a while, and which notes what is read.
 
     A matrix is noted where it is asked for, also if it is still there from an earlier cell. As
-    much is kept as fits into a fixed amount of memory, but four matrices at least.
+    much is kept as fits into a fixed amount of memory, but four matrices at least. What is read
+    ahead comes on top: the matrices of one step that a cell is made from.
     """
 
     def __init__(self, run: Run):
@@ -48,10 +55,13 @@ class TracedRun(Run):
         self.merges_told_by_events = run.merges_told_by_events
         self._run = run
         self._known_steps = set(run.steps.tolist())
-        self._memo: OrderedDict[tuple[str, int, str], tuple[str | None, Matrix | None]]
-        self._memo = OrderedDict()
+        self._memo: OrderedDict[Key, Found] = OrderedDict()
+        self._ahead: dict[Key, Future[Found]] = {}
+        self._asked: set[Key] = set()  # since something was last read ahead
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._alone = threading.RLock()  # runs are not made for several threads
         self._bytes = self._largest = 0
-        self._bases: dict[tuple[str, int, str], str | None] = {}
+        self._bases: dict[Key, str | None] = {}
         self._trace: dict[Dependency, str | None] | None = None
         self._common: dict[int, bytes] = {}
 
@@ -73,30 +83,53 @@ class TracedRun(Run):
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """See `Run.read`."""
         key = (name, step, kind)
+        self._asked.add(key)
         if key in self._memo:
             self._memo.move_to_end(key)
         else:
-            # Before it is read: a file that changes meanwhile must not pass for the one after.
-            origin = None if self._trace is None else self.origin(*key)
-            self._keep(key, origin, self._run.read(*key))
+            ahead = self._ahead.pop(key, None)
+            self._keep(key, self._read(key) if ahead is None else ahead.result())
         origin, matrix = self._memo[key]
         if self._trace is not None:
             self._trace[Dependency(*key)] = origin
         return matrix
 
+    def _read(self, key: Key) -> Found:
+        with self._alone:
+            # Before it is read: a file that changes meanwhile must not pass for the one after.
+            origin = None if self._trace is None else self.origin(*key)
+            return origin, self._run.read(*key)
+
+    def read_ahead(self, step: int, following: int) -> None:
+        """Begin to read at `following` what was just read at `step`, in a thread of its own.
+
+        The next cells of a matrix are most likely made from the same matrices of that step. What
+        was read ahead for nothing is forgotten.
+        """
+        soon = (step, following)
+        self._ahead = {key: each for key, each in self._ahead.items() if key[1] in soon}
+        for name, at, kind in self._asked:
+            key = (name, following, kind)
+            if at == step and key not in self._memo and key not in self._ahead:
+                self._ahead[key] = self._reader.submit(self._read, key)
+        self._asked.clear()
+
     def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
         """See `Run.measured`."""
-        return self._run.measured(name, step, kind)
+        with self._alone:
+            return self._run.measured(name, step, kind)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """See `Run.origin`; None for what cannot be read."""
-        return None if step in self.problems else self._run.origin(name, step, kind)
+        with self._alone:
+            return None if step in self.problems else self._run.origin(name, step, kind)
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """See `Run.merges_between`."""
         if self._trace is not None and (merges := self._merges(name, before, now)) is not None:
             self._trace[merges] = self.origin_of(merges)
-        return self._run.merges_between(name, before, now)
+        with self._alone:
+            return self._run.merges_between(name, before, now)
 
     def origin_of(self, dependency: Dependency) -> str | None:
         """The present origin of what a cell was made from, None where it cannot be told."""
@@ -157,9 +190,9 @@ class TracedRun(Run):
         kind = schema.BASE if schema.BASE in self.stored_kinds else schema.WEIGHT
         return Dependency(name, now, kind, since=before)
 
-    def _keep(self, key: tuple[str, int, str], origin: str | None, matrix: Matrix | None) -> None:
-        self._memo[key] = (origin, matrix)
-        size = _size(matrix)
+    def _keep(self, key: Key, found: Found) -> None:
+        self._memo[key] = found
+        size = _size(found[1])
         self._bytes, self._largest = self._bytes + size, max(self._largest, size)
         while self._bytes > max(_MEMO_BYTES, _MEMO_MATRICES * self._largest):
             _, (_, oldest) = self._memo.popitem(last=False)
