@@ -23,6 +23,7 @@ from dynamics.layout import COMPRESSIONS
 from probes import Recorder
 from probes.relora.model import build_model
 from probes.relora.presets import micro, small
+from tests.benchmarks.timing import peak_memory
 
 PRESETS = {"micro": micro, "small": small}
 TOKENS = {"micro": (4, 128), "small": (1, 256)}  # of a step: (sequences, length)
@@ -222,9 +223,7 @@ def peak(name: str, recording: bool) -> None:
                 optimizer.zero_grad()
                 backward(model, name)
                 optimizer.step()
-    # Not ru_maxrss, which a process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
+    print(peak_memory())
 
 
 def memory(name: str, size: float) -> None:
