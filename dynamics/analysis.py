@@ -11,6 +11,7 @@ import xarray as xr
 from threadpoolctl import threadpool_limits
 
 from dynamics.array_facts import ArrayFacts
+from dynamics.devices import CPU, facts_on, measured_by
 from dynamics.errors import DynamicsError
 from dynamics.formats import open_run
 from dynamics.measuring import Outcome, Recall, Task, measured
@@ -50,6 +51,7 @@ def analyze(
     strict: bool = False,
     workers: int = 1,
     scheduler: str | None = None,
+    device: str = CPU,
 ) -> xr.Dataset:
     """Measure a run.
 
@@ -70,6 +72,9 @@ def analyze(
             `if __name__ == "__main__":`.
         scheduler: the address of a Dask scheduler, whose workers measure instead. Whoever
             measures, and in whatever order, the result is the same to the last bit.
+        device: "cuda" or "cuda:N" measures on that GPU, of each worker's machine, what it is faster
+            at than a core of its CPU. Last digits differ from the CPU's, within
+            `singular_value_error`, and each of the two has spectra of its own in the cache.
 
     Returns:
         A Dataset with dims (kind, step, matrix) and (..., index) for the singular values: one
@@ -95,6 +100,7 @@ def analyze(
         strict=strict,
         workers=workers,
         scheduler=scheduler,
+        device=device,
         progress=progress,
     )
 
@@ -106,6 +112,7 @@ def measure(
     strict: bool = False,
     workers: int = 1,
     scheduler: str | None = None,
+    device: str = CPU,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> xr.Dataset:
@@ -117,6 +124,7 @@ def measure(
         strict: see `analyze`.
         workers: see `analyze`.
         scheduler: see `analyze`.
+        device: see `analyze`.
         progress: see `analyze`.
         stopped: asked again and again whether to give up: before every matrix at every step and
             kind, or with workers before every few.
@@ -126,7 +134,10 @@ def measure(
     """
     if workers < 1:
         raise DynamicsError(f"workers is {workers}; at least 1 is needed.")
-    run, results = chosen.run, Results(chosen)
+    by = measured_by(device)
+    # Before any worker: one that would fail, and the rates that all of this machine read then.
+    facts = ArrayFacts() if scheduler is not None else facts_on(device)
+    run, results = chosen.run, Results(chosen, by)
 
     def report(task: Task) -> None:
         if progress is not None:
@@ -134,16 +145,18 @@ def measure(
 
     # One BLAS thread per worker: more of them help little, get in each other's way as soon as
     # another process wants a core, and change last digits.
-    with nullcontext() if cache is None else SpectrumCache(cache) as known, threadpool_limits(1):
+    keeper = nullcontext() if cache is None else SpectrumCache(cache, by)
+    with keeper as known, threadpool_limits(1):
         alone = workers == 1 and scheduler is None
-        tasks = _new_tasks(_tasks(chosen, largest_first=not alone), chosen, known, results, report)
+        tasks = _tasks(chosen, by, largest_first=not alone)
+        tasks = _new_tasks(tasks, chosen, known, results, report)
         carried_out: Iterator[tuple[Task, Iterable[Outcome]]]
         if alone:
-            carried_out = _in_this_process(tasks, chosen, known, stopped)
+            carried_out = _in_this_process(tasks, chosen, facts, known, stopped)
         elif scheduler is None:
-            carried_out = in_processes(run.untraced, tasks, workers, stopped)
+            carried_out = in_processes(run.untraced, tasks, workers, device, stopped)
         else:
-            carried_out = on_cluster(run.untraced, tasks, scheduler, stopped)
+            carried_out = on_cluster(run.untraced, tasks, scheduler, device, stopped)
         for task, outcomes in carried_out:
             for each in outcomes:
                 if strict and each.problem is not None:
@@ -161,7 +174,7 @@ def measure(
     return results.dataset()
 
 
-def _tasks(chosen: Selection, *, largest_first: bool) -> Iterator[Task]:
+def _tasks(chosen: Selection, by: str, *, largest_first: bool) -> Iterator[Task]:
     """The cells of the analysis: each task some steps of one matrix, in all kinds."""
     matrices = chosen.matrices
     if largest_first:  # so that no worker begins with an embedding when the others are done
@@ -172,7 +185,7 @@ def _tasks(chosen: Selection, *, largest_first: bool) -> Iterator[Task]:
         for first in range(0, len(chosen.steps), at_once):
             steps = chosen.steps[first : first + at_once]
             cells = tuple((step, kind) for step in steps for kind in chosen.kinds)
-            yield Task(each.component, each.info.name, cells)
+            yield Task(each.component, each.info.name, cells, measured_by=by)
 
 
 def _flops(info: MatrixInfo) -> float:
@@ -214,12 +227,12 @@ def _new_tasks(
 def _in_this_process(
     tasks: Iterator[Task],
     chosen: Selection,
+    facts: ArrayFacts,
     known: SpectrumCache | None,
     stopped: Callable[[], bool],
 ) -> Iterator[tuple[Task, Iterator[Outcome]]]:
     """The tasks one after the other; each cell is measured when its outcome is asked for."""
     readers = {(each.component, each.info.name): each.read for each in chosen.matrices}
-    facts = ArrayFacts()
     recall: Recall = (lambda content: None) if known is None else known.of_content
     for task in tasks:
         read = readers[task.component, task.name]

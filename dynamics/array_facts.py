@@ -1,7 +1,8 @@
 """What is the same for every matrix that stored numbers are part of, found once per array.
 
 A checkpoint's weight is measured itself, and is a term of its update, of the next one and of its
-displacement: whether it is finite, its hash and its rounding noise are the same each time.
+displacement: whether it is finite, its hash and its rounding noise are the same each time, and so
+is its copy on a GPU (`devices.py`).
 """
 
 import hashlib
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from dynamics.derived import Difference
 from dynamics.noise import Stored, variance_sums
+from dynamics.run import Dense
 
 
 class ArrayFacts:
@@ -19,6 +22,10 @@ class ArrayFacts:
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str], tuple[Any, Any]] = {}
+
+    def singular_values(self, matrix: Dense | Difference) -> tuple[np.ndarray, float] | None:
+        """(s, error) where there is something faster than `spectra.py` for this matrix."""
+        return None
 
     def is_finite(self, array: np.ndarray) -> bool:
         """Whether all numbers are."""
@@ -37,9 +44,12 @@ class ArrayFacts:
         if len(term) > 2:  # with a scale, which is not part of the array
             return variance_sums(term)
         found: tuple[np.ndarray, np.ndarray] = self._once(
-            term[0], f"variance of {term[1]}", lambda: variance_sums(term)
+            term[0], f"variance of {term[1]}", lambda: self._variance_sums(term)
         )
         return found
+
+    def _variance_sums(self, term: Stored) -> tuple[np.ndarray, np.ndarray]:
+        return variance_sums(term)
 
     def _once(self, array: np.ndarray, fact: str, find: Callable[[], Any]) -> Any:
         key = (id(array), fact)

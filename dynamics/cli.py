@@ -102,6 +102,9 @@ def analyze(
         str | None,
         typer.Option("--scheduler", help="A Dask scheduler's address; its workers measure."),
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="cpu, or cuda: a GPU measures what it is faster at.")
+    ] = "cpu",
 ) -> None:
     """Measure a run and save the result; what an earlier result has is not measured again."""
     from dynamics import storage
@@ -117,7 +120,7 @@ def analyze(
         "kinds": split(kinds),
         "select": select or None,
     }
-    who: dict[str, Any] = {"workers": workers, "scheduler": scheduler}
+    who: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "device": device}
     cache = None if no_cache else output.with_name(f"{output.name.removesuffix('.zarr')}.cache")
     ranges = step_ranges(steps)
     open_it = partial(

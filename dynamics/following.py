@@ -9,6 +9,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.analysis import StoppedError, UnmeasuredWarning, measure
+from dynamics.devices import CPU
 from dynamics.errors import FormatError, MissingError
 from dynamics.run import Run
 from dynamics.schema import Status
@@ -26,6 +27,7 @@ def follow(
     strict: bool = False,
     workers: int = 1,
     scheduler: str | None = None,
+    device: str = CPU,
     waiting: Callable[[str | None], object] = lambda reason: None,
     before: Callable[[Selection], object] = lambda chosen: None,
     metrics: Iterable[str] | None = None,
@@ -50,6 +52,7 @@ def follow(
         strict: see `analyze`; a checkpoint that cannot be read is waited for here.
         workers: see `analyze`; processes start anew for each analysis.
         scheduler: see `analyze`.
+        device: see `analyze`.
         waiting: called with why there is nothing to measure when that begins, with None when it
             ends.
         before: called with what is going to be measured; may raise.
@@ -89,6 +92,7 @@ def follow(
                         strict=strict,
                         workers=workers,
                         scheduler=scheduler,
+                        device=device,
                         stopped=(lambda: False) if ending else stopped,
                     )
                 if is_waiting:

@@ -12,6 +12,7 @@ from dynamics.array_facts import ArrayFacts
 from dynamics.components import COMPONENTS
 from dynamics.components.parameters import Measurable
 from dynamics.derived import Difference, is_finite
+from dynamics.devices import CPU, facts_on
 from dynamics.errors import DynamicsError, FormatError
 from dynamics.run import Dense, Factored, Run, Spectrum
 from dynamics.schema import Status
@@ -32,6 +33,7 @@ class Task:
         name: the matrix.
         cells: (step, kind) of each.
         hashed: whether contents and origins are wanted, for a cache.
+        measured_by: what measures, besides NumPy (`devices.measured_by`).
         known: content -> spectrum, of what the cells held before.
     """
 
@@ -39,6 +41,7 @@ class Task:
     name: str
     cells: tuple[tuple[int, str], ...]
     hashed: bool = False
+    measured_by: str = ""
     known: Mapping[bytes, Spectrum] = field(default_factory=dict)
 
 
@@ -113,7 +116,7 @@ def _measured(
 ) -> Outcome:
     if isinstance(matrix, Spectrum) or not task.hashed:
         return Outcome(step, kind, Status.MEASURED, spectrum(matrix, facts=facts))
-    content = content_key(matrix, facts)
+    content = content_key(matrix, facts, task.measured_by)
     found = recall(content)
     if found is None:
         found = spectrum(matrix, facts=facts)
@@ -127,22 +130,22 @@ class Workplace:
     again, and all heads' projections.
     """
 
-    def __init__(self, pickled_run: bytes):
+    def __init__(self, pickled_run: bytes, device: str = CPU):
         # For good: who starts workers uses all cores by their number. After the import of SciPy,
         # whose BLAS is limited, too (`dynamics.spectra`).
         threadpool_limits(1)
-        self._pickled = pickled_run
+        self._pickled, self._device = pickled_run, device
         self._thread = threading.local()
 
-    def __reduce__(self) -> tuple[type["Workplace"], tuple[bytes]]:
-        return Workplace, (self._pickled,)
+    def __reduce__(self) -> tuple[type["Workplace"], tuple[bytes, str]]:
+        return Workplace, (self._pickled, self._device)
 
     def carry_out(self, task: Task) -> list[Outcome]:
         """The outcomes of a task's cells."""
         here = self._thread
         if not hasattr(here, "run"):
             run: Run = pickle.loads(self._pickled)
-            here.run, here.facts, here.readers = TracedRun(run), ArrayFacts(), {}
+            here.run, here.facts, here.readers = TracedRun(run), facts_on(self._device), {}
         if task.component not in here.readers:
             here.readers[task.component] = {
                 info.name: read for info, read in COMPONENTS[task.component](here.run)

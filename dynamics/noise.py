@@ -44,6 +44,20 @@ _DRAWS = 4
 _BLOCK = 2**17  # numbers worked on at a time: they and their intermediates fit into caches
 
 
+def precision(dtype: str) -> tuple[int, int]:
+    """(bits of the stored significand, exponent of the smallest normal number).
+
+    Raises:
+        DynamicsError: `dtype` is no floating-point dtype known here.
+    """
+    if dtype not in _PRECISION:
+        raise DynamicsError(
+            f"No rounding model for matrices stored as {dtype!r}; "
+            f"known: {', '.join([*_PRECISION, _SCALED])}."
+        )
+    return _PRECISION[dtype]
+
+
 def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
     """The spacing of `dtype`'s numbers above each |value|, float64, the shape of `values`.
 
@@ -53,7 +67,7 @@ def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
     Raises:
         DynamicsError: `dtype` is no floating-point dtype known here.
     """
-    significand, smallest = _precision(dtype)
+    significand, smallest = precision(dtype)
     binade = np.maximum(_binade(values, dtype), 2.0**smallest)
     return np.multiply(binade, 2.0**-significand, dtype=np.float64)
 
@@ -96,7 +110,7 @@ def _rounding_variance(
     # `columns` says which ones of the whole matrix hold anything but zeros, (n,).
     if dtype == _SCALED or scale is not None:
         return np.square(_spacing(values, dtype, scale, columns)) / 12
-    significand, smallest = _precision(dtype)
+    significand, smallest = precision(dtype)
     binade = _binade(values, dtype)
     variance = np.square(np.maximum(binade, 2.0**smallest), dtype=np.float64)
     variance *= 4.0**-significand / 12
@@ -292,12 +306,3 @@ def _clear_exact_zeros(
     if not np.all(values):
         found[~np.any(values, axis=1)] = 0
         found[:, ~columns()] = 0
-
-
-def _precision(dtype: str) -> tuple[int, int]:
-    if dtype not in _PRECISION:
-        raise DynamicsError(
-            f"No rounding model for matrices stored as {dtype!r}; "
-            f"known: {', '.join([*_PRECISION, _SCALED])}."
-        )
-    return _PRECISION[dtype]

@@ -20,10 +20,15 @@ _SPECTRUM = ("rows", "cols", "rank_bound", "error", "noise_floor")
 
 
 class Results:
-    """The cells of an analysis: put in as they are measured, a Dataset at the end."""
+    """The cells of an analysis: put in as they are measured, a Dataset at the end.
 
-    def __init__(self, chosen: Selection):
-        self._chosen = chosen
+    Args:
+        chosen: what is measured.
+        measured_by: what measures besides NumPy, see `devices.measured_by`.
+    """
+
+    def __init__(self, chosen: Selection, measured_by: str = ""):
+        self._chosen, self._measured_by = chosen, measured_by
         infos = [each.info for each in chosen.matrices]
         shape = (len(chosen.kinds), len(chosen.steps), len(infos))
         width = max(min(info.rows, info.cols) for info in infos)
@@ -81,7 +86,9 @@ class Results:
                 series[positions],
                 {"long_name": name.replace("_", " ")},
             )
-        return dataset.assign_attrs(_provenance(run), problems=json.dumps(self.problems))
+        return dataset.assign_attrs(
+            _provenance(run, self._measured_by), problems=json.dumps(self.problems)
+        )
 
     def _metrics(self) -> dict[str, np.ndarray]:
         """Of all cells of a matrix at once: for one at a time, a call costs more than its sums."""
@@ -171,7 +178,7 @@ def matrix_coords(infos: list[tuple[str, MatrixInfo]]) -> dict[str, Any]:
     }
 
 
-def _provenance(run: Run) -> dict[str, str | int]:
+def _provenance(run: Run, measured_by: str) -> dict[str, str | int]:
     return {
         "format": schema.ANALYSIS_FORMAT,
         "format_version": schema.ANALYSIS_VERSION,
@@ -179,6 +186,7 @@ def _provenance(run: Run) -> dict[str, str | int]:
         "source_format": run.format,
         "source_attrs": json.dumps(dict(run.attrs), default=str),
         "events": json.dumps([asdict(event) for event in run.events]),
+        "measured_by": measured_by or "cpu",
         "versions": json.dumps(
             {name: version(name) for name in ("learning-dynamics", "numpy", "scipy")}
         ),

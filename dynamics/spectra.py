@@ -18,7 +18,7 @@ thread on one machine; their ratios are what counts (`make bench`, docs/performa
 
 The routines are NumPy's (OpenBLAS) throughout: eigvalsh of a 384 x 384 matrix takes 8.8 ms where
 torch's (MKL) takes 12.7, and YᵀY half of torch's time. That also makes results independent of
-torch's build.
+torch's build. On a GPU, if one is asked for, rules 3 and 4 are torch's (`torch_spectra.py`).
 """
 
 import numpy as np
@@ -109,7 +109,8 @@ def spectrum(
         matrix: what to measure; a spectrum was, and is returned as it is.
         rank_bound: the rank that the matrix was made with, where its entries do not show it: a
             stored product B·A of r-column factors is dense, and rounding gives it full rank.
-        facts: what is known of the arrays already, if they are parts of several matrices.
+        facts: what is known of the arrays already, if they are parts of several matrices, and
+            what measures large ones instead (`devices.py`).
 
     Raises:
         ValueError: the matrix holds NaN or Inf.
@@ -129,7 +130,7 @@ def spectrum(
         error = max(rows, cols) * EPS * abs(matrix.scale) * norms[0] * norms[1]
         noise = _product_noise(matrix, norms)
     else:
-        s, error = _of_dense(matrix)
+        s, error = (facts and facts.singular_values(matrix)) or _of_dense(matrix)
         known = matrix.rank_bound if isinstance(matrix, Difference) else None
         bound = known or k
         noise = noise_of(matrix, facts)

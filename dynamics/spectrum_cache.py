@@ -41,10 +41,18 @@ COMMIT;
 _MEASURED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
 
 
-def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> bytes:
-    """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it."""
+def content_key(
+    matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None, measured_by: str = ""
+) -> bytes:
+    """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it.
+
+    Args:
+        matrix: the matrix.
+        facts: of its arrays.
+        measured_by: what besides NumPy, see `devices.measured_by`.
+    """
     facts = facts or ArrayFacts()
-    digest = hashlib.blake2b(_MEASURED_BY.encode(), digest_size=20)
+    digest = hashlib.blake2b((_MEASURED_BY + measured_by).encode(), digest_size=20)
     if isinstance(matrix, Factored):
         other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
         parts = [matrix.left, matrix.right]
@@ -68,13 +76,18 @@ class SpectrumCache:
     What is put into it is written once a second and at the end, each time whole or not at all.
     Two processes may use one file.
 
+    Args:
+        path: of the file.
+        measured_by: see `content_key`; what something else measured is not taken for the same.
+
     Raises:
         DynamicsError: the file is damaged, of another version, or something else; the file system
             refuses it, or another process keeps it locked.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, measured_by: str = ""):
         self.path = Path(path)
+        self._measured_by = (_MEASURED_BY + measured_by).encode()
         self._spectra: dict[bytes, Spectrum] = {}
         self._cells: dict[bytes, tuple[bytes, bytes, bytes]] = {}
         self._flushed = time.monotonic()
@@ -102,7 +115,7 @@ class SpectrumCache:
 
         It must where nothing that it was made from has changed since. None: it never was measured.
         """
-        cell = _of_this_release(cell)
+        cell = self._salted(cell)
         found = self._cells.get(cell) or self._row(
             "SELECT dependencies, content, checksum FROM cells WHERE cell = ?", cell
         )
@@ -140,9 +153,12 @@ class SpectrumCache:
         """Keep what a cell was made from (`TracedRun.trace`), if it can be told again."""
         if None in trace.values():
             return
-        cell, dependencies = _of_this_release(cell), trace_to_json(trace).encode()
+        cell, dependencies = self._salted(cell), trace_to_json(trace).encode()
         self._cells[cell] = (dependencies, content, _checksum(cell, dependencies, content))
         self._flush_now_and_then()
+
+    def _salted(self, cell: bytes) -> bytes:
+        return hashlib.blake2b(cell + self._measured_by, digest_size=20).digest()
 
     def _check(self) -> None:
         try:
@@ -210,10 +226,6 @@ class SpectrumCache:
             f"{self.path} cannot be used as a cache: {_line(found)}. Choose another output, or do "
             "without (--no-cache); if it is locked, wait for the analysis that uses it."
         )
-
-
-def _of_this_release(cell: bytes) -> bytes:
-    return hashlib.blake2b(cell + _MEASURED_BY.encode(), digest_size=20).digest()
 
 
 def _checksum(*row: object) -> bytes:

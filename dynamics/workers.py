@@ -33,7 +33,7 @@ _SECONDS_TO_CONNECT = 20
 
 
 def in_processes(
-    run: Run, tasks: Iterator[Task], workers: int, stopped: Callable[[], bool]
+    run: Run, tasks: Iterator[Task], workers: int, device: str, stopped: Callable[[], bool]
 ) -> Results:
     """The outcomes of the tasks, in the order in which `workers` processes have them ready.
 
@@ -44,7 +44,7 @@ def in_processes(
         DynamicsError: the run cannot be sent to another process, or processes died four times of
             one task.
     """
-    processes = _Processes(_pickled(run))
+    processes = _Processes(_pickled(run), device)
     # A thread per process, which sends it tasks and waits for it.
     with ThreadPoolExecutor(workers) as threads:
         try:
@@ -66,13 +66,13 @@ class _Processes:
     ends with it.
     """
 
-    def __init__(self, pickled_run: bytes):
+    def __init__(self, pickled_run: bytes, device: str):
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         # Imported once for all processes.
         context.set_forkserver_preload(["dynamics.formats", "dynamics.workers"])
         self._context: BaseContext = context
-        self._pickled = pickled_run
+        self._workplace = pickled_run, device
         self._of_thread = threading.local()
         self._lock = threading.Lock()
         self._started: list[multiprocessing.process.BaseProcess] = []
@@ -106,7 +106,7 @@ class _Processes:
             if self._closed:
                 raise EOFError
             process = self._context.Process(  # type: ignore[attr-defined]
-                target=_work, args=(there, self._pickled), daemon=True
+                target=_work, args=(there, *self._workplace), daemon=True
             )
             process.start()
             self._started.append(process)
@@ -123,9 +123,9 @@ class _Processes:
             each.join()
 
 
-def _work(pipe: Connection, pickled_run: bytes) -> None:
+def _work(pipe: Connection, pickled_run: bytes, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
-    workplace = Workplace(pickled_run)
+    workplace = Workplace(pickled_run, device)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             task = pipe.recv()
@@ -138,7 +138,7 @@ def _work(pipe: Connection, pickled_run: bytes) -> None:
 
 
 def on_cluster(
-    run: Run, tasks: Iterator[Task], address: str, stopped: Callable[[], bool]
+    run: Run, tasks: Iterator[Task], address: str, device: str, stopped: Callable[[], bool]
 ) -> Results:
     """The outcomes of the tasks, in the order in which a Dask cluster has them ready.
 
@@ -163,7 +163,7 @@ def on_cluster(
         ) from error
     with client:
         # A task of its own, not scattered data: it is made again where its worker died.
-        workplace = client.submit(Workplace, pickled)
+        workplace = client.submit(Workplace, pickled, device)
         executor = client.get_executor(pure=False, retries=_RETRIES)
         threads = sum(client.nthreads().values())
         try:

@@ -92,7 +92,7 @@ def test_a_live_difference_counts_the_rounding_of_both_and_of_merges():
 
 
 def test_blocks_of_a_tall_matrix_are_measured_as_the_whole(monkeypatch):
-    monkeypatch.setattr("probes.measuring._BLOCK", 64)
+    monkeypatch.setattr("dynamics.torch_spectra._BLOCK", 64)
     tall = torch.randn(997, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     before = 0.9 * tall + 0.1
 

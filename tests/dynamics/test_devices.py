@@ -1,0 +1,290 @@
+"""Matrices measured by torch, on a GPU: the same bounds, and only what it is faster at.
+
+All but the choice of a device runs on torch's CPU device as well.
+"""
+
+import gc
+import json
+import warnings
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import xarray as xr
+
+import dynamics as dy
+from dynamics import calibration, devices, noise, schema, torch_spectra
+from dynamics.calibration import Rates, kept_rates, measured_rates
+from dynamics.cli import main
+from dynamics.derived import Difference
+from dynamics.devices import FactsOnGPU, facts_on
+from dynamics.errors import DynamicsError
+from dynamics.gram import gram_error
+from dynamics.run import Dense
+from dynamics.spectra import EPS, spectrum
+from tests.dynamics.test_gram import HARD
+
+SIDES = calibration._SIDES
+SLOW = Rates(1e-9, 1e-9, tuple(1e-9 * side**3 for side in SIDES))
+FAST = Rates(1e-12, 1e-12, tuple(1e-12 * side**3 for side in SIDES))
+DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def facts(device):
+    """What takes every matrix that is not small."""
+    return FactsOnGPU(device, SLOW, FAST)
+
+
+def _exact(matrix):
+    return scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("shape", [(384, 96), (256, 256), (128, 384), (4000, 64)])
+def test_the_error_bounds_hold(name, shape, device, facts):
+    matrix = HARD[name](np.random.default_rng(0), *shape)
+    exact, there = _exact(matrix), torch.from_numpy(matrix).to(device)
+
+    found = spectrum(Dense(matrix, "float64"), facts=facts)
+    assert np.abs(found.s - exact).max() <= found.error
+    squares = torch_spectra.eigvalsh(torch_spectra.gram(there))[::-1]
+    assert np.abs(squares - exact**2).max() <= gram_error(squares[0], max(shape))
+    by_svd = torch_spectra.singular_values(there)
+    assert np.abs(by_svd - exact).max() <= max(shape) * EPS * exact[0]
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1.1, np.pi, float(np.float32(0.1))])
+@pytest.mark.parametrize("shape", [(384, 384), (1536, 384), (8192, 2048), (50304, 32), (50304, 96)])
+def test_the_bound_of_gram_matrices_holds_where_all_sums_round_alike(value, shape, device):
+    if device.type == "cpu" and shape == (8192, 2048):
+        pytest.skip("takes minutes without a GPU")
+    there = torch.full(shape, value, dtype=torch.float64, device=device)
+    squares = torch_spectra.eigvalsh(torch_spectra.gram(there))[::-1]
+    exact = np.zeros(min(shape))
+    exact[0] = value**2 * shape[0] * shape[1]
+    assert np.abs(squares - exact).max() <= gram_error(exact[0], max(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_floors_are_those_of_numpy(dtype, device, facts):
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(300, 200, generator=generator, dtype=torch.float64)
+    values[0] *= 2.0**-20
+    values[:, 50:60] = 0  # columns of padding
+    values[200:, 0] = 0.5  # a power of two, below which numbers lie closer
+    stored = values.to(getattr(torch, dtype))
+    array = (stored if dtype == "float64" else stored.float()).numpy()
+
+    here, there = spectrum(Dense(array, dtype)), spectrum(Dense(array, dtype), facts=facts)
+
+    assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
+    assert np.abs(there.s - here.s).max() <= there.error + here.error
+    for one, other in zip(
+        noise.variance_sums((array, dtype)),
+        torch_spectra.variance_sums(stored.to(device), dtype),
+        strict=True,
+    ):
+        np.testing.assert_allclose(other, one, rtol=1e-12)
+
+
+def test_differences_and_integers_are_measured_as_by_numpy(facts):
+    rng = np.random.default_rng(0)
+    now, before = (Dense(rng.standard_normal((300, 200), np.float32), "float32") for _ in "ab")
+    difference = Difference(now, before, merges=2, rank_bound=40)
+    here, there = spectrum(difference), spectrum(difference, facts=facts)
+    exact = _exact(now.values.astype(np.float64) - before.values)
+    assert np.abs(there.s - exact).max() <= there.error
+    assert there.rank_bound == 40
+    assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
+    scaled = (now.values, "int8", np.full((300, 1), 0.01))
+    np.testing.assert_array_equal(facts.variance_sums(scaled)[0], noise.variance_sums(scaled)[0])
+
+
+def test_arrays_as_files_give_them_are_taken_without_a_warning(facts):
+    values = np.random.default_rng(0).standard_normal((300, 200), np.float32)
+    for array in (values.astype(">f4"), values[::-1], values.T, values.copy()):
+        array.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = spectrum(Dense(array, "float32"), facts=facts)
+        assert np.abs(found.s - spectrum(Dense(values, "float32")).s).max() <= 2 * found.error
+        assert facts.is_finite(array)
+    values[7, 8] = np.nan
+    assert not facts.is_finite(values)
+
+
+def test_an_array_is_copied_once_and_its_copy_goes_with_it(facts, monkeypatch):
+    copies = []
+    monkeypatch.setattr(devices, "_tensor", lambda a: copies.append(1) or torch.tensor(a))
+    values, other = (np.random.default_rng(s).standard_normal((300, 200)) for s in (0, 1))
+    for _ in range(2):
+        spectrum(Dense(values, "float64"), facts=facts)
+        spectrum(Difference(Dense(values, "float64"), Dense(other, "float64")), facts=facts)
+    assert len(copies) == 2
+    assert facts._known
+    del values, other
+    gc.collect()
+    assert not facts._known
+
+
+# Choice -------------------------------------------------------------------------------------------
+
+
+def test_a_matrix_goes_where_it_takes_less_time():
+    # A GPU that is slower at what is moved and at small matrices, faster at large ones.
+    gpu = Rates(2e-8, 1e-11, (1e-3,) * len(SIDES))
+    facts = FactsOnGPU(torch.device("cpu"), SLOW, gpu)
+    assert facts.takes((1024, 1024))
+    assert facts.takes((50304, 96))  # its Gram matrix costs more than moving it
+    assert not facts.takes((900, 40))  # but not of this one
+    assert not FactsOnGPU(torch.device("cpu"), SLOW, SLOW).takes((1024, 1024))
+    small = np.ones((100, 100))
+    assert not FactsOnGPU(torch.device("cpu"), SLOW, FAST).takes(small.shape)
+
+
+@pytest.mark.parametrize("n", [10, 64, 100, 512, 700, 1024, 8192])
+def test_the_time_of_eigenvalues_is_a_power_between_and_beyond_the_measured_sides(n):
+    rates = Rates(0.0, 0.0, tuple(3e-9 * side**2.5 for side in SIDES))
+    assert rates.seconds(n, 5 * n) == pytest.approx(3e-9 * n**2.5)
+    assert Rates(2.0, 0.5, rates.eigenvalues).seconds(30, 7) == pytest.approx(
+        2 * 210 + 0.5 * 30 * 49 + 3e-9 * 7**2.5
+    )
+
+
+def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured = []
+
+    def measure():
+        measured.append(1)
+        return SLOW
+
+    for _ in range(2):
+        assert kept_rates("a", measure) == SLOW
+    assert kept_rates("b", lambda: FAST) == FAST
+    assert (kept_rates("a", measure), len(measured)) == (SLOW, 1)
+    (file,) = (tmp_path / "cache").rglob("*.*")
+    for damage in ("", "[1]", "null", json.dumps(dict.fromkeys(json.loads(file.read_text()), 3))):
+        file.write_text(damage)
+        assert kept_rates("a", measure) == SLOW
+    assert len(measured) == 5
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory
+    assert kept_rates("a", measure) == SLOW
+
+
+def test_the_rates_of_this_machine_tell_its_times(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_SIDES", (32, 64, 128))
+    same = (lambda x: x, np.isfinite, lambda x: x.T @ x, np.linalg.eigvalsh)
+    rates = measured_rates(*same)
+    assert 0 < rates.number < 1e-6
+    assert 0 <= rates.product < 1e-6
+    assert 0 < rates.eigenvalues[0] < rates.eigenvalues[-1] < 1
+
+
+# Analyses -----------------------------------------------------------------------------------------
+
+
+def _assert_alike(here, there):
+    for name in (schema.STATUS, "rank_bound", "numerical_rank", "rows"):
+        np.testing.assert_array_equal(here[name], there[name], err_msg=name)
+    errors = here[schema.SINGULAR_VALUE_ERROR] + there[schema.SINGULAR_VALUE_ERROR]
+    apart = abs(here[schema.SINGULAR_VALUE] - there[schema.SINGULAR_VALUE])
+    assert (apart <= errors).where(apart.notnull(), True).all()
+    np.testing.assert_allclose(there[schema.NOISE_FLOOR], here[schema.NOISE_FLOOR], rtol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def recording(write_recording, tmp_path_factory):
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (384, 256) for i in range(2)}
+    shapes["model.layers.0.self_attn.q_proj.weight"] = (32, 32)
+
+    def spoil(step, name, weight):
+        if step == 10 and "layers.1" in name:
+            weight[3, 4] = np.inf
+
+    path = tmp_path_factory.mktemp("run") / "run.zarr"
+    return write_recording(path, shapes=shapes, spoil=spoil)
+
+
+@pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
+def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
+    recording, device, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("dynamics.analysis.facts_on", lambda _: FactsOnGPU(device, SLOW, FAST))
+    cache = tmp_path / "spectra.cache"
+    there = dy.analyze(recording, device="cuda", cache=cache)
+    monkeypatch.undo()
+    here = dy.analyze(recording, cache=cache)
+
+    _assert_alike(here, there)
+    assert here.attrs["measured_by"] == "cpu"
+    assert there.attrs["measured_by"] == f"cuda torch {torch.__version__}"
+    assert (here[schema.SINGULAR_VALUE] != there[schema.SINGULAR_VALUE]).any(), "not measured there"
+    # What either measured, it does not measure again, and has the same last digits.
+    monkeypatch.setattr("dynamics.analysis.facts_on", lambda _: FactsOnGPU(device, SLOW, FAST))
+    monkeypatch.setattr("dynamics.measuring.spectrum", lambda *_, **__: pytest.fail("measured"))
+    for known, name in ((there, "cuda"), (here, "cpu")):
+        xr.testing.assert_identical(dy.analyze(recording, cache=cache, device=name), known)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "mps", ""])
+def test_an_unknown_device_is_refused(recording, device):
+    with pytest.raises(DynamicsError, match="known: cpu, cuda, cuda:N"):
+        dy.analyze(recording, device=device)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_device_that_is_not_there_is_one_line(recording, workers, tmp_path, monkeypatch, capsys):
+    with pytest.raises(DynamicsError, match=r"cuda:99 cannot be used here: .*Measure on the CPU"):
+        dy.analyze(recording, device="cuda:99", workers=workers)
+    output = tmp_path / "out.zarr"
+    options = ["--device", "cuda:99", "--workers", str(workers), "-o", str(output)]
+    monkeypatch.setattr("sys.argv", ["dynamics", "analyze", str(recording), *options])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not output.exists()
+
+
+@needs_cuda
+@pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
+def test_workers_with_a_gpu_give_the_serial_result(recording, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one, two = (dy.analyze(recording, device="cuda", workers=workers) for workers in (1, 2))
+    xr.testing.assert_identical(one, two)
+    _assert_alike(dy.analyze(recording), one)
+
+
+@needs_cuda
+def test_the_measured_rates_send_large_matrices_to_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = facts_on("cuda")
+    assert isinstance(facts, FactsOnGPU)
+    assert facts.takes((2048, 2048))
+    assert not facts.takes((5000, 8))
+
+
+@needs_cuda
+def test_a_gpu_without_memory_is_one_line():
+    facts = FactsOnGPU(torch.device("cuda"), SLOW, FAST)
+    values = np.ones((4000, 4000))
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        with pytest.raises(DynamicsError, match="memory of cuda is too small"):
+            spectrum(Dense(values, "float64"), facts=facts)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
