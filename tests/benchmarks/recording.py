@@ -2,7 +2,8 @@
 
 Each figure and what it is compared with are measured in turn, in one process, and the median of the
 ratios is printed with its quartiles. The training has one thread, so that the recorder's has a
-core. `small` is the reference experiment's model of 65 M parameters, `micro` one of 1.3 M.
+core. `small` is the reference experiment's model of 65 M parameters, `micro` one of 1.3 M, `1b` has
+the shapes of a model of 1.1 G. With --device cuda, what a record step costs a training on a GPU.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,8 +27,15 @@ from probes.relora.model import build_model
 from probes.relora.presets import micro, small
 from tests.benchmarks.timing import peak_memory
 
-PRESETS = {"micro": micro, "small": small}
-TOKENS = {"micro": (4, 128), "small": (1, 256)}  # of a step: (sequences, length)
+_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32}
+PRESETS = {
+    "micro": micro,
+    "small": small,
+    "1b": lambda method: replace(small(method), **_1B, num_kv_heads=8),
+}
+# Of a step: (sequences, length).
+TOKENS = {"micro": (4, 128), "small": (1, 256)}
+TOKENS_ON_GPU = (8, 2048)
 
 
 class Stepless(torch.optim.Optimizer):
@@ -36,25 +45,37 @@ class Stepless(torch.optim.Optimizer):
         """Do nothing."""
 
 
-def build(name: str) -> LlamaForCausalLM:
+def build(name: str, device: str = "cpu") -> LlamaForCausalLM:
     """The preset's full-rank model with the gradients of one backward pass."""
     torch.manual_seed(0)
-    model = build_model(PRESETS[name]("full_rank"))
+    with torch.device(device):
+        model = build_model(PRESETS[name]("full_rank"))
     backward(model, name)
     return model
 
 
 def backward(model: LlamaForCausalLM, name: str) -> None:
-    """One forward and backward pass over random tokens."""
-    ids = torch.randint(model.config.vocab_size, TOKENS[name])
-    model(input_ids=ids, labels=ids).loss.backward()
+    """One forward and backward pass over random tokens, in bfloat16 on a GPU."""
+    on_gpu = model.device.type != "cpu"
+    tokens = TOKENS_ON_GPU if on_gpu else TOKENS[name]
+    ids = torch.randint(model.config.vocab_size, tokens, device=model.device)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
 
 
 def seconds(call, clock=time.perf_counter) -> float:
-    """How long a call takes."""
+    """How long a call takes, to the end of what it does on a GPU."""
+    _wait()
     begin = clock()
     call()
+    _wait()
     return clock() - begin
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio(pairs: Iterable[tuple[float, float]]) -> str:
@@ -107,7 +128,8 @@ def idle(name: str, model: LlamaForCausalLM, repeats: int) -> None:
 def snapshot(model: LlamaForCausalLM, folder: Path, repeats: int) -> None:
     """How long a record step keeps the training thread against one copy of the same bytes."""
     tensors = matrices(model)
-    buffers = [torch.empty_like(each) for each in tensors]
+    on_gpu = model.device.type != "cpu"
+    buffers = [torch.empty_like(each, device="cpu", pin_memory=on_gpu) for each in tensors]
 
     def copy():
         for buffer, each in zip(buffers, tensors, strict=True):
@@ -132,13 +154,16 @@ def snapshot(model: LlamaForCausalLM, folder: Path, repeats: int) -> None:
     row("the same while the record before is written", ratio(busy))
 
 
-def spectra_only(model: LlamaForCausalLM, folder: Path) -> None:
+def spectra_only(model: LlamaForCausalLM, name: str, folder: Path) -> None:
     """A record step that measures instead of copying, in seconds."""
     optimizer = Stepless(model.parameters(), {})
     with Recorder(model, optimizer, folder / "s.zarr", every=1, spectra_only=True):
         taken = min(seconds(optimizer.step) for _ in range(2))
     count = len(matrices(model))
-    row(f"record step of spectra_only, {count} spectra on one CPU thread", f"{taken:.2f} s")
+    where = "on the GPU" if model.device.type != "cpu" else "on one CPU thread"
+    row(f"record step of spectra_only, {count} spectra {where}", f"{taken:.2f} s")
+    passes = min(seconds(lambda: backward(model, name)) for _ in range(3))
+    row("one forward and backward pass", f"{passes:.2f} s")
 
 
 def matrices(model: LlamaForCausalLM) -> list[torch.Tensor]:
@@ -249,19 +274,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--records", type=int, default=4)
     parser.add_argument("--peak", choices=("recording", "idle"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where the model is")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
         peak(options.model, options.peak == "recording")
         return
-    model = build(options.model)
+    model = build(options.model, options.device)
     count = sum(each.numel() for each in model.parameters())
     print(f"| {options.model}, {count / 1e6:.1f} M parameters | |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
+        if options.device != "cpu":
+            if count < 5e8:  # or the disk is full
+                snapshot(model, Path(folder), options.repeats)
+            spectra_only(model, options.model, Path(folder))
+            return
         idle(options.model, model, options.repeats)
         snapshot(model, Path(folder), options.repeats)
         sustained(model, Path(folder), options.records, max(3, options.repeats // 3))
-        spectra_only(model, Path(folder))
+        spectra_only(model, options.model, Path(folder))
     memory(options.model, sum(each.nbytes for each in matrices(model)))
 
 

@@ -1,14 +1,18 @@
 """Time and error of each way to the singular values, shape by shape, on one thread.
 
-    python tests/benchmarks/shapes.py [ROWSxCOLS ...]
+    python tests/benchmarks/shapes.py [--cuda] [ROWSxCOLS ...]
 
 The matrices are Gaussian, float32. Errors are the largest of a singular value relative to the
 largest one, against float64 gesvd. Peak memory is what a process of its own needs for the
 singular values beyond the matrix and its imports.
+
+With --cuda on a GPU, of matrices that are there, beside one core's `dynamics.spectrum`; that of
+the GPU begins and ends on the CPU. Peak memory is that of the GPU beyond the matrix.
 """
 
 import subprocess
 import sys
+import time
 
 from timing import best, one_thread, peak_memory, table
 
@@ -44,6 +48,42 @@ def methods(values):
     }
 
 
+def gpu_methods(values):
+    """The same on a GPU."""
+    import torch
+
+    from dynamics import spectrum, torch_spectra
+    from dynamics.calibration import Rates
+    from dynamics.devices import FactsOnGPU
+    from dynamics.run import Dense
+
+    gpu = torch.device("cuda")
+    tensor = torch.from_numpy(values).to(gpu)
+
+    def on_gpu():
+        everything = FactsOnGPU(gpu, Rates(1.0, 1.0, (1.0,) * 5), Rates(0.0, 0.0, (1e-9,) * 5))
+        return spectrum(Dense(values, "float32"), facts=everything).s
+
+    return {
+        "svd": lambda: torch.linalg.svd(tensor, full_matrices=False)[1].cpu(),
+        "svdvals f32": lambda: torch.linalg.svdvals(tensor).cpu(),
+        "svdvals f64, gesvd": lambda: torch_spectra.singular_values(tensor),
+        "gram": lambda: torch_spectra.eigvalsh(torch_spectra.gram(tensor))[::-1] ** 0.5,
+        "dynamics.spectrum": on_gpu,
+        "dynamics.spectrum, 1 core": lambda: spectrum(Dense(values, "float32")).s,
+    }
+
+
+def gpu_memory(function):
+    """MB of the GPU that a call needs beyond what was there."""
+    import torch
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def reference(values):
     """Singular values by float64 gesvd, of R for tall matrices."""
     import numpy as np
@@ -60,21 +100,25 @@ def memory(shape, method):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main(shapes):
+def main(shapes, cuda):
     """Print the table."""
     import numpy as np
 
     one_thread()
+    clock = time.perf_counter if cuda else time.process_time
     rows = []
     for shape in shapes:
         values = matrix(shape)
         exact = reference(values)
         times = {}
-        for name, function in methods(values).items():
+        for name, function in (gpu_methods if cuda else methods)(values).items():
             error = np.abs(np.asarray(function(), dtype=np.float64) - exact).max() / exact[0]
-            times[name] = best(function)
-            large = values.size > 2**22
-            needs = f"{memory(shape, name):.0f}" if large else ""
+            times[name] = best(function, clock=clock)
+            needs = ""
+            if cuda:
+                needs = f"{gpu_memory(function):.0f}"
+            elif values.size > 2**22:
+                needs = f"{memory(shape, name):.0f}"
             ratio = times["svdvals f32"] / times[name] if "svdvals f32" in times else None
             speed = "" if ratio is None else f"{ratio:.2f}"
             rows.append([shape, name, f"{1e3 * times[name]:.2f}", speed, f"{error:.0e}", needs])
@@ -95,4 +139,5 @@ if __name__ == "__main__":
         methods(data)[sys.argv[3]]()
         print(peak_memory() - before)
     else:
-        main(sys.argv[1:] or SHAPES)
+        cuda = sys.argv[1:2] == ["--cuda"]
+        main(sys.argv[1 + cuda :] or SHAPES, cuda)

@@ -1,13 +1,16 @@
 """A whole analysis against the usual ways: python tests/benchmarks/whole_job.py [--run DIR] ...
 
 All weights, updates and displacements of a run, every metric; the usual ways compute singular
-values only, of the same matrices read by the same code. One thread each, but for the last rows.
+values only, of the same matrices read by the same code. One thread each, then all cores. With
+--device cuda the ways go to the GPU, one matrix after the other, and so does `analyze`, in one
+process and in several.
 Without --run, a synthetic one is written: Gaussian weights that move by updates whose spectra decay
 as a power law, as those of trained models do.
 
     svd twice       a full torch.linalg.svd for PER and another for the condition number
     svdvals f32     one torch.linalg.svdvals per matrix
-    WeightWatcher   its `svd_vals` of each matrix (pip install 'learning-dynamics[bench]')
+    WeightWatcher   its `svd_vals` of each matrix (pip install 'learning-dynamics[bench]'); "fast",
+                    its default, on a GPU
     floor           reading, and the bare float64 Gram products and eigenvalues
 """
 
@@ -77,39 +80,43 @@ def matrices(run):
             before = now
 
 
-def usual_ways():
+def usual_ways(device):
     """Name -> function of one matrix."""
     import numpy as np
     import torch
 
     def eigenvalues(values):
         tall = values if values.shape[0] >= values.shape[1] else values.T
-        tall = tall.astype(np.float64)
-        return np.linalg.eigvalsh(tall.T @ tall)
+        if device == "cpu":
+            tall = tall.astype(np.float64)
+            return np.linalg.eigvalsh(tall.T @ tall)
+        there = torch.from_numpy(tall).to(device).double()
+        return torch.linalg.eigvalsh(there.T @ there).cpu()
+
+    def svdvals(values):
+        return torch.linalg.svdvals(torch.from_numpy(values).to(device)).cpu()
 
     def svd_twice(values):
         for _ in range(2):
-            torch.linalg.svd(torch.from_numpy(values), full_matrices=False)
+            svd = torch.linalg.svd(torch.from_numpy(values).to(device), full_matrices=False)
+            svd[1].cpu()
 
-    found = {
-        "floor": eigenvalues,
-        "svdvals f32": lambda values: torch.linalg.svdvals(torch.from_numpy(values)),
-        "svd twice": svd_twice,
-    }
+    found = {"floor": eigenvalues, "svdvals f32": svdvals, "svd twice": svd_twice}
     try:
         from weightwatcher.RMT_Util import svd_vals
 
-        found["WeightWatcher"] = lambda values: svd_vals(values.astype(float))
+        method = "accurate" if device == "cpu" else "fast"
+        found["WeightWatcher"] = lambda values: svd_vals(values.astype(float), method=method)
     except ImportError:
         print("WeightWatcher is not installed; without it.")
     return found
 
 
-def timed(name, threads, function):
-    """[name, threads, wall seconds, CPU seconds of this process]."""
+def timed(name, processor, function):
+    """[name, processor, wall seconds, CPU seconds of this process]."""
     wall, cpu = time.perf_counter(), time.process_time()
     function()
-    row = [name, threads, time.perf_counter() - wall, time.process_time() - cpu]
+    row = [name, processor, time.perf_counter() - wall, time.process_time() - cpu]
     print(row, file=sys.stderr, flush=True)
     return row
 
@@ -123,6 +130,7 @@ def main():
     parser.add_argument("--checkpoints", type=int, default=3)
     parser.add_argument("--ways", default="floor,svdvals f32,svd twice,WeightWatcher")
     parser.add_argument("--cores", default=len(os.sched_getaffinity(0)), type=int)
+    parser.add_argument("--device", default="cpu", help="where the usual ways go: cpu or cuda")
     options = parser.parse_args()
     one_thread()
     import numpy as np
@@ -138,36 +146,61 @@ def main():
         )
         run = dy.open_run(path)
         count = sum(1 for _ in matrices(run))  # and the files are in the page cache
-        dy.analyze(run, select=next(iter(run.matrices)), steps=run.steps[:1])  # imports
-        ways = {n: way for n, way in usual_ways().items() if n in options.ways.split(",")}
+        first = {"select": next(iter(run.matrices)), "steps": run.steps[:1]}
+        dy.analyze(run, **first, device=options.device)  # imports; rates of a GPU
+        ways = {
+            name: way
+            for name, way in usual_ways(options.device).items()
+            if name in options.ways.split(",")
+        }
+        for way in ways.values():  # what a GPU's library loads
+            way(np.ones((300, 300), np.float32))
         found = []
-        for threads in dict.fromkeys((1, options.cores)):
-            torch.set_num_threads(threads)
-            cache = Path(folder, f"cache{threads}")
-            ours = partial(dy.analyze, run, cache=cache, workers=threads)
-            found.append(timed("dynamics.analyze", threads, ours))
+
+        def ours(workers, device):
+            cache = Path(folder, f"cache {workers} {device}")
+            call = partial(dy.analyze, run, cache=cache, workers=workers, device=device)
+            found.append(timed("dynamics.analyze", _processor(workers, device), call))
+            return call
+
+        def theirs(threads):
             for name, way in ways.items():
                 if name == "floor" and threads > 1:
                     continue  # it is what one core has to do
+                torch.set_num_threads(threads)
                 with threadpool_limits(threads):
                     usual = partial(deque, (way(each) for each in matrices(run)), maxlen=0)
-                    found.append(timed(name, threads, usual))
-            if threads == 1:
-                found.append(timed("again, all known", 1, ours))
-                one = ours()
+                    found.append(timed(name, _processor(threads, options.device), usual))
+
+        again = ours(1, "cpu")
+        if options.device == "cpu":
+            theirs(1)
+        found.append(timed("again, all known", _processor(1, "cpu"), again))
+        one = again()
+        if options.cores > 1:
+            ours(options.cores, "cpu")
+            if options.device == "cpu":
+                theirs(options.cores)
+        if options.device != "cpu":
+            ours(1, options.device)
+            theirs(1)
+            for workers in (2, 4, 8):
+                if workers <= options.cores:
+                    ours(workers, options.device)
         print(
             f"{path}: {len(run.matrices)} matrices, {len(run.steps)} checkpoints, {count} spectra"
         )
         of_ours = {row[1]: row[2] for row in found if row[0] == "dynamics.analyze"}
         table(
-            ["way", "threads", "s", "CPU s of this process", "time / dynamics.analyze"],
+            ["way", "processor", "s", "CPU s of this process", "time / dynamics.analyze there"],
             [
-                [name, threads, f"{wall:.1f}", f"{cpu:.1f}", f"{wall / of_ours[threads]:.2f}"]
-                for name, threads, wall, cpu in found
+                [name, processor, f"{wall:.1f}", f"{cpu:.1f}", f"{wall / of_ours[processor]:.2f}"]
+                for name, processor, wall, cpu in found
             ],
         )
-        if len(of_ours) > 1:
-            print(f"{options.cores} workers: {of_ours[1] / of_ours[options.cores]:.2f} x one.")
+        alone = of_ours[_processor(1, "cpu")]
+        for processor, wall in of_ours.items():
+            print(f"{processor}: {alone / wall:.2f} x one core.")
         longest = np.maximum(one["rows"], one["cols"])
         ratio = one["singular_value_error"] / (longest * EPS * one["spectral_norm"])
         dense = abs(ratio - 1) < 1e-12
@@ -177,6 +210,11 @@ def main():
             for kind, share in zip(shares["kind"].values, shares.values, strict=True)
         )
         print(f"Measured by an SVD: {', '.join(told)}.")
+
+
+def _processor(workers, device):
+    cores = "1 core" if workers == 1 else f"{workers} cores"
+    return cores if device == "cpu" else f"{device}, {cores}"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tests.probes import adapted, training
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 ALL = ("weight", "gradient", "adapter", "probed_gradient", "update", "displacement")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 BOUNDS = (schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR)
 
 
@@ -157,6 +158,30 @@ def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(twins):
     for name in ("numerical_rank", "rank_bound", "effective_rank_above_floor"):
         np.testing.assert_allclose(live[name], stored[name], rtol=1e-9, err_msg=name)
     assert set(dy.open_run(twins[1]).kinds) == set(kinds)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_large_matrices_are_measured_where_the_model_is(tmp_path, device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 200)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    kinds = ["weight", "gradient", "update", "displacement"]
+    live = Recorder(model, optimizer, tmp_path / "live", every=1, spectra_only=True, record=kinds)
+    with live, Recorder(model, optimizer, tmp_path / "stored", every=1):
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.randn(64, 200, device=device)
+            (model(x) - x.flip(1)).square().mean().backward()
+            optimizer.step()
+
+    live, stored = (dy.analyze(tmp_path / name, kinds=kinds) for name in ("live", "stored"))
+
+    np.testing.assert_array_equal(live[schema.STATUS], stored[schema.STATUS])
+    errors = live[schema.SINGULAR_VALUE_ERROR] + stored[schema.SINGULAR_VALUE_ERROR]
+    apart = abs(live[schema.SINGULAR_VALUE] - stored[schema.SINGULAR_VALUE])
+    assert apart.notnull().any()
+    assert (apart <= errors).where(apart.notnull(), True).all()
+    np.testing.assert_allclose(live[schema.NOISE_FLOOR], stored[schema.NOISE_FLOOR], rtol=1e-9)
 
 
 def test_spectra_only_leaves_training_as_it_is(twins):
