@@ -20,7 +20,7 @@ from dynamics.run import MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.selection import Selection, selected
 from dynamics.spectrum_cache import SpectrumCache
-from dynamics.workers import in_processes, on_cluster
+from dynamics.workers import in_processes, in_threads, on_cluster
 
 Progress = Callable[[int, int, str], None]
 
@@ -68,8 +68,8 @@ def analyze(
         cache: a file that keeps the spectra, made if it is missing. What it has is not measured
             again, and not even read where nothing changed (`Run.origin`); the result is the same.
         strict: raise at the first matrix that is unreadable or not finite, instead of listing it.
-        workers: how many processes measure. A script that asks for more than one needs
-            `if __name__ == "__main__":`.
+        workers: how many processes measure, with a GPU how many threads. A script that asks for
+            more than one needs `if __name__ == "__main__":`.
         scheduler: the address of a Dask scheduler, whose workers measure instead. Whoever
             measures, and in whatever order, the result is the same to the last bit.
         device: "cuda" or "cuda:N" measures on that GPU, of each worker's machine, what it is faster
@@ -153,10 +153,12 @@ def measure(
         carried_out: Iterator[tuple[Task, Iterable[Outcome]]]
         if alone:
             carried_out = _in_this_process(tasks, chosen, facts, known, stopped)
-        elif scheduler is None:
-            carried_out = in_processes(run.untraced, tasks, workers, device, stopped)
-        else:
+        elif scheduler is not None:
             carried_out = on_cluster(run.untraced, tasks, scheduler, device, stopped)
+        elif device == CPU:
+            carried_out = in_processes(run.untraced, tasks, workers, stopped)
+        else:
+            carried_out = in_threads(run.untraced, tasks, workers, device, stopped)
         for task, outcomes in carried_out:
             for each in outcomes:
                 if strict and each.problem is not None:

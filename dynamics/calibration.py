@@ -26,28 +26,31 @@ class Rates:
     """Seconds of the parts of a spectrum, on one processor.
 
     Attributes:
+        start: whatever the size.
         number: of a number of the matrix: to bring it there, and its part of the noise.
         product: of a product of two numbers, in a Gram matrix.
         eigenvalues: of a Gram matrix of each of `_SIDES`.
     """
 
+    start: float
     number: float
     product: float
     eigenvalues: tuple[float, ...]
 
     def seconds(self, rows: int, cols: int) -> float:
-        """What an (m, n) matrix takes, n <= m: number·mn + product·mn² + eigenvalues(n).
+        """What an (m, n) matrix takes, n <= m: start + number·mn + product·mn² + eigenvalues(n).
 
-        The last interpolated between the measured sides, as n^p between two of them; below and
-        above all, as between the nearest two.
+        The last interpolated between the measured sides, as n^p between two of them, and likewise
+        beyond the largest; below the smallest, that of the smallest.
         """
         n, m = sorted((rows, cols))
-        nearest = int(np.clip(np.searchsorted(_SIDES, n), 1, len(_SIDES) - 1))
+        side = max(n, _SIDES[0])
+        nearest = int(np.clip(np.searchsorted(_SIDES, side), 1, len(_SIDES) - 1))
         pair = slice(nearest - 1, nearest + 1)
         sides, times = np.log(_SIDES[pair]), np.log(self.eigenvalues[pair])
         slope = (times[1] - times[0]) / (sides[1] - sides[0])
-        eigenvalues = math.exp(times[0] + slope * (math.log(n) - sides[0]))
-        return self.number * m * n + self.product * m * n * n + eigenvalues
+        eigenvalues = math.exp(times[0] + slope * (math.log(side) - sides[0]))
+        return self.start + self.number * m * n + self.product * m * n * n + eigenvalues
 
 
 def measured_rates(
@@ -70,8 +73,11 @@ def measured_rates(
     products = [gram(placed[:side, :side]) for side in _SIDES]
     eigenvalues = tuple(_seconds(partial(eigvalsh, each)) for each in products)
     both = _seconds(lambda: eigvalsh(gram(placed)))
+    smallest = largest[: _SIDES[0], : _SIDES[0]].copy()
+    start = _seconds(lambda: noise(place(smallest)))
     return Rates(
-        _seconds(lambda: noise(place(largest))) / largest.size,
+        start,
+        max(_seconds(lambda: noise(place(largest))) - start, 0.0) / largest.size,
         max(both - eigenvalues[-1], 0.0) / (largest.size * _SIDES[-1]),
         eigenvalues,
     )
@@ -95,7 +101,7 @@ def kept_rates(name: str, measure: Callable[[], Rates]) -> Rates:
         known = dict(json.loads(path.read_text("utf-8")))
     with suppress(KeyError, TypeError):
         found = known[key]
-        rates = Rates(found["number"], found["product"], tuple(found["eigenvalues"]))
+        rates = Rates(**(found | {"eigenvalues": tuple(found["eigenvalues"])}))
         rates.seconds(1, 1)
         return rates
     rates = measure()

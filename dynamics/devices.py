@@ -67,12 +67,16 @@ class FactsOnGPU(ArrayFacts):
     """Facts about arrays of which a GPU finds out those of large ones, and measures these.
 
     An array is copied there once; the copy lives as long as the array. It goes there if the GPU
-    needs less time for such a matrix than a core of the CPU, by the rates of both.
+    needs less time for such a matrix than a core of the CPU, by the rates of both. All is done in
+    a stream of its own, so that several threads, each with such an object, use more of the GPU.
     """
 
     def __init__(self, device: "torch.device", cpu: Rates, gpu: Rates):
+        import torch
+
         super().__init__()
         self._device, self._cpu, self._gpu = device, cpu, gpu
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether an (m, n) matrix is measured on the GPU."""
@@ -88,7 +92,7 @@ class FactsOnGPU(ArrayFacts):
         from dynamics.torch_spectra import of_dense
 
         terms = [matrix] if isinstance(matrix, Dense) else [matrix.now, matrix.before]
-        with self._memory():
+        with self._in_stream():
             return of_dense(*(self._copy(each.values) for each in terms))
 
     def is_finite(self, array: np.ndarray) -> bool:
@@ -97,7 +101,7 @@ class FactsOnGPU(ArrayFacts):
             return super().is_finite(array)
         from dynamics.torch_spectra import is_finite
 
-        with self._memory():
+        with self._in_stream():
             return bool(self._once(array, "finite", lambda: is_finite(self._copy(array))))
 
     def _variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +110,7 @@ class FactsOnGPU(ArrayFacts):
             return super()._variance_sums(term)
         from dynamics.torch_spectra import variance_sums
 
-        with self._memory():
+        with self._in_stream():
             return variance_sums(self._copy(array), dtype)
 
     def _copy(self, array: np.ndarray) -> "torch.Tensor":
@@ -116,11 +120,12 @@ class FactsOnGPU(ArrayFacts):
         return copy
 
     @contextmanager
-    def _memory(self) -> Iterator[None]:
+    def _in_stream(self) -> Iterator[None]:
         import torch
 
         try:
-            yield
+            with torch.cuda.stream(self._stream):
+                yield
         except torch.OutOfMemoryError as error:
             raise DynamicsError(
                 f"The memory of {self._device} is too small, or others use it. "

@@ -37,7 +37,10 @@ def of_dense(matrix: torch.Tensor, before: torch.Tensor | None = None) -> tuple[
         s, error = singular_values_from_gram(gram(matrix, before), m, eigvalsh)
         if error <= spectra.TOLERANCE * s[-1]:
             return s, error
-    s = singular_values(matrix, before)
+        s = singular_values(matrix, before)
+    else:  # a GPU takes longer for it
+        (whole,) = _blocks(matrix, before, m)
+        s = spectra.singular_values(whole.cpu().numpy())
     return s, m * spectra.EPS * float(s[0])
 
 
@@ -63,22 +66,26 @@ def eigvalsh(product: torch.Tensor) -> np.ndarray:
 def singular_values(matrix: torch.Tensor, before: torch.Tensor | None = None) -> np.ndarray:
     """All singular values of `matrix` - `before` in float64, (min(m, n),), descending.
 
-    LAPACK's gesdd or cuSOLVER's gesvd: its Jacobi method, torch's choice, has errors of 2.3 times
-    m·2⁻⁵²·σ₁. LAPACK on the CPU where they do not converge. A matrix 8 times as tall as wide, or as
-    wide as tall, goes by blocks of rows, as in `dynamics.singular_values`, so that an embedding is
-    never whole in float64.
+    Each is within m·2⁻⁵²·σ₁, m the longer side, of the exact one. LAPACK's gesdd on the CPU. On a
+    GPU those of an (n, n) R are the upper half of the eigenvalues of [[0, Rᵀ], [R, 0]]: 1.7 to 2.4
+    times as fast there as cuSOLVER's gesvd, while its Jacobi method, torch's choice, has errors of
+    2.3 times the above. A matrix 8 times as tall as wide, or as wide as tall, goes by blocks of
+    rows, as in `dynamics.singular_values`, so that an embedding is never whole in float64.
     """
     n, m = sorted(matrix.shape)
     triangle = matrix.new_zeros((0, n), dtype=torch.float64)
     for block in _blocks(matrix, before, m if m <= 8 * n else max(8 * n, _BLOCK // n)):
-        if m <= 8 * n:
+        if m == n or (m <= 8 * n and not matrix.is_cuda):
             triangle = block  # the whole matrix
         else:
             triangle = torch.linalg.qr(torch.cat([triangle, block]), mode="r").R
     try:
-        driver = "gesvd" if triangle.is_cuda else None
-        return torch.linalg.svdvals(triangle, driver=driver).cpu().numpy()
-    except torch.linalg.LinAlgError:
+        if not triangle.is_cuda:
+            return torch.linalg.svdvals(triangle).numpy()
+        both = triangle.new_zeros((2 * n, 2 * n))
+        both[n:, :n] = triangle  # only what is below the diagonal is read
+        return np.maximum(eigvalsh(both)[: n - 1 : -1], 0.0)
+    except torch.linalg.LinAlgError:  # no convergence
         return spectra.singular_values(triangle.cpu().numpy())
 
 
@@ -92,17 +99,17 @@ def variance_sums(matrix: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndar
     significand, smallest = precision(dtype)
     m, n = matrix.shape
     rows, cols = (matrix.new_zeros(size, dtype=torch.float64) for size in (m, n))
-    columns = matrix.any(dim=0)
+    columns = _wide_enough(matrix).any(dim=0)
     height = max(1, _BLOCK // n)
     for first in range(0, m, height):
-        values = matrix[first : first + height]
-        values = values if values.dtype == torch.float64 else values.float()  # exact
-        mantissa, exponent = torch.frexp(values)
-        exponent = torch.where(values == 0, smallest, (exponent - 1).clamp(min=smallest))
-        ones = torch.ones_like(values, dtype=torch.float64)
-        variance = torch.ldexp(ones, exponent - significand).square_()
-        halved = (mantissa.abs() == 0.5) & (exponent > smallest)
-        variance /= torch.where(halved, 16.0, 12.0).double()
+        values = _wide_enough(matrix[first : first + height])
+        # As in `noise`: 2^e of each number are the bits of its exponent alone.
+        bits = values.view(torch.int64 if values.itemsize == 8 else torch.int32)
+        exponent = 0x7FF0000000000000 if values.itemsize == 8 else 0x7F800000
+        binade = (bits & exponent).view(values.dtype)
+        variance = binade.clamp(min=2.0**smallest).double().square_() * (4.0**-significand / 12)
+        halved = (binade == values.abs()) & (binade > 2.0**smallest)
+        variance *= torch.where(halved, 0.75, 1.0)
         variance *= values.any(dim=1, keepdim=True) & columns
         rows[first : first + height] = variance.sum(dim=1)
         cols += variance.sum(dim=0)
@@ -111,7 +118,12 @@ def variance_sums(matrix: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndar
 
 def is_finite(matrix: torch.Tensor) -> bool:
     """Whether all numbers are."""
-    return bool(torch.isfinite(matrix.float() if matrix.itemsize == 1 else matrix).all())
+    return bool(torch.isfinite(matrix if matrix.itemsize > 1 else matrix.float()).all())
+
+
+def _wide_enough(matrix: torch.Tensor) -> torch.Tensor:
+    """The same numbers, exactly, as float32 or float64: torch does little with shorter ones."""
+    return matrix if matrix.dtype == torch.float64 else matrix.float()
 
 
 def _blocks(

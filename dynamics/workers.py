@@ -7,7 +7,8 @@ carried out again. A bounded number is in flight; results come as they are ready
 Processes, not threads: `np.linalg.eigvalsh` of a single matrix of n <= 500 holds the GIL. Threads
 with stacks of four equal shapes overlap as well, but stacks were no faster by themselves (9.4 ms
 against 7.4 for each of four 384 x 384 matrices: together they leave the cache), and the metrics,
-hashes and reads in between are Python.
+hashes and reads in between are Python. With a GPU, threads: they wait for it, without the GIL, and
+what several processes ask of it would not run at the same time.
 """
 
 import multiprocessing
@@ -32,8 +33,28 @@ _AHEAD = 3  # tasks in flight per worker
 _SECONDS_TO_CONNECT = 20
 
 
-def in_processes(
+def in_threads(
     run: Run, tasks: Iterator[Task], workers: int, device: str, stopped: Callable[[], bool]
+) -> Results:
+    """The outcomes of the tasks, in the order in which `workers` threads and a GPU have them ready.
+
+    Ends early where `stopped` says so.
+
+    Raises:
+        DynamicsError: the run cannot be opened a second time.
+    """
+    workplace = Workplace(_pickled(run), device)
+    with ThreadPoolExecutor(workers) as threads:
+        yield from _results(
+            lambda task: threads.submit(workplace.carry_out, task),
+            tasks,
+            _AHEAD * workers,
+            stopped,
+        )
+
+
+def in_processes(
+    run: Run, tasks: Iterator[Task], workers: int, stopped: Callable[[], bool]
 ) -> Results:
     """The outcomes of the tasks, in the order in which `workers` processes have them ready.
 
@@ -44,7 +65,7 @@ def in_processes(
         DynamicsError: the run cannot be sent to another process, or processes died four times of
             one task.
     """
-    processes = _Processes(_pickled(run), device)
+    processes = _Processes(_pickled(run))
     # A thread per process, which sends it tasks and waits for it.
     with ThreadPoolExecutor(workers) as threads:
         try:
@@ -66,13 +87,13 @@ class _Processes:
     ends with it.
     """
 
-    def __init__(self, pickled_run: bytes, device: str):
+    def __init__(self, pickled_run: bytes):
         methods = multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         # Imported once for all processes.
         context.set_forkserver_preload(["dynamics.formats", "dynamics.workers"])
         self._context: BaseContext = context
-        self._workplace = pickled_run, device
+        self._pickled = pickled_run
         self._of_thread = threading.local()
         self._lock = threading.Lock()
         self._started: list[multiprocessing.process.BaseProcess] = []
@@ -106,7 +127,7 @@ class _Processes:
             if self._closed:
                 raise EOFError
             process = self._context.Process(  # type: ignore[attr-defined]
-                target=_work, args=(there, *self._workplace), daemon=True
+                target=_work, args=(there, self._pickled), daemon=True
             )
             process.start()
             self._started.append(process)
@@ -123,9 +144,9 @@ class _Processes:
             each.join()
 
 
-def _work(pipe: Connection, pickled_run: bytes, device: str) -> None:
+def _work(pipe: Connection, pickled_run: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
-    workplace = Workplace(pickled_run, device)
+    workplace = Workplace(pickled_run)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:
             task = pipe.recv()

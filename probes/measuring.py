@@ -34,6 +34,22 @@ def measured(
     Returns:
         All NaN, but for sizes and rank bound, where a number is NaN or Inf.
     """
+    try:
+        return _measured(matrix, before, merges, rank_bound, adapter)
+    except torch.OutOfMemoryError:  # the training has the rest of the GPU, and is to go on
+        matrix, before = matrix.cpu(), None if before is None else before.cpu()
+        if adapter is not None:
+            adapter = adapter._replace(a=adapter.a.cpu(), b=adapter.b.cpu())
+        return _measured(matrix, before, merges, rank_bound, adapter)
+
+
+def _measured(
+    matrix: torch.Tensor,
+    before: torch.Tensor | None,
+    merges: int,
+    rank_bound: int | None,
+    adapter: Factors | None,
+) -> Spectrum:
     rows, cols = matrix.shape
     k = min(rows, cols)
     bound = k if rank_bound is None else min(rank_bound, k)

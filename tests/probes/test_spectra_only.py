@@ -184,6 +184,22 @@ def test_large_matrices_are_measured_where_the_model_is(tmp_path, device):
     np.testing.assert_allclose(live[schema.NOISE_FLOOR], stored[schema.NOISE_FLOOR], rtol=1e-9)
 
 
+@needs_cuda
+def test_a_matrix_for_which_a_gpu_has_no_memory_is_measured_on_the_cpu():
+    matrix = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(0))
+    here = measured(matrix, before=matrix / 2)
+    there = matrix.cuda()
+    before = there / 2
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-4)
+    try:
+        found = measured(there, before=before)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert np.abs(found.s - here.s).max() <= found.error + here.error
+    assert found.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
+
+
 def test_spectra_only_leaves_training_as_it_is(twins):
     for one, other in zip(*(model.parameters() for model in twins[2]), strict=True):
         assert torch.equal(one, other)
