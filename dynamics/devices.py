@@ -146,7 +146,7 @@ def _rates(device: "torch.device") -> tuple[Rates, Rates]:
             noise.variance_sums((values, "float32"))
 
         with threadpool_limits(1):
-            return measured_rates(lambda values: values, look, gram.gram, np.linalg.eigvalsh)
+            return measured_rates(lambda values: values, look, gram.gram, gram.eigvalsh)
 
     def of_gpu() -> Rates:
         def look(values: torch.Tensor) -> None:

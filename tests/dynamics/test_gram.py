@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from dynamics.derived import Difference
-from dynamics.gram import gram, gram_error, singular_values_from_gram
+from dynamics.gram import eigvalsh, gram, gram_error, singular_values_from_gram
 from dynamics.metrics import METRICS, condition_number_raw, effective_rank, numerical_rank
 from dynamics.run import Dense
 from dynamics.spectra import EPS, TOLERANCE, singular_values, spectrum
@@ -94,6 +94,17 @@ def test_the_error_bound_holds(name, shape, seed):
     measured = spectrum(Dense(matrix, "float64"))
     assert np.abs(measured.s - exact).max() <= measured.error
     assert measured.error <= max(TOLERANCE * measured.s[-1], max(shape) * EPS * measured.s[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 40, 999, 1000])
+@pytest.mark.parametrize("scale", [1e-99, 1.0, 1e99])
+def test_eigenvalues_are_those_of_lapacks_driver(n, scale):
+    matrix = scale * np.random.default_rng(n).standard_normal((n + 3, n))
+    product = gram(matrix)
+    before = product.copy()
+    exact = scipy.linalg.eigh(product, eigvals_only=True, driver="evr")
+    assert np.abs(eigvalsh(product) - exact).max() <= 1e-13 * exact[-1]
+    np.testing.assert_array_equal(product, before)
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1.1, np.pi, float(np.float32(0.1))])
