@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def check_update(
     if overwrite or not is_analysis(path):
         return check_output(path, overwrite=overwrite)
     try:
-        loss = _loss(load(path), planned, rewound=rewound)
+        loss = _loss(load(path, without=(schema.SINGULAR_VALUE,)), planned, rewound=rewound)
     except FormatError as error:
         loss = f"and cannot be read ({error})"
     if loss is not None:
@@ -77,7 +78,8 @@ def check_kept(path: str | Path, result: xr.Dataset) -> None:
     """
     if not is_analysis(path):
         return
-    now, old = xr.align(result[schema.STATUS], load(path)[schema.STATUS], join="inner")
+    before = load(path, without=(schema.SINGULAR_VALUE,))
+    now, old = xr.align(result[schema.STATUS], before[schema.STATUS], join="inner")
     lost = ((old == Status.MEASURED) & (now == Status.UNREADABLE)).any((schema.KIND, schema.MATRIX))
     if lost.any():
         raise OutputExistsError(
@@ -162,8 +164,12 @@ def _write(dataset: xr.Dataset, path: Path) -> None:
         dataset.assign_coords(text).to_zarr(path, mode="w", zarr_format=3, consolidated=True)
 
 
-def load(path: str | Path) -> xr.Dataset:
+def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
     """Read what `save` wrote, into memory.
+
+    Args:
+        path: of the analysis.
+        without: variables that are left out, such as a large `singular_value`.
 
     Raises:
         FormatError: there is no analysis at `path`, one of a newer version, or a damaged one.
@@ -184,7 +190,7 @@ def load(path: str | Path) -> xr.Dataset:
                 f"reads {schema.ANALYSIS_VERSION}. Install a matching release."
             )
         with xr.open_zarr(path) as opened:
-            dataset = opened.load()
+            dataset = opened.drop_vars(without, errors="ignore").load()
     except FormatError:
         raise
     except _UNREADABLE as error:

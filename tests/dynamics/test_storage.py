@@ -1,4 +1,5 @@
 import json
+import os
 import warnings
 
 import numpy as np
@@ -34,6 +35,38 @@ def test_an_analysis_is_loaded_as_it_was_saved(analysis, tmp_path):
     assert_same(loaded, analysis)
     assert is_analysis(tmp_path / "a.zarr")
     assert [child.name for child in tmp_path.iterdir()] == ["a.zarr"]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no disk space")
+@pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
+@pytest.mark.parametrize("disk", ["free", "full"])
+def test_singular_values_that_are_too_many_for_memory_are_the_same(
+    write_recording, tmp_path, monkeypatch, disk
+):
+    def spoil(step, name, weight):
+        if step == 10 and "layers.1" in name:
+            weight[3, 4] = np.inf
+
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (16, 8 + i) for i in range(2)}
+    run = write_recording(tmp_path / "run.zarr", shapes=shapes, spoil=spoil)
+    expected = dy.analyze(run)
+    monkeypatch.setattr("dynamics.results._IN_MEMORY", 0)
+    if disk == "full":
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.posix_fallocate", refuse)
+    found = dy.analyze(run)
+    base = found["singular_value"].values
+    while base.base is not None and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap) == (disk == "free")
+    assert_same(found, expected)
+    dy.save(found, tmp_path / "a.zarr")
+    assert_same(dy.load(tmp_path / "a.zarr"), expected)
+    without = dy.load(tmp_path / "a.zarr", without=["singular_value"])
+    assert_same(without, expected.drop_vars("singular_value"))
 
 
 def test_a_comparison_and_its_difference_are_loaded_as_they_were_saved(
