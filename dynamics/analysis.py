@@ -70,8 +70,9 @@ def analyze(
         strict: raise at the first matrix that is unreadable or not finite, instead of listing it.
         workers: how many processes measure, with a GPU how many threads. A script that asks for
             more than one needs `if __name__ == "__main__":`.
-        scheduler: the address of a Dask scheduler, whose workers measure instead. Whoever
-            measures, and in whatever order, the result is the same to the last bit.
+        scheduler: the address of a Dask scheduler, or its file (.json), whose workers measure
+            instead. Whoever measures, and in whatever order, the result is the same to the last
+            bit.
         device: "cuda" or "cuda:N" measures on that GPU, of each worker's machine, what it is faster
             at than a core of its CPU. Last digits differ from the CPU's, within
             `singular_value_error`, and each of the two has spectra of its own in the cache.

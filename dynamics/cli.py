@@ -100,7 +100,9 @@ def analyze(
     ] = 1,
     scheduler: Annotated[
         str | None,
-        typer.Option("--scheduler", help="A Dask scheduler's address; its workers measure."),
+        typer.Option(
+            "--scheduler", help="A Dask scheduler's address or file; its workers measure."
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option("--device", help="cpu, or cuda: a GPU measures what it is faster at.")

@@ -11,15 +11,19 @@ hashes and reads in between are Python. With a GPU, threads: they wait for it, w
 what several processes ask of it would not run at the same time.
 """
 
+import json
 import multiprocessing
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from math import inf
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from pathlib import Path
 
 from dynamics.errors import DynamicsError, one_line, require_extra
 from dynamics.measuring import Outcome, Task, Workplace
@@ -46,10 +50,7 @@ def in_threads(
     workplace = Workplace(_pickled(run), device)
     with ThreadPoolExecutor(workers) as threads:
         yield from _results(
-            lambda task: threads.submit(workplace.carry_out, task),
-            tasks,
-            _AHEAD * workers,
-            stopped,
+            lambda task: threads.submit(workplace.carry_out, task), tasks, lambda: workers, stopped
         )
 
 
@@ -72,7 +73,7 @@ def in_processes(
             yield from _results(
                 lambda task: threads.submit(processes.carry_out, task),
                 tasks,
-                _AHEAD * workers,
+                lambda: workers,
                 stopped,
             )
         finally:
@@ -159,11 +160,12 @@ def _work(pipe: Connection, pickled_run: bytes) -> None:
 
 
 def on_cluster(
-    run: Run, tasks: Iterator[Task], address: str, device: str, stopped: Callable[[], bool]
+    run: Run, tasks: Iterator[Task], scheduler: str, device: str, stopped: Callable[[], bool]
 ) -> Results:
     """The outcomes of the tasks, in the order in which a Dask cluster has them ready.
 
-    The workers read the run's files by the same paths. Ends early where `stopped` says so.
+    `scheduler` is its address, or the file (.json) in which it writes that. Workers may join at any
+    time; they read the run's files by the same paths. Ends early where `stopped` says so.
 
     Raises:
         DynamicsError: dask.distributed is not installed, no scheduler answers, or workers died too
@@ -176,27 +178,27 @@ def on_cluster(
         raise require_extra("distributed", error) from error
     pickled = _pickled(run)
     try:
-        client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
-    except (OSError, ValueError) as error:
+        found = _address(scheduler)
+        client = Client(found, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DynamicsError(
-            f"No Dask scheduler answers at {address}: {one_line(error)}. "
+            f"No Dask scheduler answers at {scheduler}: {one_line(error)}. "
             "Start one with 'dask scheduler', or use workers on this machine."
         ) from error
     with client:
         # A task of its own, not scattered data: it is made again where its worker died.
         workplace = client.submit(Workplace, pickled, device)
         executor = client.get_executor(pure=False, retries=_RETRIES)
-        threads = sum(client.nthreads().values())
         try:
             yield from _results(
                 lambda task: executor.submit(Workplace.carry_out, workplace, task),
                 tasks,
-                _AHEAD * max(threads, 4),
+                lambda: sum(client.nthreads().values()),
                 stopped,
             )
         except KilledWorker as error:
             raise DynamicsError(
-                f"Workers of {address} died too often of one task: {one_line(error)} "
+                f"Workers of {scheduler} died too often of one task: {one_line(error)} "
                 "Give them more memory, or see their logs."
             ) from error
         finally:
@@ -206,13 +208,19 @@ def on_cluster(
 def _results(
     submit: Callable[[Task], "Future[list[Outcome]]"],
     tasks: Iterator[Task],
-    at_most: int,
+    workers: Callable[[], int],
     stopped: Callable[[], bool],
 ) -> Results:
-    """Each task with its outcomes, as they are ready; `at_most` tasks are submitted at a time."""
+    """Each task with its outcomes, as they are ready; a few per worker are submitted at a time.
+
+    How many workers there are is asked once a second, for they come and go.
+    """
     flying: dict[Future[list[Outcome]], Task] = {}
+    at_most, asked = 0, -inf
     try:
         while not stopped():
+            if time.monotonic() - asked > 1:
+                at_most, asked = _AHEAD * max(workers(), 1), time.monotonic()
             while len(flying) < at_most and (task := next(tasks, None)) is not None:
                 flying[submit(task)] = task
             if not flying:
@@ -223,6 +231,20 @@ def _results(
     finally:
         for future in flying:
             future.cancel()
+
+
+def _address(scheduler: str) -> str:
+    """Of a scheduler given by its address or by its file, which may not be written yet."""
+    if not scheduler.endswith(".json"):
+        return scheduler
+    end = time.monotonic() + _SECONDS_TO_CONNECT
+    while True:
+        try:
+            return str(json.loads(Path(scheduler).read_text("utf-8"))["address"])
+        except (OSError, ValueError):
+            if time.monotonic() > end:
+                raise
+        time.sleep(_NAP)
 
 
 def _pickled(run: Run) -> bytes:

@@ -2,13 +2,18 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import stat
 import struct
+import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -20,6 +25,7 @@ import dynamics as dy
 from dynamics.analysis import StoppedError, measure
 from dynamics.formats.recording import RecordingRun
 from dynamics.selection import selected
+from dynamics.workers import _results
 
 # Large enough for the Gram matrix, and for tasks to be under way when a worker dies.
 SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (384, 192) for i in range(12)}
@@ -204,6 +210,61 @@ def test_a_worker_of_a_cluster_that_is_killed_in_the_middle_is_replaced(recordin
             after = client.run(os.getpid, on_error="ignore")
         assert progress.done[0] not in after.values()
         assert len(after) == 2
+
+
+def test_the_job_of_the_docs_gives_the_serial_result(recording, serial, tmp_path):
+    pytest.importorskip("distributed")
+    docs = Path(__file__).parents[2] / "docs/performance.md"
+    (script,) = re.findall(r"```sh\n( *#!/bin/bash.*?)```", docs.read_text("utf-8"), re.DOTALL)
+    for written, here in {
+        "--nworkers 64": "--nworkers 1",
+        "dask scheduler": "dask scheduler --port 0 --no-dashboard",
+        "dask worker": "dask worker --no-dashboard",
+        "checkpoints/": str(recording),
+    }.items():
+        assert written in script
+        script = script.replace(written, here)
+    path = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(
+            ["bash", "-c", f'srun() {{ sleep 3; "$@"; }}\n{script}'],
+            cwd=tmp_path, env=os.environ | path, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert job.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        finally:
+            os.killpg(job.pid, signal.SIGKILL)  # a job's end ends what it has started
+    xr.testing.assert_identical(dy.load(tmp_path / "run.analysis.zarr"), serial)
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "[]"])
+def test_a_scheduler_file_that_says_nothing_is_named(recording, tmp_path, monkeypatch, content):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("dynamics.workers._SECONDS_TO_CONNECT", 1)
+    file = tmp_path / "scheduler.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(dy.DynamicsError, match=r"No Dask scheduler answers at .*scheduler\.json"):
+        dy.analyze(recording, scheduler=str(file))
+
+
+def test_workers_that_join_later_get_tasks():
+    workers, flying, most = [2], set(), {2: 0, 20: 0}
+
+    def submit(task):
+        future = Future()
+        flying.add(future)
+        most[workers[0]] = max(most[workers[0]], len(flying))
+        Timer(0.2, lambda: (flying.discard(future), future.set_result([]))).start()
+        return future
+
+    found = []
+    for task, _ in _results(submit, iter(range(200)), lambda: workers[0], lambda: False):
+        found.append(task)
+        if len(found) == 20:
+            workers[0] = 20
+    assert sorted(found) == list(range(200))
+    assert most == {2: 6, 20: 60}
 
 
 def test_a_scheduler_that_does_not_answer_is_named(recording, monkeypatch):
