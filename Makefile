@@ -20,9 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a full-rank and a ReLoRA twin, measure and compare them (OUT=demo, TEXT=dir of .txt)
 	$(BIN)/python -m probes.relora demo $(OUT) $(if $(TEXT),--text $(TEXT))
 
-# Files of tests in several processes, with a thread each: most tests wait for other processes.
+# Files of tests in several processes, with a thread each: most tests wait for other processes. In
+# their own order: by their number of tests, the slowest would begin last.
 test: $(STAMP)  ## run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

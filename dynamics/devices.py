@@ -4,6 +4,7 @@ A GPU is used where it is asked for: a training may be running on it, and last d
 within its `singular_value_error`).
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,8 +36,7 @@ def measured_by(device: str) -> str:
     """
     if device == CPU:
         return ""
-    kind, colon, index = device.partition(":")
-    if kind != "cuda" or not (index.isdecimal() if colon else True):
+    if re.fullmatch(r"cuda(:\d+)?", device, re.ASCII) is None:
         raise DynamicsError(f"No device {device!r}; known: cpu, cuda, cuda:N (the N-th GPU).")
     import torch
 
