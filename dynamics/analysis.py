@@ -1,8 +1,8 @@
 """analyze(): every metric of every matrix of a run, over its steps, as one xarray Dataset."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -151,7 +151,7 @@ def measure(
         alone = workers == 1 and scheduler is None
         tasks = _tasks(chosen, by, largest_first=not alone)
         tasks = _new_tasks(tasks, chosen, known, results, report)
-        carried_out: Iterator[tuple[Task, Iterable[Outcome]]]
+        carried_out: Generator[tuple[Task, Iterable[Outcome]], None, None]
         if alone:
             carried_out = _in_this_process(tasks, chosen, facts, known, stopped)
         elif scheduler is not None:
@@ -160,16 +160,18 @@ def measure(
             carried_out = in_processes(run.untraced, tasks, workers, stopped)
         else:
             carried_out = in_threads(run.untraced, tasks, workers, device, stopped)
-        for task, outcomes in carried_out:
-            for each in outcomes:
-                if strict and each.problem is not None:
-                    raise each.problem
-                if known is not None and each.content is not None and each.spectrum is not None:
-                    known.put(each.content, each.spectrum)
-                    cell = run.cell_key(task.component, task.name, each.step, each.kind)
-                    known.put_cell(cell, each.trace, each.content)
-                results.put(task.component, task.name, each)
-            report(task)
+        # At once, and not when a traceback that holds it is forgotten: processes end with it.
+        with closing(carried_out):
+            for task, outcomes in carried_out:
+                for each in outcomes:
+                    if strict and each.problem is not None:
+                        raise each.problem
+                    if known is not None and each.content is not None and each.spectrum is not None:
+                        known.put(each.content, each.spectrum)
+                        cell = run.cell_key(task.component, task.name, each.step, each.kind)
+                        known.put_cell(cell, each.trace, each.content)
+                    results.put(task.component, task.name, each)
+                report(task)
     if results.done < results.total:
         raise StoppedError(f"The analysis of {run.path} was stopped.")
     for problem in results.problems:
@@ -233,7 +235,7 @@ def _in_this_process(
     facts: ArrayFacts,
     known: SpectrumCache | None,
     stopped: Callable[[], bool],
-) -> Iterator[tuple[Task, Iterator[Outcome]]]:
+) -> Generator[tuple[Task, Iterator[Outcome]], None, None]:
     """The tasks one after the other; each cell is measured when its outcome is asked for."""
     readers = {(each.component, each.info.name): each.read for each in chosen.matrices}
     recall: Recall = (lambda content: None) if known is None else known.of_content

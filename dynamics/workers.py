@@ -17,7 +17,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from math import inf
@@ -29,7 +29,7 @@ from dynamics.errors import DynamicsError, one_line, require_extra
 from dynamics.measuring import Outcome, Task, Workplace
 from dynamics.run import Run
 
-Results = Iterator[tuple[Task, list[Outcome]]]
+Results = Generator[tuple[Task, list[Outcome]], None, None]
 
 _NAP = 0.2  # seconds between two looks at `stopped`
 _RETRIES = 3

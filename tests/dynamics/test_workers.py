@@ -105,8 +105,10 @@ def test_what_is_wrong_is_listed_in_the_same_order_and_strictness_raises(
         one, two = (dy.analyze(run, workers=workers) for workers in (1, 2))
     xr.testing.assert_identical(one, two)
     assert len(one.attrs["problems"]) > 200
-    with pytest.raises(dy.DynamicsError, match=r"NaN or Inf|0 bytes"):
+    with pytest.raises(dy.DynamicsError, match=r"NaN or Inf|0 bytes") as caught:
         dy.analyze(run, workers=2, strict=True)
+    assert caught.tb, "or the frames of the analysis are gone"
+    assert not multiprocessing.active_children()
 
 
 def test_what_serial_analyses_measured_workers_do_not_and_the_other_way_round(
