@@ -1,12 +1,12 @@
 """The Dataset of an analysis, filled cell by cell in any order."""
 
 import json
-import math
 import os
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from dynamics.schema import Status
 from dynamics.selection import Selection
 
 _IN_MEMORY = 2**28  # bytes of singular values
+_AT_ONCE = 2**20  # singular values that metrics are computed of, about
 # What a cell has besides them.
 _SPECTRUM = ("rows", "cols", "rank_bound", "error", "noise_floor")
 
@@ -97,7 +98,7 @@ class Results:
         )
 
     def _metrics(self) -> dict[str, np.ndarray]:
-        """Of all cells of a matrix at once: for one at a time, a call costs more than its sums."""
+        """Of many cells of a matrix at once: for one at a time, a call costs more than its sums."""
         values = {name: np.full(self._status.shape, np.nan) for name in self._chosen.metrics}
         for m in range(len(self._chosen.matrices)):
             numbers = {name: each[:, :, m] for name, each in self._numbers.items()}
@@ -105,12 +106,15 @@ class Results:
             shapes = np.stack([numbers["rows"], numbers["cols"]], axis=-1)
             # One, unless the model was changed during the run: a vocabulary that grew.
             for rows, cols in np.unique(shapes[measured], axis=0).astype(int).tolist():
-                cells = measured & (shapes == (rows, cols)).all(axis=-1)
-                s = self._singular[:, :, m, : min(rows, cols)][cells]
-                others = (numbers[name][cells] for name in _SPECTRUM[2:])
-                spectra = Spectrum(s, rows, cols, *others)
-                for name, metric in self._chosen.metrics.items():
-                    values[name][:, :, m][cells] = metric.function(spectra)
+                k = min(rows, cols)
+                cells = np.argwhere(measured & (shapes == (rows, cols)).all(axis=-1))
+                for part in np.array_split(cells, ceil(len(cells) * k / _AT_ONCE)):
+                    at = tuple(part.T)
+                    s = self._singular[:, :, m, :k][at]
+                    others = (numbers[name][at] for name in _SPECTRUM[2:])
+                    spectra = Spectrum(s, rows, cols, *others)
+                    for name, metric in self._chosen.metrics.items():
+                        values[name][:, :, m][at] = metric.function(spectra)
         return values
 
 
@@ -120,7 +124,7 @@ def _array(shape: tuple[int, ...]) -> np.ndarray:
     So the memory of an analysis does not grow with the number of steps: of a thousand checkpoints
     of a 7B model in three kinds, the singular values are 22 GB.
     """
-    size = 8 * math.prod(shape)
+    size = 8 * prod(shape)
     if size > _IN_MEMORY and hasattr(os, "posix_fallocate"):
         with suppress(OSError), tempfile.TemporaryFile() as file:
             os.posix_fallocate(file.fileno(), 0, size)  # rather now than a crash without a message

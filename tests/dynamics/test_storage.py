@@ -51,6 +51,7 @@ def test_singular_values_that_are_too_many_for_memory_are_the_same(
     run = write_recording(tmp_path / "run.zarr", shapes=shapes, spoil=spoil)
     expected = dy.analyze(run)
     monkeypatch.setattr("dynamics.results._IN_MEMORY", 0)
+    monkeypatch.setattr("dynamics.results._AT_ONCE", 10)
     if disk == "full":
 
         def refuse(*_):
