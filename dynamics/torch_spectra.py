@@ -99,7 +99,7 @@ def variance_sums(matrix: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndar
     significand, smallest = precision(dtype)
     m, n = matrix.shape
     rows, cols = (matrix.new_zeros(size, dtype=torch.float64) for size in (m, n))
-    columns = _wide_enough(matrix).any(dim=0)
+    columns = _not_8_bits(matrix).any(dim=0)
     height = max(1, _BLOCK // n)
     for first in range(0, m, height):
         values = _wide_enough(matrix[first : first + height])
@@ -118,11 +118,16 @@ def variance_sums(matrix: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndar
 
 def is_finite(matrix: torch.Tensor) -> bool:
     """Whether all numbers are."""
-    return bool(torch.isfinite(matrix if matrix.itemsize > 1 else matrix.float()).all())
+    return bool(torch.isfinite(_not_8_bits(matrix)).all())
+
+
+def _not_8_bits(matrix: torch.Tensor) -> torch.Tensor:
+    """The same numbers: torch has next to nothing for floats of 8 bits."""
+    return matrix if matrix.itemsize > 1 else matrix.float()
 
 
 def _wide_enough(matrix: torch.Tensor) -> torch.Tensor:
-    """The same numbers, exactly, as float32 or float64: torch does little with shorter ones."""
+    """The same numbers, exactly, as float32 or float64, whose bits `variance_sums` knows."""
     return matrix if matrix.dtype == torch.float64 else matrix.float()
 
 
