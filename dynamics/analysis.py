@@ -149,7 +149,7 @@ def measure(
     keeper = nullcontext() if cache is None else SpectrumCache(cache, by)
     with keeper as known, threadpool_limits(1):
         alone = workers == 1 and scheduler is None
-        tasks = _tasks(chosen, by, largest_first=not alone)
+        tasks = _tasks(chosen, largest_first=not alone)
         tasks = _new_tasks(tasks, chosen, known, results, report)
         carried_out: Generator[tuple[Task, Iterable[Outcome]], None, None]
         if alone:
@@ -179,7 +179,7 @@ def measure(
     return results.dataset()
 
 
-def _tasks(chosen: Selection, by: str, *, largest_first: bool) -> Iterator[Task]:
+def _tasks(chosen: Selection, *, largest_first: bool) -> Iterator[Task]:
     """The cells of the analysis: each task some steps of one matrix, in all kinds."""
     matrices = chosen.matrices
     if largest_first:  # so that no worker begins with an embedding when the others are done
@@ -190,7 +190,7 @@ def _tasks(chosen: Selection, by: str, *, largest_first: bool) -> Iterator[Task]
         for first in range(0, len(chosen.steps), at_once):
             steps = chosen.steps[first : first + at_once]
             cells = tuple((step, kind) for step in steps for kind in chosen.kinds)
-            yield Task(each.component, each.info.name, cells, measured_by=by)
+            yield Task(each.component, each.info.name, cells)
 
 
 def _flops(info: MatrixInfo) -> float:

@@ -75,6 +75,7 @@ class FactsOnGPU(ArrayFacts):
         import torch
 
         super().__init__()
+        self.measured_by = measured_by("cuda")
         self._device, self._cpu, self._gpu = device, cpu, gpu
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -33,7 +33,6 @@ class Task:
         name: the matrix.
         cells: (step, kind) of each.
         hashed: whether contents and origins are wanted, for a cache.
-        measured_by: what measures, besides NumPy (`devices.measured_by`).
         known: content -> spectrum, of what the cells held before.
     """
 
@@ -41,7 +40,6 @@ class Task:
     name: str
     cells: tuple[tuple[int, str], ...]
     hashed: bool = False
-    measured_by: str = ""
     known: Mapping[bytes, Spectrum] = field(default_factory=dict)
 
 
@@ -116,7 +114,7 @@ def _measured(
 ) -> Outcome:
     if isinstance(matrix, Spectrum) or not task.hashed:
         return Outcome(step, kind, Status.MEASURED, spectrum(matrix, facts=facts))
-    content = content_key(matrix, facts, task.measured_by)
+    content = content_key(matrix, facts)
     found = recall(content)
     if found is None:
         found = spectrum(matrix, facts=facts)

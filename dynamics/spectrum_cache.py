@@ -41,18 +41,10 @@ COMMIT;
 _MEASURED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
 
 
-def content_key(
-    matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None, measured_by: str = ""
-) -> bytes:
-    """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it.
-
-    Args:
-        matrix: the matrix.
-        facts: of its arrays.
-        measured_by: what besides NumPy, see `devices.measured_by`.
-    """
+def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> bytes:
+    """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it."""
     facts = facts or ArrayFacts()
-    digest = hashlib.blake2b((_MEASURED_BY + measured_by).encode(), digest_size=20)
+    digest = hashlib.blake2b((_MEASURED_BY + facts.measured_by).encode(), digest_size=20)
     if isinstance(matrix, Factored):
         other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
         parts = [matrix.left, matrix.right]
@@ -78,7 +70,7 @@ class SpectrumCache:
 
     Args:
         path: of the file.
-        measured_by: see `content_key`; what something else measured is not taken for the same.
+        measured_by: see `devices.measured_by`; of two such, neither takes what the other measured.
 
     Raises:
         DynamicsError: the file is damaged, of another version, or something else; the file system

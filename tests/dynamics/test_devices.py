@@ -16,6 +16,7 @@ import xarray as xr
 
 import dynamics as dy
 from dynamics import calibration, devices, noise, schema, torch_spectra
+from dynamics.array_facts import ArrayFacts
 from dynamics.calibration import Rates, kept_rates, measured_rates
 from dynamics.cli import main
 from dynamics.derived import Difference
@@ -245,7 +246,8 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
     assert there.attrs["measured_by"] == f"cuda torch {torch.__version__}"
     assert (here[schema.SINGULAR_VALUE] != there[schema.SINGULAR_VALUE]).any(), "not measured there"
     # What either measured, it does not measure again, and has the same last digits.
-    monkeypatch.setattr("dynamics.analysis.facts_on", lambda _: FactsOnGPU(device, SLOW, FAST))
+    on = {"cuda": FactsOnGPU(device, SLOW, FAST), "cpu": ArrayFacts()}
+    monkeypatch.setattr("dynamics.analysis.facts_on", on.get)
     monkeypatch.setattr("dynamics.measuring.spectrum", lambda *_, **__: pytest.fail("measured"))
     for known, name in ((there, "cuda"), (here, "cpu")):
         xr.testing.assert_identical(dy.analyze(recording, cache=cache, device=name), known)
