@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from dynamics.metrics import METRICS
-from dynamics.run import Dense, Spectrum
-from dynamics.spectra import spectrum
+from dynamics.runs.run import Dense, Spectrum
+from dynamics.spectra.spectrum import spectrum
 
 RANK = 16
 LAYERS = 12  # the published values are means over these

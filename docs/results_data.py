@@ -25,9 +25,9 @@ import xarray as xr
 import dynamics as dy
 from dynamics import schema
 from probes.relora.restart_ablation import restart_losses
-from probes.relora.run_directory import RECORDING_NAME
 from probes.relora.sweep import compare_runs
 from probes.relora.sweep_plan import SweepRun, plan
+from probes.relora.training.run_directory import RECORDING_NAME
 
 EXAMPLE = Path(__file__).parents[1] / "dynamics" / "examples" / "relora_micro.zip"
 METHODS = ("full_rank", "relora", "relora:as_published", "lora")

@@ -14,38 +14,38 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynamics.analysis import UnmeasuredWarning, analyze
+    from dynamics.analysis.analyze import UnmeasuredWarning, analyze
+    from dynamics.analysis.comparison import compare, difference, select_run
+    from dynamics.analysis.statistics import mean_interval
+    from dynamics.analysis.storage import load, save
     from dynamics.auditing import audit
-    from dynamics.comparison import compare, difference, select_run
+    from dynamics.directions.expressibility import gradient_expressibility
+    from dynamics.directions.subspaces import run_alignment, subspace_overlaps
     from dynamics.errors import DynamicsError
     from dynamics.examples import load_example
-    from dynamics.expressibility import gradient_expressibility
     from dynamics.formats import open_run
     from dynamics.metrics import METRICS
     from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
-    from dynamics.run import Run, Spectrum
+    from dynamics.runs.run import Run, Spectrum
     from dynamics.schema import Status
-    from dynamics.spectra import singular_values, spectrum
-    from dynamics.statistics import mean_interval
-    from dynamics.storage import load, save
-    from dynamics.subspaces import run_alignment, subspace_overlaps
+    from dynamics.spectra.spectrum import singular_values, spectrum
 
 _HOMES = {
-    "dynamics.analysis": ("UnmeasuredWarning", "analyze"),
+    "dynamics.analysis.analyze": ("UnmeasuredWarning", "analyze"),
     "dynamics.auditing": ("audit",),
-    "dynamics.comparison": ("compare", "difference", "select_run"),
+    "dynamics.analysis.comparison": ("compare", "difference", "select_run"),
     "dynamics.errors": ("DynamicsError",),
     "dynamics.examples": ("load_example",),
-    "dynamics.expressibility": ("gradient_expressibility",),
+    "dynamics.directions.expressibility": ("gradient_expressibility",),
     "dynamics.formats": ("open_run",),
     "dynamics.metrics": ("METRICS",),
     "dynamics.plots": ("plot_comparison", "plot_heatmap", "plot_spectrum", "plot_trajectory"),
-    "dynamics.run": ("Run", "Spectrum"),
+    "dynamics.runs.run": ("Run", "Spectrum"),
     "dynamics.schema": ("Status",),
-    "dynamics.spectra": ("singular_values", "spectrum"),
-    "dynamics.statistics": ("mean_interval",),
-    "dynamics.storage": ("load", "save"),
-    "dynamics.subspaces": ("run_alignment", "subspace_overlaps"),
+    "dynamics.spectra.spectrum": ("singular_values", "spectrum"),
+    "dynamics.analysis.statistics": ("mean_interval",),
+    "dynamics.analysis.storage": ("load", "save"),
+    "dynamics.directions.subspaces": ("run_alignment", "subspace_overlaps"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from dynamics.auditing import events
 from dynamics.auditing.report import Severity, Verdict
-from dynamics.layout import ADAPTER, SPECTRA, factor_path
-from probes.effective import Factors, Tracked, tracked_parameters
+from dynamics.recordings import ADAPTER, SPECTRA, factor_path
+from probes.model.parameters import Factors, Tracked, tracked_parameters
 
 
 class FailedCheckWarning(UserWarning):

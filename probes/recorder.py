@@ -11,23 +11,15 @@ from torch import nn
 
 from dynamics import schema
 from dynamics.errors import DynamicsError
-from dynamics.layout import (
-    Compression,
-    Recording,
-    RecordingWriter,
-    StoreLike,
-)
-from dynamics.run import Event
+from dynamics.recordings import Compression, Recording, RecordingWriter, StoreLike
+from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
-from probes.contents import DEFAULT_RECORD, Matrices, Spectra, check_record
-from probes.effective import Selection, tracked_parameters
-from probes.gathering import meet, refuse_unreadable
-from probes.provenance import model_config, package_versions
-from probes.schedule import Schedule
-from probes.schedule import every as every_n
-from probes.step_gradients import StepGradients
-from probes.steps import OptimizerSteps, unwrapped
-from probes.writer import (
+from probes.gradients.of_step import StepGradients
+from probes.gradients.optimizer_hooks import OptimizerSteps, unwrapped
+from probes.model.parameters import Selection, tracked_parameters
+from probes.model.provenance import model_config, package_versions
+from probes.model.sharding import meet, refuse_unreadable
+from probes.records.background_writer import (
     BLOCK,
     BackgroundWriter,
     Record,
@@ -35,6 +27,9 @@ from probes.writer import (
     check_policy,
     dtype_to_store,
 )
+from probes.records.matrices import DEFAULT_RECORD, Matrices, Spectra, check_record
+from probes.schedule import Schedule
+from probes.schedule import every as every_n
 
 SKIPPED_STEP = "skipped_step"
 
@@ -88,7 +83,7 @@ class Recorder:
         storage_dtype: round weights and gradients of more precision to "float32", "bfloat16" or
             "float16"; the noise floors know. They keep their own dtype by default.
         compression: "lz4", "zstd" (both over transposed bits) or "none".
-        level: the compression's; see `dynamics.layout.Compression`.
+        level: the compression's; see `dynamics.recordings.Compression`.
         attrs: further JSON-like attributes of a new recording.
         write: whether this process writes; by default rank 0 of torch.distributed does.
         process_group: the ranks that gradients are averaged over where the recorder has to do it,

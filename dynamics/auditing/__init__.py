@@ -22,7 +22,7 @@ from dynamics.auditing.weights import (
 )
 from dynamics.errors import MissingError
 from dynamics.formats import open_run
-from dynamics.run import Run
+from dynamics.runs.run import Run
 
 __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from dynamics import schema
 from dynamics.auditing.merges import named_scale
 from dynamics.auditing.report import Severity, Verdict
-from dynamics.run import Event, Run
+from dynamics.runs.run import Event, Run
 
 LIVE_MERGE = "live_merge"
 OPTIMIZER_RESET = "optimizer_reset"

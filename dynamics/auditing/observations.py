@@ -12,9 +12,9 @@ import numpy as np
 from dynamics import schema
 from dynamics.auditing.rounding import fitted_scale, frobenius_norm, product_error, rounded
 from dynamics.errors import FormatError
-from dynamics.noise import rounding_variance, ulp
-from dynamics.run import Dense, Factored, MatrixInfo, Run
-from dynamics.spectra import singular_values
+from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
+from dynamics.spectra.noise import rounding_variance, ulp
+from dynamics.spectra.spectrum import singular_values
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ so a difference above their sum cannot be rounding, whatever the distribution of
 
 import numpy as np
 
-from dynamics.noise import ulp
-from dynamics.run import Factored
+from dynamics.runs.run import Factored
+from dynamics.spectra.noise import ulp
 
 # Unit roundoff of the dtype in which PEFT multiplies factors of a stored dtype. Lower precisions
 # are multiplied in float32, on a CPU by PEFT's decision and on a GPU by the tensor cores.

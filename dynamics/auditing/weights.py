@@ -6,7 +6,7 @@ import numpy as np
 
 from dynamics.auditing.observations import Observations
 from dynamics.auditing.report import Severity, Verdict
-from dynamics.run import Run
+from dynamics.runs.run import Run
 
 DEAD_ADAPTER = "dead_adapter"
 ZERO_GRADIENT = "zero_gradient"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dynamics.components import circuits, parameters, pico_circuits
 from dynamics.components.parameters import Measurable
 from dynamics.errors import MissingError
-from dynamics.run import MatrixInfo, Run
+from dynamics.runs.run import MatrixInfo, Run
 
 # name -> the matrices of a run, each with the function that reads it at a step and kind
 COMPONENTS: dict[str, Callable[[Run], list[tuple[MatrixInfo, Measurable]]]] = {

@@ -34,16 +34,16 @@ from functools import lru_cache
 import numpy as np
 
 from dynamics import schema
-from dynamics.architecture import Architecture, check_projections, read_architecture
 from dynamics.components.parameters import Measurable
-from dynamics.derived import reference_step
 from dynamics.errors import MissingError
-from dynamics.fused import Part, kept_whole
-from dynamics.names import QKV, attention_path
-from dynamics.noise import ulp
-from dynamics.run import Dense, Factored, Matrix, MatrixInfo, Run
+from dynamics.runs.attention_config import Architecture, check_projections, read_architecture
+from dynamics.runs.differences import reference_step
+from dynamics.runs.fused import Part, kept_whole
+from dynamics.runs.matrix_cache import TracedRun
+from dynamics.runs.parameter_names import QKV, attention_path
+from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
-from dynamics.tracing import TracedRun
+from dynamics.spectra.noise import ulp
 
 # All heads of a layer read the same matrices; `analyze` goes through the steps for each head.
 _CACHE_BYTES = 256 * 2**20

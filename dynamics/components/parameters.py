@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 from dynamics import schema
-from dynamics.derived import (
+from dynamics.runs.differences import (
     Difference,
     accumulated_adapter,
     difference_rank_bound,
     reference_step,
 )
-from dynamics.run import Dense, Factored, Matrix, MatrixInfo, Run, Spectrum
+from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
 
 # (step, kind) -> the matrix, or its spectrum, or why there is none

@@ -22,10 +22,10 @@ only `weight` and `base` are defined.
 import numpy as np
 
 from dynamics import schema
-from dynamics.architecture import Architecture
 from dynamics.components.circuits import Attention, Read, attention_layers, cached_read, coarsest
 from dynamics.components.parameters import Measurable
-from dynamics.run import Dense, Factored, Matrix, MatrixInfo, Run
+from dynamics.runs.attention_config import Architecture
+from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import xarray as xr
 
+from dynamics.analysis.storage import load
 from dynamics.errors import MissingError
-from dynamics.storage import load
 
 EXAMPLES: dict[str, str] = {
     "relora_micro": "full rank, ReLoRA, ReLoRA as published and LoRA at the size micro, compared",

@@ -5,23 +5,23 @@ from pathlib import Path
 
 from zarr.abc.store import Store
 
-from dynamics import fused
 from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.checkpoints import CheckpointsRun
 from dynamics.formats.dcp import DistributedRun
 from dynamics.formats.deepspeed import DeepSpeedRun
-from dynamics.formats.files import children, is_remote, located, refused
 from dynamics.formats.hub_cache import HubCacheRun
 from dynamics.formats.lightning import LightningRun
 from dynamics.formats.nanogpt import NanoGPTRun
-from dynamics.formats.peft_adapters import PeftAdaptersRun
+from dynamics.formats.peft.run import PeftAdaptersRun
 from dynamics.formats.pico import PicoRun
 from dynamics.formats.plain_files import PlainFilesRun
 from dynamics.formats.recording import RecordingRun
 from dynamics.formats.relora import ReLoRARun
-from dynamics.formats.weights import WeightsRun
-from dynamics.layout import StoreLike, is_repository
-from dynamics.run import Run
+from dynamics.formats.shared.full_checkpoints import WeightsRun
+from dynamics.formats.storage.files import children, is_remote, located, refused
+from dynamics.recordings import StoreLike, is_repository
+from dynamics.runs import fused
+from dynamics.runs.run import Run
 
 # In the order of detection: an adapter's checkpoint may hold a base model too, a Trainer's the
 # float32 masters of DeepSpeed beside its own files, and Lightning's distributed ones.
@@ -59,7 +59,7 @@ def open_run(
         format: the layout's name, where detection should not decide.
         base: the directory of the base model of PEFT adapters.
         adapter: the name of one of several PEFT adapters in each checkpoint.
-        split_fused: read fused matrices (GPT-2's c_attn) as their parts, see `dynamics.fused`.
+        split_fused: read fused matrices (GPT-2's c_attn) as their parts, see `dynamics.runs.fused`.
 
     Raises:
         FormatError: the path does not exist, is empty, holds nothing recognised, or nothing

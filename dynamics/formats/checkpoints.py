@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.files import children, contained, read_json
-from dynamics.formats.model_files import MODEL, has_model, model_tensors
-from dynamics.formats.trainer_state import STATE, global_step, last_logged, read_state
-from dynamics.formats.weights import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.trainer_state import STATE, global_step, last_logged, read_state
+from dynamics.formats.storage.files import children, contained, read_json
+from dynamics.formats.storage.model_files import MODEL, has_model, model_tensors
 
 _STEP = re.compile(r"checkpoint-(\d+)")
 

@@ -4,10 +4,10 @@ import re
 from functools import partial
 from pathlib import Path
 
-from dynamics.formats.distributed_tensors import METADATA, distributed_tensors
-from dynamics.formats.files import children
-from dynamics.formats.steps import by_step
-from dynamics.formats.weights import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.steps import by_step
+from dynamics.formats.storage.dcp_tensors import METADATA, distributed_tensors
+from dynamics.formats.storage.files import children
 
 _STEP = re.compile(r"(?:(?:global_?)?step|iter|iteration|checkpoint|ckpt)?[-_=]?(\d{1,15})")
 # Where Accelerate, and with it the Trainer, puts the model's shards into a checkpoint-N.

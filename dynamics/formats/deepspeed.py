@@ -13,19 +13,14 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.checkpoints import model_attrs
-from dynamics.formats.files import children, contained
-from dynamics.formats.steps import by_step, step_inside
-from dynamics.formats.tensors import (
-    ITEM_BYTES,
-    StoredTensor,
-    Tensor,
-    checked_shape,
-)
-from dynamics.formats.torch_files import tensors_of, torch_file
-from dynamics.formats.trainer_state import STATE, last_logged, read_state
-from dynamics.formats.unpickling import Inert
-from dynamics.formats.weights import Checkpoint, WeightsRun
-from dynamics.formats.zero_partitions import (
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.steps import by_step, step_inside
+from dynamics.formats.shared.trainer_state import STATE, last_logged, read_state
+from dynamics.formats.storage.files import children, contained
+from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, Tensor, checked_shape
+from dynamics.formats.storage.torch_files import tensors_of, torch_file
+from dynamics.formats.storage.unpickling import Inert
+from dynamics.formats.storage.zero_partitions import (
     Stretches,
     flat_tensor,
     zero2_parameters,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from dynamics.errors import FormatError
 from dynamics.formats.checkpoints import model_checkpoint
-from dynamics.formats.files import children, contained, plain_name, read_range, size_of
-from dynamics.formats.model_files import has_model
-from dynamics.formats.weights import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.storage.files import children, contained, plain_name, read_range, size_of
+from dynamics.formats.storage.model_files import has_model
 
 _STEP = re.compile(r"step[-_]?(\d{1,15})(?!\d)", re.IGNORECASE)
 # A commit is 40 digits; whatever is longer than this is no ref.

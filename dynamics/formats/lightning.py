@@ -12,13 +12,13 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.deepspeed import deepspeed_tensors, has_model_states
-from dynamics.formats.distributed_tensors import METADATA, distributed_tensors
-from dynamics.formats.files import children
-from dynamics.formats.steps import by_step, step_in_name, step_inside
-from dynamics.formats.tensors import Tensor
-from dynamics.formats.torch_files import tensors_of, torch_file
-from dynamics.formats.unpickling import json_like
-from dynamics.formats.weights import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.steps import by_step, step_in_name, step_inside
+from dynamics.formats.storage.dcp_tensors import METADATA, distributed_tensors
+from dynamics.formats.storage.files import children
+from dynamics.formats.storage.tensors import Tensor
+from dynamics.formats.storage.torch_files import tensors_of, torch_file
+from dynamics.formats.storage.unpickling import json_like
 
 _SUFFIX = ".ckpt"
 _VERSION = "pytorch-lightning_version"

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.files import children
-from dynamics.formats.steps import by_step, step_in_name, step_inside
-from dynamics.formats.tensors import StoredTensor
-from dynamics.formats.torch_files import tensors_of, torch_file
-from dynamics.formats.unpickling import json_like
-from dynamics.formats.weights import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.steps import by_step, step_in_name, step_inside
+from dynamics.formats.storage.files import children
+from dynamics.formats.storage.tensors import StoredTensor
+from dynamics.formats.storage.torch_files import tensors_of, torch_file
+from dynamics.formats.storage.unpickling import json_like
 
 _OWN = "ckpt.pt"
 _KEYS = {"model", "model_args", "iter_num"}

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.adapted import AdaptedCheckpoint, AdaptedRun
-from dynamics.formats.adapters import adapters_of, check_fits, paired
 from dynamics.formats.checkpoints import model_attrs, numbered_directories
-from dynamics.formats.files import contained, one_line, read_range, root_of, size_of
-from dynamics.formats.model_files import has_model, model_tensors, pickled_tensors
-from dynamics.formats.tensors import Tensor
-from dynamics.formats.weights import cleaned, untied
+from dynamics.formats.shared.adapted_checkpoints import AdaptedCheckpoint, AdaptedRun
+from dynamics.formats.shared.full_checkpoints import cleaned, untied
+from dynamics.formats.shared.lora_factors import adapters_of, check_fits, paired
+from dynamics.formats.storage.files import contained, one_line, read_range, root_of, size_of
+from dynamics.formats.storage.model_files import has_model, model_tensors, pickled_tensors
+from dynamics.formats.storage.tensors import Tensor
 
 _NAME = re.compile(r"step_(\d+)")
 _CHECKPOINTS, _CONFIG, _DYNAMICS = "checkpoints", "training_config.yaml", "learning_dynamics"

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.files import children
-from dynamics.formats.npz_files import npz_tensors
-from dynamics.formats.safetensors_files import safetensors_tensors
-from dynamics.formats.steps import by_step, step_in_name
-from dynamics.formats.tensors import StoredTensor, Tensor
-from dynamics.formats.torch_files import tensors_of, torch_file
-from dynamics.formats.unpickling import Inert
-from dynamics.formats.weights import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.steps import by_step, step_in_name
+from dynamics.formats.storage.files import children
+from dynamics.formats.storage.npz_files import npz_tensors
+from dynamics.formats.storage.safetensors_files import safetensors_tensors
+from dynamics.formats.storage.tensors import StoredTensor, Tensor
+from dynamics.formats.storage.torch_files import tensors_of, torch_file
+from dynamics.formats.storage.unpickling import Inert
 
 _PICKLED = (".pt", ".pth", ".bin")
 _SUFFIXES = (*_PICKLED, ".safetensors", ".npz")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from dynamics import schema
-from dynamics.formats.evaluations import with_evaluations
-from dynamics.formats.files import is_remote
-from dynamics.layout import (
+from dynamics.formats.shared.evaluations import with_evaluations
+from dynamics.formats.storage.files import is_remote
+from dynamics.recordings import (
     ADAPTER,
     GRADIENT,
     WEIGHT,
@@ -25,7 +25,7 @@ from dynamics.layout import (
     told,
     verify,
 )
-from dynamics.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
+from dynamics.runs.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from dynamics.errors import FormatError
-from dynamics.formats.adapted import AdaptedCheckpoint, AdaptedRun
-from dynamics.formats.adapters import adapters_of, check_fits, paired
 from dynamics.formats.checkpoints import model_attrs, numbered_directories
-from dynamics.formats.files import contained, read_json, root_of
-from dynamics.formats.model_files import has_model, model_tensors
-from dynamics.formats.weights import cleaned, untied
+from dynamics.formats.shared.adapted_checkpoints import AdaptedCheckpoint, AdaptedRun
+from dynamics.formats.shared.full_checkpoints import cleaned, untied
+from dynamics.formats.shared.lora_factors import adapters_of, check_fits, paired
+from dynamics.formats.storage.files import contained, read_json, root_of
+from dynamics.formats.storage.model_files import has_model, model_tensors
 
 _CONFIG = "relora_config.json"
 _STATE = "training_state.json"

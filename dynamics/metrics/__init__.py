@@ -22,7 +22,7 @@ from dynamics.metrics.spectral import (
     stable_rank,
     top_k_energy,
 )
-from dynamics.run import Spectrum
+from dynamics.runs.run import Spectrum
 
 __all__ = [
     "METRICS",

@@ -7,7 +7,7 @@ positive number changes no ratio; sums of squares are taken of s/s₁ so that no
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dynamics.random_matrices import (
+from dynamics.spectra.random_matrices import (
     TRACY_WIDOM_999,
     largest_singular_value,
     marchenko_pastur_median,

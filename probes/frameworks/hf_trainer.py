@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from dynamics.errors import require_extra
-from dynamics.layout import StoreLike
+from dynamics.recordings import StoreLike
 from probes.recorder import Recorder
 
 try:

@@ -6,24 +6,24 @@ Lialin et al. 2023, arXiv 2307.05695; Weiss et al. 2025, arXiv 2509.12960.
 from dynamics.errors import require_extra
 
 try:
-    from probes.relora.base_checkpoint import load_base, save_base
     from probes.relora.config import TrainConfig
-    from probes.relora.data import (
+    from probes.relora.data.sequences import TokenBlocks, TokenStream
+    from probes.relora.data.text import (
         TextData,
         folder_text,
         prepare_data,
         standard_library_text,
         train_tokenizer,
     )
+    from probes.relora.data.token_datasets import open_tokens
     from probes.relora.model import add_adapters, build_model, parameter_counts
-    from probes.relora.optimizer_reset import reset_optimizer
     from probes.relora.presets import PRESETS, as_published, micro, small, tiny
-    from probes.relora.restart import ReLoRACallback, merge_and_reset
-    from probes.relora.run_directory import newest_checkpoint
-    from probes.relora.schedule import jagged_cosine, linear_warmup_decay
-    from probes.relora.sequences import TokenBlocks, TokenStream
-    from probes.relora.token_datasets import open_tokens
-    from probes.relora.train import train
+    from probes.relora.training.base_checkpoint import load_base, save_base
+    from probes.relora.training.optimizer_reset import reset_optimizer
+    from probes.relora.training.restart import ReLoRACallback, merge_and_reset
+    from probes.relora.training.run_directory import newest_checkpoint
+    from probes.relora.training.schedule import jagged_cosine, linear_warmup_decay
+    from probes.relora.training.trainer import train
 except ModuleNotFoundError as error:
     if error.name not in ("accelerate", "peft", "tokenizers", "transformers"):
         raise

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamics.cli import run_app
+from dynamics.cli.app import run_app
 
 if TYPE_CHECKING:
-    from probes.relora.evaluations import Evaluation
+    from probes.relora.evaluation.evaluations import Evaluation
 
 LimitOption = Annotated[
     int | None,
@@ -190,10 +190,10 @@ def evaluate(
     from rich.console import Console
 
     from dynamics.errors import DynamicsError
-    from probes.relora.blimp_data import download_blimp as download
-    from probes.relora.evaluate import evaluate as evaluate_run
-    from probes.relora.evaluate import validation_loss
-    from probes.relora.evaluation_tables import evaluation_tables
+    from probes.relora.evaluation.blimp_data import download_blimp as download
+    from probes.relora.evaluation.evaluate import evaluate as evaluate_run
+    from probes.relora.evaluation.evaluate import validation_loss
+    from probes.relora.evaluation.tables import evaluation_tables
 
     if steps is not None and not all(step.strip().isdecimal() for step in steps.split(",")):
         raise DynamicsError(f"--steps takes numbers, as in 80,160; found {steps!r}.")
@@ -226,9 +226,9 @@ def _evaluations(
     limit: int | None = None,
 ) -> "list[Evaluation]":
     """The evaluations on texts and on BLiMP that a command line asks for."""
-    from probes.relora.blimp_data import missing_paradigms, read_blimp
-    from probes.relora.evaluation_texts import read_texts
-    from probes.relora.evaluations import BlimpEvaluation, PerplexityEvaluation
+    from probes.relora.evaluation.blimp_data import missing_paradigms, read_blimp
+    from probes.relora.evaluation.evaluations import BlimpEvaluation, PerplexityEvaluation
+    from probes.relora.evaluation.texts import read_texts
 
     evaluations: list[Evaluation] = []
     if text:

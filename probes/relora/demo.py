@@ -10,15 +10,15 @@ from rich.console import Console
 
 import dynamics as dy
 from dynamics import schema
+from dynamics.cli.tables import summary_table
 from dynamics.errors import OutputExistsError
-from dynamics.tables import summary_table
 from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora.config import TrainConfig
-from probes.relora.data import folder_text, prepare_data, standard_library_text
+from probes.relora.data.text import folder_text, prepare_data, standard_library_text
 from probes.relora.figures import draw
 from probes.relora.presets import micro
-from probes.relora.run_directory import RECORDING_NAME
-from probes.relora.train import train
+from probes.relora.training.run_directory import RECORDING_NAME
+from probes.relora.training.trainer import train
 
 METHODS = ("full_rank", "relora")
 CHECKPOINTS = "checkpoints"

@@ -13,17 +13,19 @@ from transformers import TrainerCallback
 from dynamics.errors import DynamicsError, MissingError
 from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora.config import TrainConfig
-from probes.relora.data import (
+from probes.relora.data.text import (
     TextData,
     TrainingData,
     folder_text,
     prepare_data,
     standard_library_text,
 )
-from probes.relora.evaluation_callback import EvaluationCallback
-from probes.relora.evaluations import Evaluation
+from probes.relora.data.token_datasets import open_tokens
+from probes.relora.evaluation.callback import EvaluationCallback
+from probes.relora.evaluation.evaluations import Evaluation
+from probes.relora.evaluation.trained_models import as_transformers
 from probes.relora.model import parameter_counts
-from probes.relora.run_directory import (
+from probes.relora.training.run_directory import (
     CONFIG_NAME,
     RECORDING_NAME,
     check_identity,
@@ -32,9 +34,7 @@ from probes.relora.run_directory import (
     run_identity,
     step_of,
 )
-from probes.relora.token_datasets import open_tokens
-from probes.relora.train import train
-from probes.relora.trained_models import as_transformers
+from probes.relora.training.trainer import train
 
 # Enough for one epoch of the micro preset.
 BUILT_IN_BYTES = 8_000_000

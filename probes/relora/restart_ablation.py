@@ -17,18 +17,18 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dynamics.errors import DynamicsError, MissingError
-from probes.relora.base_checkpoint import load_base
 from probes.relora.config import TrainConfig
-from probes.relora.data import TextData
+from probes.relora.data.sequences import TokenBlocks
+from probes.relora.data.text import TextData
+from probes.relora.evaluation.log_likelihood import log_likelihoods
 from probes.relora.experiment import trained_with
-from probes.relora.log_likelihood import log_likelihoods
 from probes.relora.model import add_adapters, build_model
-from probes.relora.optimizer_reset import reset_optimizer
-from probes.relora.restart import adapter_parameters, merge_and_reset
-from probes.relora.run_directory import complete_checkpoints, step_of
-from probes.relora.schedule import schedule_of
 from probes.relora.seeding import DROPOUT, stream_seed
-from probes.relora.sequences import TokenBlocks
+from probes.relora.training.base_checkpoint import load_base
+from probes.relora.training.optimizer_reset import reset_optimizer
+from probes.relora.training.restart import adapter_parameters, merge_and_reset
+from probes.relora.training.run_directory import complete_checkpoints, step_of
+from probes.relora.training.schedule import schedule_of
 
 HELD_OUT = 64  # sequences of the validation loss
 

@@ -13,11 +13,11 @@ import xarray as xr
 
 import dynamics as dy
 from dynamics import schema
+from dynamics.analysis.statistics import mean_interval
 from dynamics.errors import DynamicsError, MissingError
-from dynamics.statistics import mean_interval
 from probes.relora.model import parameter_counts
-from probes.relora.run_directory import CONFIG_NAME, RECORDING_NAME, is_finished
 from probes.relora.sweep_plan import SweepRun, tokens_per_step, train_words, warn_of_schedules
+from probes.relora.training.run_directory import CONFIG_NAME, RECORDING_NAME, is_finished
 
 COMPARISON_NAME = "comparison.zarr"
 SEED = "seed"

@@ -10,8 +10,8 @@ from dynamics.errors import DynamicsError
 from probes.relora.config import ADAPTER_FIELDS, RESTART_FIELDS, TrainConfig
 from probes.relora.model import parameter_counts
 from probes.relora.presets import PRESETS
-from probes.relora.schedule import schedule_of
 from probes.relora.settings import SCALING, configured, parse_settings, written
+from probes.relora.training.schedule import schedule_of
 
 MATCHES = ("steps", "tokens", "trainable_parameters")
 AS_PUBLISHED = "as_published"

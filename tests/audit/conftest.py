@@ -10,7 +10,9 @@ import torch
 
 from dynamics.auditing import Report, audit
 from probes.frameworks.hf_trainer import RecorderCallback
-from probes.relora import TextData, prepare_data, restart, train
+from probes.relora import TextData, prepare_data
+from probes.relora.training import restart
+from probes.relora import train
 from tests.short_run import TEXT, short_config
 
 

@@ -4,12 +4,12 @@ import sys
 
 import torch
 
-from probes.relora import restart
-from probes.relora.restart import lora_layers
+from probes.relora.training import restart
+from probes.relora.training.restart import lora_layers
 from tests.audit.conftest import adapters_kept, factors
 
-# `probes.relora.train` is the function; the module's names are looked up in the module.
-TRAIN = sys.modules["probes.relora.train"]
+# `probes.relora.training.trainer` is the function; the module's names are looked up in the module.
+TRAIN = sys.modules["probes.relora.training.trainer"]
 MERGE = restart.merge_and_reset
 
 

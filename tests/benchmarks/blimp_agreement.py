@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from probes.relora import newest_checkpoint
-from probes.relora.blimp import evaluate_blimp, pair_scores
-from probes.relora.blimp_data import PARADIGMS, read_blimp
-from probes.relora.trained_models import load_model, load_tokenizer
+from probes.relora.evaluation.blimp import evaluate_blimp, pair_scores
+from probes.relora.evaluation.blimp_data import PARADIGMS, read_blimp
+from probes.relora.evaluation.trained_models import load_model, load_tokenizer
 from tests.probes.relora.harness import harness_blimp
 
 

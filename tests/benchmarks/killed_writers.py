@@ -59,7 +59,7 @@ def check(store, truth, resumed_at, seen):
     """How many records the store has; raises where one is not the truth, or is gone."""
     import numpy as np
 
-    from dynamics.layout import Recording, verify
+    from dynamics.recordings import Recording, verify
 
     steps, arrays, events = contents(store)
     assert steps == list(range(len(steps))), steps

@@ -24,8 +24,8 @@ def main():
     import torch
 
     from dynamics import spectrum
-    from dynamics.run import Factored
-    from dynamics.spectra import singular_values_of_product
+    from dynamics.runs.run import Factored
+    from dynamics.spectra.spectrum import singular_values_of_product
 
     one_thread()
     rng, rows = np.random.default_rng(0), []

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM
 
-from dynamics.layout import COMPRESSIONS
+from dynamics.recordings import COMPRESSIONS
 from probes import Recorder
 from probes.relora.model import build_model
 from probes.relora.presets import micro, small

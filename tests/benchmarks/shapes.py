@@ -34,8 +34,8 @@ def methods(values):
     import torch
 
     from dynamics import spectrum
-    from dynamics.gram import gram, singular_values_from_gram
-    from dynamics.run import Dense
+    from dynamics.runs.run import Dense
+    from dynamics.spectra.gram import gram, singular_values_from_gram
 
     tensor = torch.from_numpy(values)
     return {
@@ -52,10 +52,11 @@ def gpu_methods(values):
     """The same on a GPU."""
     import torch
 
-    from dynamics import spectrum, torch_spectra
-    from dynamics.calibration import Rates
-    from dynamics.devices import FactsOnGPU
-    from dynamics.run import Dense
+    from dynamics import spectrum
+    from dynamics.runs.run import Dense
+    from dynamics.spectra import torch_spectrum
+    from dynamics.spectra.calibration import Rates
+    from dynamics.spectra.gpu_backend import FactsOnGPU
 
     gpu = torch.device("cuda")
     tensor = torch.from_numpy(values).to(gpu)
@@ -67,8 +68,8 @@ def gpu_methods(values):
     return {
         "svd": lambda: torch.linalg.svd(tensor, full_matrices=False)[1].cpu(),
         "svdvals f32": lambda: torch.linalg.svdvals(tensor).cpu(),
-        "svdvals f64, gesvd": lambda: torch_spectra.singular_values(tensor),
-        "gram": lambda: torch_spectra.eigvalsh(torch_spectra.gram(tensor))[::-1] ** 0.5,
+        "svdvals f64, gesvd": lambda: torch_spectrum.singular_values(tensor),
+        "gram": lambda: torch_spectrum.eigvalsh(torch_spectrum.gram(tensor))[::-1] ** 0.5,
         "dynamics.spectrum": on_gpu,
         "dynamics.spectrum, 1 core": lambda: spectrum(Dense(values, "float32")).s,
     }

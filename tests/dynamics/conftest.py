@@ -6,8 +6,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from dynamics.layout import GRADIENT, WEIGHT, RecordingWriter, matrix_path
-from dynamics.run import Event
+from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter, matrix_path
+from dynamics.runs.run import Event
 
 matplotlib.use("Agg")
 

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dynamics as dy
+from dynamics.directions.adapter_subspace import column_space, expressibility
+from dynamics.directions.expressibility import FactorsOf
 from dynamics.errors import MissingError
-from dynamics.expressibility import FactorsOf
-from dynamics.layout import RecordingWriter, factor_path, matrix_path
-from dynamics.metrics.adapter_subspace import column_space, expressibility
-from dynamics.run import Event
+from dynamics.recordings import RecordingWriter, factor_path, matrix_path
+from dynamics.runs.run import Event
 
 SHAPES = [(12, 9, 2), (9, 12, 3), (10, 10, 1), (7, 8, 4), (6, 5, 5)]
 NAME = "model.layers.0.mlp.up_proj.weight"

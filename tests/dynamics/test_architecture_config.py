@@ -1,7 +1,7 @@
 import pytest
 
-from dynamics.architecture import Architecture, check_projections, read_architecture
 from dynamics.errors import DynamicsError, MissingError
+from dynamics.runs.attention_config import Architecture, check_projections, read_architecture
 
 FALCON = {
     "model_type": "falcon", "num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 32,

@@ -4,12 +4,12 @@ import gc
 
 import numpy as np
 
-from dynamics import array_facts
-from dynamics.array_facts import ArrayFacts
-from dynamics.derived import Difference
-from dynamics.noise import variance_sums
-from dynamics.run import Dense
-from dynamics.spectra import spectrum
+from dynamics.runs.differences import Difference
+from dynamics.runs.run import Dense
+from dynamics.spectra import backend
+from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.noise import variance_sums
+from dynamics.spectra.spectrum import spectrum
 
 
 def test_what_weights_share_is_found_once_and_is_the_same(monkeypatch):
@@ -22,7 +22,7 @@ def test_what_weights_share_is_found_once_and_is_the_same(monkeypatch):
         calls.append(term)
         return variance_sums(term)
 
-    monkeypatch.setattr(array_facts, "variance_sums", counted)
+    monkeypatch.setattr(backend, "variance_sums", counted)
     facts = ArrayFacts()
     assert [spectrum(each, facts=facts).noise_floor for each in matrices] == [
         each.noise_floor for each in expected

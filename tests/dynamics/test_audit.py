@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import dynamics as dy
-from dynamics import cli
 from dynamics.auditing import Severity
 from dynamics.auditing.merges import named_scale
 from dynamics.auditing.report import Report, Verdict
 from dynamics.auditing.rounding import product_error, rounded
+from dynamics.cli import app
 from dynamics.errors import MissingError
-from dynamics.layout import GRADIENT, WEIGHT, RecordingWriter, factor_path, matrix_path
-from dynamics.run import Event, Factored
+from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter, factor_path, matrix_path
+from dynamics.runs.run import Event, Factored
 
 NAMES = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
 OUT, IN, R, SCALING = 24, 16, 4, 2.0
@@ -237,7 +237,7 @@ def command(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["dynamics", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as ended:
             code = 0 if ended.code is None else ended.code
         return code, *capfd.readouterr()

@@ -9,8 +9,9 @@ import pytest
 import zarr
 
 import dynamics as dy
-from dynamics import cli, schema
-from dynamics.layout import RecordingWriter
+from dynamics import schema
+from dynamics.cli import app
+from dynamics.recordings import RecordingWriter
 
 UP1 = "model.layers.1.mlp.up_proj.weight"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -34,7 +35,7 @@ def command(here, monkeypatch, capfd):
         capfd.readouterr()
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as ended:
             code = 0 if ended.code is None else ended.code
         out, err = capfd.readouterr()
@@ -574,7 +575,7 @@ def test_workers_save_the_same_result_and_a_scheduler_that_is_not_there_is_named
     assert command("analyze", recording, "-o", "one.zarr")[0] == 0
     assert command("analyze", recording, "-o", "two.zarr", "--workers", 2, "--no-cache")[0] == 0
     assert dy.load("one.zarr").identical(dy.load("two.zarr"))
-    monkeypatch.setattr("dynamics.workers._SECONDS_TO_CONNECT", 1)
+    monkeypatch.setattr("dynamics.analysis.workers._SECONDS_TO_CONNECT", 1)
     address = ("--scheduler", "tcp://127.0.0.1:1")
     assert "No Dask scheduler" in refused("analyze", recording, "-o", "three.zarr", *address)
     assert not (here / "three.zarr").exists()

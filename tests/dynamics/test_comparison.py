@@ -7,7 +7,7 @@ from zarr.storage import MemoryStore
 
 import dynamics as dy
 from dynamics.errors import DynamicsError, MissingError
-from dynamics.layout import RecordingWriter
+from dynamics.recordings import RecordingWriter
 from dynamics.schema import Status
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"

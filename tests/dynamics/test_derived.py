@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.derived import Difference
 from dynamics.metrics import effective_rank, numerical_rank
-from dynamics.run import Dense, Factored
-from dynamics.spectra import spectrum
+from dynamics.runs.differences import Difference
+from dynamics.runs.run import Dense, Factored
+from dynamics.spectra.spectrum import spectrum
 
 
 def _merged(dtype, cycles, rank, shape, seed=0):

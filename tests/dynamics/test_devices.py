@@ -15,16 +15,18 @@ import torch
 import xarray as xr
 
 import dynamics as dy
-from dynamics import calibration, devices, noise, schema, torch_spectra
-from dynamics.array_facts import ArrayFacts
-from dynamics.calibration import Rates, kept_rates, measured_rates
-from dynamics.cli import main
-from dynamics.derived import Difference
-from dynamics.devices import FactsOnGPU, facts_on
+from dynamics import schema
+from dynamics.cli.app import main
 from dynamics.errors import DynamicsError
-from dynamics.gram import gram_error
-from dynamics.run import Dense
-from dynamics.spectra import EPS, spectrum
+from dynamics.runs.differences import Difference
+from dynamics.runs.run import Dense
+from dynamics.spectra import gpu_backend
+from dynamics.spectra import calibration, noise, torch_spectrum
+from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.calibration import Rates, kept_rates, measured_rates
+from dynamics.spectra.gpu_backend import FactsOnGPU, facts_on
+from dynamics.spectra.gram import gram_error
+from dynamics.spectra.spectrum import EPS, spectrum
 from tests.dynamics.test_gram import HARD
 
 SIDES = calibration._SIDES
@@ -61,9 +63,9 @@ def test_the_error_bounds_hold(name, shape, device, facts):
 
     found = spectrum(Dense(matrix, "float64"), facts=facts)
     assert np.abs(found.s - exact).max() <= found.error
-    squares = torch_spectra.eigvalsh(torch_spectra.gram(there))[::-1]
+    squares = torch_spectrum.eigvalsh(torch_spectrum.gram(there))[::-1]
     assert np.abs(squares - exact**2).max() <= gram_error(squares[0], max(shape))
-    by_svd = torch_spectra.singular_values(there)
+    by_svd = torch_spectrum.singular_values(there)
     assert np.abs(by_svd - exact).max() <= max(shape) * EPS * exact[0]
 
 
@@ -73,7 +75,7 @@ def test_the_bound_of_gram_matrices_holds_where_all_sums_round_alike(value, shap
     if device.type == "cpu" and shape == (8192, 2048):
         pytest.skip("takes minutes without a GPU")
     there = torch.full(shape, value, dtype=torch.float64, device=device)
-    squares = torch_spectra.eigvalsh(torch_spectra.gram(there))[::-1]
+    squares = torch_spectrum.eigvalsh(torch_spectrum.gram(there))[::-1]
     exact = np.zeros(min(shape))
     exact[0] = value**2 * shape[0] * shape[1]
     assert np.abs(squares - exact).max() <= gram_error(exact[0], max(shape))
@@ -95,7 +97,7 @@ def test_noise_floors_are_those_of_numpy(dtype, device, facts):
     assert np.abs(there.s - here.s).max() <= there.error + here.error
     for one, other in zip(
         noise.variance_sums((array, dtype)),
-        torch_spectra.variance_sums(stored.to(device), dtype),
+        torch_spectrum.variance_sums(stored.to(device), dtype),
         strict=True,
     ):
         np.testing.assert_allclose(other, one, rtol=1e-12)
@@ -129,7 +131,7 @@ def test_arrays_as_files_give_them_are_taken_without_a_warning(facts):
 
 def test_an_array_is_copied_once_and_its_copy_goes_with_it(facts, monkeypatch):
     copies = []
-    monkeypatch.setattr(devices, "_tensor", lambda a: copies.append(1) or torch.tensor(a))
+    monkeypatch.setattr(gpu_backend, "_tensor", lambda a: copies.append(1) or torch.tensor(a))
     values, other = (np.random.default_rng(s).standard_normal((300, 200)) for s in (0, 1))
     for _ in range(2):
         spectrum(Dense(values, "float64"), facts=facts)
@@ -235,7 +237,9 @@ def recording(write_recording, tmp_path_factory):
 def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
     recording, device, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("dynamics.analysis.facts_on", lambda _: FactsOnGPU(device, SLOW, FAST))
+    monkeypatch.setattr(
+        "dynamics.analysis.analyze.facts_on", lambda _: FactsOnGPU(device, SLOW, FAST)
+    )
     cache = tmp_path / "spectra.cache"
     there = dy.analyze(recording, device="cuda", cache=cache)
     monkeypatch.undo()
@@ -247,8 +251,10 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
     assert (here[schema.SINGULAR_VALUE] != there[schema.SINGULAR_VALUE]).any(), "not measured there"
     # What either measured, it does not measure again, and has the same last digits.
     on = {"cuda": FactsOnGPU(device, SLOW, FAST), "cpu": ArrayFacts()}
-    monkeypatch.setattr("dynamics.analysis.facts_on", on.get)
-    monkeypatch.setattr("dynamics.measuring.spectrum", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("dynamics.analysis.analyze.facts_on", on.get)
+    monkeypatch.setattr(
+        "dynamics.analysis.tasks.spectrum", lambda *_, **__: pytest.fail("measured")
+    )
     for known, name in ((there, "cuda"), (here, "cpu")):
         xr.testing.assert_identical(dy.analyze(recording, cache=cache, device=name), known)
 

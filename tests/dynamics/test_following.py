@@ -12,10 +12,10 @@ import pytest
 import xarray as xr
 
 import dynamics as dy
-from dynamics import cli
-from dynamics.following import follow
-from dynamics.formats import tensors
-from dynamics.layout import WEIGHT, Recording, RecordingWriter, matrix_path
+from dynamics.analysis.following import follow
+from dynamics.cli import app
+from dynamics.formats.storage import tensors
+from dynamics.recordings import WEIGHT, Recording, RecordingWriter, matrix_path
 from tests.dynamics.test_incremental import settle
 
 
@@ -254,7 +254,7 @@ def command(tmp_path, monkeypatch, capfd):
         capfd.readouterr()
         code = 0
         try:
-            cli.main()
+            app.main()
         except SystemExit as ended:
             code = 0 if ended.code is None else ended.code
         return (code, *capfd.readouterr())

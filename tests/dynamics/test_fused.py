@@ -11,9 +11,9 @@ import dynamics as dy
 from dynamics.components import COMPONENTS
 from dynamics.errors import MissingError
 from dynamics.formats.recording import RecordingRun
-from dynamics.fused import Part, SplitRun, kept_whole, split_fused
-from dynamics.names import matches, module_of
-from dynamics.run import Dense, Factored
+from dynamics.runs.fused import Part, SplitRun, kept_whole, split_fused
+from dynamics.runs.parameter_names import matches, module_of
+from dynamics.runs.run import Dense, Factored
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,11 +9,11 @@ import pytest
 import scipy.linalg
 import torch
 
-from dynamics.derived import Difference
-from dynamics.gram import eigvalsh, gram, gram_error, singular_values_from_gram
 from dynamics.metrics import METRICS, condition_number_raw, effective_rank, numerical_rank
-from dynamics.run import Dense
-from dynamics.spectra import EPS, TOLERANCE, singular_values, spectrum
+from dynamics.runs.differences import Difference
+from dynamics.runs.run import Dense
+from dynamics.spectra.gram import eigvalsh, gram, gram_error, singular_values_from_gram
+from dynamics.spectra.spectrum import EPS, TOLERANCE, singular_values, spectrum
 
 SHAPES = [(96, 96), (384, 96), (128, 384), (256, 256), (384, 384), (4000, 64)]
 

@@ -15,12 +15,13 @@ import zarr
 from safetensors.numpy import load_file, save_file
 
 import dynamics as dy
-from dynamics import measuring, origins
-from dynamics.derived import Difference
-from dynamics.formats import tensors
-from dynamics.layout import WEIGHT, Recording, RecordingWriter, factor_path, matrix_path
-from dynamics.run import Dense, Event, Factored
-from dynamics.spectrum_cache import SpectrumCache, content_key
+from dynamics.analysis import tasks
+from dynamics.analysis.cache import SpectrumCache, content_key
+from dynamics.formats.storage import tensors
+from dynamics.recordings import WEIGHT, Recording, RecordingWriter, factor_path, matrix_path
+from dynamics.runs import origins
+from dynamics.runs.differences import Difference
+from dynamics.runs.run import Dense, Event, Factored
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -45,7 +46,7 @@ def counts(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(measuring, "spectrum", counted("measured", measuring.spectrum))
+    monkeypatch.setattr(tasks, "spectrum", counted("measured", tasks.spectrum))
     monkeypatch.setattr(Recording, "read", counted("read", Recording.read))
     monkeypatch.setattr(tensors, "read_range", counted("read", tensors.read_range))
     return found

@@ -8,8 +8,8 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from dynamics.errors import DynamicsError, FormatError, OutputExistsError
-from dynamics.layout import Recording, RecordingWriter, factor_path, matrix_path, paths
-from dynamics.run import Event
+from dynamics.recordings import Recording, RecordingWriter, factor_path, matrix_path, paths
+from dynamics.runs.run import Event
 
 W, G = matrix_path("weight", "a.weight"), matrix_path("gradient", "a.weight")
 LATE = matrix_path("weight", "late.weight")
@@ -526,7 +526,7 @@ def test_a_writer_that_is_killed_for_real_leaves_whole_records(tmp_path):
 
     script = (
         "import sys, numpy as np\n"
-        "from dynamics.layout import RecordingWriter\n"
+        "from dynamics.recordings import RecordingWriter\n"
         "writer = RecordingWriter(sys.argv[1], {})\n"
         "for step in range(100000):\n"
         "    writer.append(step, {'weight/a': np.full((64, 64), step, np.float32)},\n"

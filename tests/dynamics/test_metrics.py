@@ -27,8 +27,8 @@ from dynamics.metrics import (
     stable_rank,
     top_k_energy,
 )
-from dynamics.run import Dense, Factored
-from dynamics.spectra import spectrum
+from dynamics.runs.run import Dense, Factored
+from dynamics.spectra.spectrum import spectrum
 
 SHAPES = [(96, 96), (384, 96), (128, 384), (1, 7), (7, 1), (5, 5)]
 

@@ -2,19 +2,28 @@
 
 import doctest
 
+import dynamics.runs.attention_config
+import dynamics.runs.parameter_names
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 
-import dynamics.architecture
 import dynamics.errors
-import dynamics.names
-from dynamics.architecture import tied_aliases
-from dynamics.names import MODULES, attention_path, clean_name, layer_of, matches, module_of
+from dynamics.runs.attention_config import tied_aliases
+from dynamics.runs.parameter_names import (
+    MODULES,
+    attention_path,
+    clean_name,
+    layer_of,
+    matches,
+    module_of,
+)
 
 
-@pytest.mark.parametrize("module", [dynamics.names, dynamics.errors, dynamics.architecture])
+@pytest.mark.parametrize(
+    "module", [dynamics.runs.parameter_names, dynamics.errors, dynamics.runs.attention_config]
+)
 def test_the_docstrings_examples_hold(module):
     tried = doctest.testmod(module)
     assert tried.attempted > 0

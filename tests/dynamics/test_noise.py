@@ -11,7 +11,8 @@ from scipy.sparse.linalg import svds
 
 from dynamics.errors import DynamicsError
 from dynamics.metrics import effective_rank, numerical_rank
-from dynamics.noise import (
+from dynamics.runs.run import Dense
+from dynamics.spectra.noise import (
     noise_floor,
     noise_limit,
     noise_norm,
@@ -23,8 +24,7 @@ from dynamics.noise import (
     ulp,
     variance_sums,
 )
-from dynamics.run import Dense
-from dynamics.spectra import spectrum
+from dynamics.spectra.spectrum import spectrum
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 PAPER = [(32, 96), (96, 96), (96, 384), (128, 384), (384, 384), (384, 1536)]

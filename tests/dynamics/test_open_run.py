@@ -9,7 +9,7 @@ from zarr.storage import MemoryStore
 
 import dynamics as dy
 from dynamics.errors import DynamicsError, FormatError, MissingError
-from dynamics.layout import RecordingWriter
+from dynamics.recordings import RecordingWriter
 from dynamics.schema import Status
 
 UP = "model.layers.1.mlp.up_proj.weight"

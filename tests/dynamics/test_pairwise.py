@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from dynamics.metrics.pairwise import (
+from dynamics.directions.pairwise import (
     alignment,
     energy_in_subspaces,
     leading_subspaces,
     principal_angle_cosines,
     subspace_overlap,
 )
-from dynamics.run import Dense, Factored
+from dynamics.runs.run import Dense, Factored
 
 RNG = np.random.default_rng(5)
 

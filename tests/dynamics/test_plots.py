@@ -7,8 +7,8 @@ from zarr.storage import MemoryStore
 
 import dynamics as dy
 from dynamics.errors import DynamicsError, MissingError
-from dynamics.layout import RecordingWriter
 from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
+from dynamics.recordings import RecordingWriter
 
 UP0, UP1 = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
 STEPS = [0, 10, 20]

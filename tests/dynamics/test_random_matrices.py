@@ -11,7 +11,7 @@ from dynamics.metrics import (
     proportional_effective_rank,
     stable_rank,
 )
-from dynamics.random_matrices import (
+from dynamics.spectra.random_matrices import (
     TRACY_WIDOM_999,
     largest_singular_value,
     marchenko_pastur_density,

@@ -16,14 +16,14 @@ import zarr
 from zarr.storage import MemoryStore
 
 from dynamics.errors import OutputExistsError, RecordingHeldError
-from dynamics.layout import Recording, RecordingWriter
-from dynamics.layout import writer as writer_module
-from dynamics.run import Event
+from dynamics.recordings import Recording, RecordingWriter
+from dynamics.recordings import writer as writer_module
+from dynamics.runs.run import Event
 
 LOCK = "writer/zarr.json"
 HOLDER = (
     "import sys, time, numpy as np\n"
-    "from dynamics.layout import RecordingWriter\n"
+    "from dynamics.recordings import RecordingWriter\n"
     "writer = RecordingWriter(sys.argv[1], {}, resume=True)\n"
     "writer.append(len(writer.steps), {'weight/a': np.ones((2, 2), np.float32)})\n"
     "print('held', flush=True)\n"

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamics.derived import Difference
 from dynamics.metrics import effective_rank, numerical_rank
-from dynamics.run import Dense, Factored
-from dynamics.spectra import singular_values, singular_values_of_product, spectrum
+from dynamics.runs.differences import Difference
+from dynamics.runs.run import Dense, Factored
+from dynamics.spectra.spectrum import singular_values, singular_values_of_product, spectrum
 
 RNG = np.random.default_rng(7)
 

@@ -9,9 +9,9 @@ import zarr
 from zarr.storage import MemoryStore
 
 import dynamics as dy
+from dynamics.analysis.storage import check_output, is_analysis
 from dynamics.errors import FormatError, OutputExistsError
-from dynamics.layout import Recording, RecordingWriter
-from dynamics.storage import check_output, is_analysis
+from dynamics.recordings import Recording, RecordingWriter
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ def test_singular_values_that_are_too_many_for_memory_are_the_same(
     shapes = {f"model.layers.{i}.mlp.up_proj.weight": (16, 8 + i) for i in range(2)}
     run = write_recording(tmp_path / "run.zarr", shapes=shapes, spoil=spoil)
     expected = dy.analyze(run)
-    monkeypatch.setattr("dynamics.results._IN_MEMORY", 0)
-    monkeypatch.setattr("dynamics.results._AT_ONCE", 10)
+    monkeypatch.setattr("dynamics.analysis.results._IN_MEMORY", 0)
+    monkeypatch.setattr("dynamics.analysis.results._AT_ONCE", 10)
     if disk == "full":
 
         def refuse(*_):

@@ -10,7 +10,7 @@ import xarray as xr
 import dynamics as dy
 from dynamics.errors import FormatError
 from dynamics.formats.recording import RecordingRun
-from dynamics.tracing import TracedRun
+from dynamics.runs.matrix_cache import TracedRun
 
 SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (24, 16) for i in range(2)}
 STEPS = tuple(range(0, 60, 10))

@@ -5,8 +5,8 @@ import pytest
 
 import dynamics as dy
 from dynamics.errors import MissingError
-from dynamics.layout import RecordingWriter, factor_path, matrix_path
-from dynamics.run import Event
+from dynamics.recordings import RecordingWriter, factor_path, matrix_path
+from dynamics.runs.run import Event
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 OTHER = "model.embed_tokens.weight"

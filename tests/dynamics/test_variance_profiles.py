@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dynamics import variance_profiles
-from dynamics.variance_profiles import edge_of_profile
+from dynamics.spectra import variance_profiles
+from dynamics.spectra.variance_profiles import edge_of_profile
 
 
 def profiles(shapes, spreads):

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 from zarr.storage import MemoryStore
 
 import dynamics as dy
-from dynamics.cli import app
+from dynamics.cli.app import app
 from dynamics.errors import FormatError
-from dynamics.layout import Compression, Recording, RecordingWriter, verify
-from dynamics.run import Event
+from dynamics.recordings import Compression, Recording, RecordingWriter, verify
+from dynamics.runs.run import Event
 
 W, G = "weight/a.weight", "gradient/a.weight"
 ATTRS = {path: {"source_dtype": "float32"} for path in (W, G)}

@@ -22,10 +22,10 @@ from safetensors.numpy import load_file, save_file
 from zarr.storage import MemoryStore
 
 import dynamics as dy
-from dynamics.analysis import StoppedError, measure
+from dynamics.analysis.analyze import StoppedError, measure
+from dynamics.analysis.selection import selected
+from dynamics.analysis.workers import _results
 from dynamics.formats.recording import RecordingRun
-from dynamics.selection import selected
-from dynamics.workers import _results
 
 # Large enough for the Gram matrix, and for tasks to be under way when a worker dies.
 SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (384, 192) for i in range(12)}
@@ -116,12 +116,16 @@ def test_what_serial_analyses_measured_workers_do_not_and_the_other_way_round(
 ):
     first = tmp_path / "first.cache"
     dy.analyze(recording, cache=first, workers=2)
-    monkeypatch.setattr("dynamics.measuring.spectrum", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "dynamics.analysis.tasks.spectrum", lambda *_, **__: pytest.fail("measured")
+    )
     xr.testing.assert_identical(dy.analyze(recording, cache=first), serial)
     monkeypatch.undo()
     second = tmp_path / "second.cache"
     dy.analyze(recording, cache=second)
-    monkeypatch.setattr("dynamics.analysis.SpectrumCache.put", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(
+        "dynamics.analysis.analyze.SpectrumCache.put", lambda *_: pytest.fail("measured")
+    )
     xr.testing.assert_identical(dy.analyze(recording, cache=second, workers=2), serial)
 
 
@@ -242,7 +246,7 @@ def test_the_job_of_the_docs_gives_the_serial_result(recording, serial, tmp_path
 @pytest.mark.parametrize("content", [None, "", "{}", "[]"])
 def test_a_scheduler_file_that_says_nothing_is_named(recording, tmp_path, monkeypatch, content):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("dynamics.workers._SECONDS_TO_CONNECT", 1)
+    monkeypatch.setattr("dynamics.analysis.workers._SECONDS_TO_CONNECT", 1)
     file = tmp_path / "scheduler.json"
     if content is not None:
         file.write_text(content)
@@ -271,7 +275,7 @@ def test_workers_that_join_later_get_tasks():
 
 def test_a_scheduler_that_does_not_answer_is_named(recording, monkeypatch):
     pytest.importorskip("distributed")
-    monkeypatch.setattr("dynamics.workers._SECONDS_TO_CONNECT", 1)
+    monkeypatch.setattr("dynamics.analysis.workers._SECONDS_TO_CONNECT", 1)
     with pytest.raises(dy.DynamicsError, match=r"No Dask scheduler answers at tcp://127.0.0.1:1"):
         dy.analyze(recording, scheduler="tcp://127.0.0.1:1")
 

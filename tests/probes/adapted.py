@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dynamics.names import clean_name
+from dynamics.runs.parameter_names import clean_name
 
 CONFIG = LlamaConfig(
     vocab_size=32,

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dynamics.errors import DynamicsError
-from probes import Recorder, gathering
+from probes import Recorder
+from probes.model import sharding
 from tests.probes.adapted import adapted_model, tokens
 from tests.probes.stacks import (
     CASES,
@@ -98,7 +99,7 @@ def adapters_of_a_sharded_model(folder):
 
 
 def one_rank_alone_is_told_so(folder):
-    patience, gathering.PATIENCE = gathering.PATIENCE, timedelta(seconds=1)
+    patience, sharding.PATIENCE = sharding.PATIENCE, timedelta(seconds=1)
     model = fully_shard(Net())
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     recorder = Recorder(model, optimizer, folder / "alone.zarr")
@@ -106,7 +107,7 @@ def one_rank_alone_is_told_so(folder):
         with pytest.raises(DynamicsError, match="Rank 0 waited 1 s for the recorders of ranks 1:"):
             recorder.attach()
     dist.barrier()
-    gathering.PATIENCE = patience
+    sharding.PATIENCE = patience
     with recorder:  # all of them together can still go on
         pass
 

@@ -11,9 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import dynamics as dy
 from dynamics.errors import DynamicsError
-from dynamics.names import clean_name
+from dynamics.runs.parameter_names import clean_name
 from probes import Recorder
-from probes.effective import tracked_parameters
+from probes.model.parameters import tracked_parameters
 
 LLAMA = LlamaConfig(
     vocab_size=32,

@@ -6,7 +6,7 @@ import time
 import pytest
 
 import dynamics as dy
-from dynamics.following import follow
+from dynamics.analysis.following import follow
 from probes import Recorder
 from tests.probes import training
 

@@ -14,9 +14,9 @@ from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 import dynamics as dy
 from dynamics.errors import DynamicsError
-from dynamics.layout import Recording, verify
+from dynamics.recordings import Recording, verify
 from probes import Recorder
-from probes.writer import SkippedRecordWarning
+from probes.records.background_writer import SkippedRecordWarning
 from tests.probes.training import build, train
 
 

@@ -14,10 +14,10 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import dynamics as dy
-from dynamics.cli import app
+from dynamics.cli.app import app
 from dynamics.errors import DynamicsError, OutputExistsError, RecordingHeldError
-from dynamics.layout import RecordingWriter
-from dynamics.run import Event
+from dynamics.recordings import RecordingWriter
+from dynamics.runs.run import Event
 from probes import Recorder
 from tests.probes import training
 

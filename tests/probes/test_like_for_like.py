@@ -5,12 +5,12 @@ import pytest
 import torch
 
 import dynamics as dy
-from dynamics.expressibility import FactorsOf
-from dynamics.metrics.adapter_subspace import expressibility
+from dynamics.directions.adapter_subspace import expressibility
+from dynamics.directions.expressibility import FactorsOf
 from probes.frameworks.hf_trainer import RecorderCallback
-from probes.relora import train
-from probes.relora.restart import lora_layers
+from probes.relora.training.restart import lora_layers
 from tests.probes.adapted import relative_error
+from probes.relora import train
 from tests.probes.relora.conftest import random_data, tiny_config
 
 MERGE_AT = 4

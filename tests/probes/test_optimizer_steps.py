@@ -15,7 +15,7 @@ from torch import nn
 
 import dynamics as dy
 from dynamics.errors import DynamicsError
-from dynamics.layout import Recording
+from dynamics.recordings import Recording
 from probes import Recorder
 from tests.probes.stacks import LR, Case, Net, micro_batches
 

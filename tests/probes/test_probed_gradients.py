@@ -8,7 +8,7 @@ import xarray as xr
 from torch import nn
 
 import dynamics as dy
-from dynamics.names import clean_name
+from dynamics.runs.parameter_names import clean_name
 from probes import Recorder
 from tests.probes.adapted import (
     adam,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from probes import Recorder
-from probes.snapshots import Snapshots
+from probes.records.cpu_buffers import Snapshots
 from tests.probes import training
 
 

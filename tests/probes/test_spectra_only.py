@@ -9,15 +9,16 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import dynamics as dy
-from dynamics import noise, schema
+from dynamics import schema
 from dynamics.auditing import audit
 from dynamics.errors import DynamicsError, MissingError
-from dynamics.gram import gram_error
-from dynamics.run import Dense
-from dynamics.spectra import spectrum
+from dynamics.runs.run import Dense
+from dynamics.spectra import noise
+from dynamics.spectra.gram import gram_error
+from dynamics.spectra.spectrum import spectrum
 from probes import Recorder, at_steps
 from probes.checks import FailedCheckWarning
-from probes.measuring import measured
+from probes.records.live_spectra import measured
 from tests.dynamics.test_gram import HARD
 from tests.probes import adapted, training
 
@@ -93,7 +94,7 @@ def test_a_live_difference_counts_the_rounding_of_both_and_of_merges():
 
 
 def test_blocks_of_a_tall_matrix_are_measured_as_the_whole(monkeypatch):
-    monkeypatch.setattr("dynamics.torch_spectra._BLOCK", 64)
+    monkeypatch.setattr("dynamics.spectra.torch_spectrum._BLOCK", 64)
     tall = torch.randn(997, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     before = 0.9 * tall + 0.1
 

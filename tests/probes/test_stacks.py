@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dynamics as dy
-from dynamics.layout import Recording
+from dynamics.recordings import Recording
 from tests.probes import stacks_distributed
 from tests.probes.adapted import relative_error
 from tests.probes.stacks import CASES, LR, ONE_PROCESS, STEPS, TWO_PROCESSES, Case, reference

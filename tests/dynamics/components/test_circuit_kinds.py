@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import dynamics as dy
-from dynamics.layout import GRADIENT, WEIGHT, RecordingWriter, matrix_path
-from dynamics.run import Event, Factored
+from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter, matrix_path
+from dynamics.runs.run import Event, Factored
 from dynamics.schema import Status
-from dynamics.spectra import spectrum
+from dynamics.spectra.spectrum import spectrum
 
 COMPONENTS = ["ov_circuit", "qk_circuit"]
 NAME = "model.layers.0.self_attn.{}.{}"

@@ -10,12 +10,12 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 import dynamics as dy
+from dynamics.cli.tables import summary_table
 from dynamics.components import COMPONENTS
 from dynamics.errors import DynamicsError, MissingError
-from dynamics.fused import split_fused
+from dynamics.runs.fused import split_fused
 from dynamics.schema import COMPONENTS as MEANINGS
 from dynamics.schema import Status
-from dynamics.tables import summary_table
 
 CIRCUITS = ["ov_circuit", "qk_circuit", "pico_ov_circuit"]
 

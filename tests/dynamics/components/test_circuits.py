@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import dynamics as dy
-from dynamics.run import Factored
-from dynamics.spectra import spectrum
+from dynamics.runs.run import Factored
+from dynamics.spectra.spectrum import spectrum
 
 OV = "model.layers.{}.self_attn.ov_circuit.{}"
 QK = "model.layers.{}.self_attn.qk_circuit.{}"

@@ -5,7 +5,7 @@ import pytest
 
 import dynamics as dy
 from dynamics.schema import Status
-from dynamics.spectra import spectrum
+from dynamics.spectra.spectrum import spectrum
 
 NAME = "model.layers.{}.self_attn.pico_ov_circuit"
 

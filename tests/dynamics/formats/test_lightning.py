@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dynamics as dy
-from dynamics.architecture import read_architecture
+from dynamics.runs.attention_config import read_architecture
 from dynamics.schema import Status
 from tests.dynamics.formats.checking import Touch, assert_bits, assert_problem, assert_refused
 from tests.dynamics.formats.sharded_training import matrices, torchrun

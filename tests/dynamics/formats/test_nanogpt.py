@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import dynamics as dy
-from dynamics.architecture import read_architecture
+from dynamics.runs.attention_config import read_architecture
 from dynamics.schema import Status
 from tests.dynamics.formats.checking import Touch, assert_bits, assert_problem, assert_refused
 

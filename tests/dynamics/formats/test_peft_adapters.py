@@ -8,8 +8,8 @@ import pytest
 import dynamics as dy
 from dynamics import schema
 from dynamics.errors import DynamicsError, FormatError, MissingError
-from dynamics.formats.peft_adapters import PeftAdaptersRun
-from dynamics.run import Dense, Factored
+from dynamics.formats.peft.run import PeftAdaptersRun
+from dynamics.runs.run import Dense, Factored
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -9,7 +9,7 @@ import pytest
 
 import dynamics as dy
 from dynamics.errors import DynamicsError
-from dynamics.formats.peft_adapters import PeftAdaptersRun
+from dynamics.formats.peft.run import PeftAdaptersRun
 from tests.dynamics.formats.checking import assert_refused
 from tests.dynamics.formats.writers.hub_cache import Cache
 

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import dynamics as dy
-from dynamics.formats.steps import step_in_name
+from dynamics.formats.shared.steps import step_in_name
 from dynamics.schema import Status
 from tests.dynamics.formats.checking import Touch, assert_bits, assert_problem, assert_refused
 from tests.dynamics.formats.sharded_training import Small, matrices

@@ -5,7 +5,7 @@ import pytest
 
 import dynamics as dy
 from dynamics.formats.relora import ReLoRARun
-from dynamics.run import Factored
+from dynamics.runs.run import Factored
 from tests.dynamics.formats.checking import assert_bits, assert_problem, assert_refused
 
 torch = pytest.importorskip("torch")

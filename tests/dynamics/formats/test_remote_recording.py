@@ -7,7 +7,7 @@ from zarr.storage import FsspecStore
 
 import dynamics as dy
 from dynamics.errors import FormatError, OutputExistsError, RecordingHeldError
-from dynamics.layout import Recording, RecordingWriter, verify
+from dynamics.recordings import Recording, RecordingWriter, verify
 
 torch = pytest.importorskip("torch")
 

@@ -16,8 +16,8 @@ import pytest
 
 import dynamics as dy
 from dynamics.errors import FormatError
-from dynamics.formats.torch_files import tensors_of, torch_file
-from dynamics.formats.unpickling import Inert, TensorUnpickler
+from dynamics.formats.storage.torch_files import tensors_of, torch_file
+from dynamics.formats.storage.unpickling import Inert, TensorUnpickler
 
 torch = pytest.importorskip("torch")
 
@@ -126,7 +126,8 @@ def test_no_module_is_imported_for_a_name_in_a_pickle(tmp_path):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", data)
     code = (
-        "import sys; from pathlib import Path; from dynamics.formats.torch_files import torch_file;"
+        "import sys; from pathlib import Path; "
+        "from dynamics.formats.storage.torch_files import torch_file;"
         f"path = Path({str(file)!r}); print(torch_file(path, path.parent));"
         "print('antigravity' in sys.modules)"
     )

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.relora import train_tokenizer
-from probes.relora.trained_models import as_transformers
+from probes.relora.evaluation.trained_models import as_transformers
 
 PAIRS = {
     ("morphology", "subject_verb_agreement", "verb_number"): [

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from dynamics.errors import DynamicsError, FormatError, MissingError
-from probes.relora.blimp import evaluate_blimp, pair_scores
-from probes.relora.blimp_data import (
+from probes.relora.evaluation.blimp import evaluate_blimp, pair_scores
+from probes.relora.evaluation.blimp_data import (
     PARADIGMS,
     Paradigm,
     download_blimp,
     missing_paradigms,
     read_blimp,
 )
-from probes.relora.log_likelihood import start_token
+from probes.relora.evaluation.log_likelihood import start_token
 from tests.probes.relora.scored_texts import (
     PAIRS,
     english_tokenizer,

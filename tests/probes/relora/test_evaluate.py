@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 import dynamics as dy
 from dynamics import schema
 from dynamics.errors import DynamicsError, FormatError, MissingError
-from dynamics.formats.evaluations import EVALUATIONS
+from dynamics.formats.shared.evaluations import EVALUATIONS
 from probes.relora.__main__ import app
-from probes.relora.blimp_data import read_blimp
-from probes.relora.evaluate import Evaluated, evaluate, validation_loss
-from probes.relora.evaluation_tables import evaluation_tables
-from probes.relora.evaluations import BlimpEvaluation, PerplexityEvaluation
+from probes.relora.evaluation.blimp_data import read_blimp
+from probes.relora.evaluation.evaluate import Evaluated, evaluate, validation_loss
+from probes.relora.evaluation.evaluations import BlimpEvaluation, PerplexityEvaluation
+from probes.relora.evaluation.tables import evaluation_tables
+from probes.relora.evaluation.trained_models import load_model, load_tokenizer
 from probes.relora.experiment import run_experiment
-from probes.relora.trained_models import load_model, load_tokenizer
 from tests.probes.relora.scored_texts import PAIRS, SEQUENCE_LENGTH, TEXTS, write_pairs
 from tests.short_run import TEXT, short_config
 

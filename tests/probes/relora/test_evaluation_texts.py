@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from dynamics.errors import FormatError, MissingError
-from probes.relora.evaluation_texts import read_texts
+from probes.relora.evaluation.texts import read_texts
 
 ROWS = [
     {"text": "one", "source": "c4", "id": 1},

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
-from probes.relora.blimp import evaluate_blimp, pair_scores
-from probes.relora.blimp_data import PARADIGMS, read_blimp
-from probes.relora.perplexity import evaluate_perplexity, windows
+from probes.relora.evaluation.blimp import evaluate_blimp, pair_scores
+from probes.relora.evaluation.blimp_data import PARADIGMS, read_blimp
+from probes.relora.evaluation.perplexity import evaluate_perplexity, windows
 from tests.probes.relora.harness import harness_blimp, harness_model
 from tests.probes.relora.scored_texts import (
     PAIRS,

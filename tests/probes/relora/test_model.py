@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from probes.relora import TrainConfig, add_adapters, build_model
-from probes.relora.base_checkpoint import base_parameters
-from probes.relora.restart import adapter_parameters, lora_layers
+from probes.relora.training.base_checkpoint import base_parameters
+from probes.relora.training.restart import adapter_parameters, lora_layers
 
 
 def test_equal_seeds_give_equal_models_and_other_seeds_other_ones(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dynamics.errors import DynamicsError
 from probes.relora import TrainConfig, merge_and_reset, reset_optimizer
-from probes.relora.restart import adapter_parameters, named_adapter_parameters
+from probes.relora.training.restart import adapter_parameters, named_adapter_parameters
 from tests.probes.relora.conftest import TOKENS, trained_adapters
 
 

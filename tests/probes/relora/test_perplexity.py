@@ -7,7 +7,7 @@ import torch
 from transformers import BloomConfig, BloomForCausalLM
 
 from dynamics.errors import DynamicsError
-from probes.relora.perplexity import evaluate_perplexity, overall, windows
+from probes.relora.evaluation.perplexity import evaluate_perplexity, overall, windows
 from tests.probes.relora.scored_texts import (
     TEXTS,
     english_tokenizer,

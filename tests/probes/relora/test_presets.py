@@ -17,9 +17,9 @@ from probes.relora import (
     small,
     tiny,
 )
-from probes.relora.schedule import schedule_of
 from probes.relora.settings import configured, parse_settings, with_settings, written
 from probes.relora.sweep_plan import train_words
+from probes.relora.training.schedule import schedule_of
 
 PUBLISHED = {
     (tiny, "full_rank"): (11_282_784, 11_282_784),

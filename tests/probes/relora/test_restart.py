@@ -10,7 +10,7 @@ from torch import nn
 
 from dynamics.errors import DynamicsError
 from probes.relora import ReLoRACallback, TrainConfig, build_model, merge_and_reset
-from probes.relora.restart import adapter_parameters, lora_layers
+from probes.relora.training.restart import adapter_parameters, lora_layers
 from tests.probes.relora.conftest import TOKENS, trained_adapters
 
 

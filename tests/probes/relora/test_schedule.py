@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probes.relora import TrainConfig, jagged_cosine, linear_warmup_decay
-from probes.relora.schedule import schedule_of
+from probes.relora.training.schedule import schedule_of
 
 JAGGED = {
     "max_steps": 110,

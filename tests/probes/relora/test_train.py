@@ -13,12 +13,9 @@ import pytest
 import torch
 
 from dynamics.errors import DynamicsError
-from probes.relora import (
-    TextData,
-    TrainConfig,
-    train,
-)
-from probes.relora.schedule import schedule_of
+from probes.relora import TextData, TrainConfig
+from probes.relora.training.schedule import schedule_of
+from probes.relora import train
 from tests.probes.relora.conftest import assert_equal_weights
 
 

@@ -1,0 +1,1 @@
+"""Who does the work: what is chosen of a run, measured, kept and compared."""

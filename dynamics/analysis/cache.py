@@ -1,0 +1,228 @@
+"""Spectra on disk, by the numbers they were computed from: what an analysis measures once only."""
+
+import hashlib
+import sqlite3
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+
+from dynamics.errors import DynamicsError
+from dynamics.runs.differences import Difference
+from dynamics.runs.matrix_cache import Dependency, TracedRun, trace_from_json, trace_to_json
+from dynamics.runs.run import Dense, Factored, Spectrum
+from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.spectrum import MEASURE_VERSION
+
+_APPLICATION = 0x6C64796E  # "ldyn", in the file's header
+_VERSION = 1
+_FLUSH_SECONDS = 1.0
+_DAMAGED = (sqlite3.Error, UnicodeError)  # the latter from the text of an error
+_SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS spectra (
+    content BLOB PRIMARY KEY, s BLOB NOT NULL, "rows" INTEGER NOT NULL, cols INTEGER NOT NULL,
+    rank_bound INTEGER NOT NULL, error REAL NOT NULL, noise_floor REAL NOT NULL,
+    checksum BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cells (
+    cell BLOB PRIMARY KEY, dependencies BLOB NOT NULL, content BLOB NOT NULL,
+    checksum BLOB NOT NULL
+) WITHOUT ROWID;
+PRAGMA application_id = {_APPLICATION};
+PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+# Other releases of these may give other last digits, and an analysis names the ones it was made by.
+_MEASURED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
+
+
+def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> bytes:
+    """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it."""
+    facts = facts or ArrayFacts()
+    digest = hashlib.blake2b((_MEASURED_BY + facts.measured_by).encode(), digest_size=20)
+    if isinstance(matrix, Factored):
+        other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
+        parts = [matrix.left, matrix.right]
+    elif isinstance(matrix, Difference):
+        other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
+        parts = [matrix.now.values, matrix.before.values]
+        if matrix.adapter is not None:  # its product was rounded
+            other = (*other, matrix.adapter.scale)
+            parts += [matrix.adapter.left, matrix.adapter.right]
+    else:
+        other, parts = (matrix.dtype,), [matrix.values]
+    digest.update(repr((type(matrix).__name__, other)).encode())
+    for part in parts:
+        digest.update(facts.digest(part))
+    return digest.digest()
+
+
+class SpectrumCache:
+    """A file of spectra, made if it is missing; a context manager.
+
+    What is put into it is written once a second and at the end, each time whole or not at all.
+    Two processes may use one file.
+
+    Args:
+        path: of the file.
+        measured_by: see `gpu_backend.measured_by`; of two such, neither takes what the other measured.
+
+    Raises:
+        DynamicsError: the file is damaged, of another version, or something else; the file system
+            refuses it, or another process keeps it locked.
+    """
+
+    def __init__(self, path: str | Path, measured_by: str = ""):
+        self.path = Path(path)
+        self._measured_by = (_MEASURED_BY + measured_by).encode()
+        self._spectra: dict[bytes, Spectrum] = {}
+        self._cells: dict[bytes, tuple[bytes, bytes, bytes]] = {}
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> "SpectrumCache":
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Transactions are ours: a pending one would keep others out during a long computation.
+            self._connection = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise self._refused(error) from error
+        try:
+            self._check()
+        except BaseException:
+            self._connection.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with closing(self._connection):
+            self._flush()
+
+    def of_cell(self, cell: bytes, run: TracedRun) -> tuple[bytes | None, bool]:
+        """(the content that a cell had when it was measured last, whether it still must have it).
+
+        It must where nothing that it was made from has changed since. None: it never was measured.
+        """
+        cell = self._salted(cell)
+        found = self._cells.get(cell) or self._row(
+            "SELECT dependencies, content, checksum FROM cells WHERE cell = ?", cell
+        )
+        if found is None:
+            return None, False
+        dependencies, content, checksum = found
+        if checksum != _checksum(cell, dependencies, content):
+            raise self._damaged("the origins of a matrix do not fit their checksum")
+        origins = trace_from_json(dependencies)
+        return content, all(run.origin_of(each) == origin for each, origin in origins)
+
+    def of_content(self, content: bytes) -> Spectrum | None:
+        """The spectrum of these numbers."""
+        if content in self._spectra:
+            return self._spectra[content]
+        row = self._row(
+            'SELECT s, "rows", cols, rank_bound, error, noise_floor, checksum FROM spectra'
+            " WHERE content = ?",
+            content,
+        )
+        if row is None:
+            return None
+        if row[-1] != _checksum(content, *row[:-1]):
+            raise self._damaged("a spectrum does not fit its checksum")
+        return Spectrum(np.frombuffer(row[0], dtype="<f8").astype(np.float64), *row[1:-1])
+
+    def put(self, content: bytes, spectrum: Spectrum) -> None:
+        """Keep the spectrum of these numbers."""
+        if np.isnan([spectrum.error, spectrum.noise_floor]).any():
+            return  # of numbers near the largest float64; SQLite has no NaN
+        self._spectra[content] = spectrum
+        self._flush_now_and_then()
+
+    def put_cell(self, cell: bytes, trace: Mapping[Dependency, str | None], content: bytes) -> None:
+        """Keep what a cell was made from (`TracedRun.trace`), if it can be told again."""
+        if None in trace.values():
+            return
+        cell, dependencies = self._salted(cell), trace_to_json(trace).encode()
+        self._cells[cell] = (dependencies, content, _checksum(cell, dependencies, content))
+        self._flush_now_and_then()
+
+    def _salted(self, cell: bytes) -> bytes:
+        return hashlib.blake2b(cell + self._measured_by, digest_size=20).digest()
+
+    def _check(self) -> None:
+        try:
+            if not self._connection.execute("PRAGMA page_count").fetchone()[0]:
+                self._connection.executescript(_SCHEMA)
+            found = self._connection.execute("PRAGMA application_id").fetchone()[0]
+            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            raise self._refused(error) from error
+        except _DAMAGED as error:
+            raise self._damaged(error) from error
+        if found != _APPLICATION:
+            raise self._damaged("an SQLite file of something else")
+        if version != _VERSION:
+            raise DynamicsError(
+                f"{self.path} is a cache of version {version}, this release has {_VERSION}; "
+                "delete it, and everything is measured once more."
+            )
+
+    def _row(self, query: str, key: bytes) -> Any:
+        try:
+            return self._connection.execute(query, (key,)).fetchone()
+        except sqlite3.OperationalError as error:
+            raise self._refused(error) from error
+        except _DAMAGED as error:
+            raise self._damaged(error) from error
+
+    def _flush_now_and_then(self) -> None:
+        if time.monotonic() - self._flushed >= _FLUSH_SECONDS:
+            self._flush()
+
+    def _flush(self) -> None:
+        spectra = []
+        for content, each in self._spectra.items():
+            s = each.s.astype("<f8").tobytes()
+            sizes = (int(each.rows), int(each.cols), int(each.rank_bound))
+            row = (s, *sizes, float(each.error), float(each.noise_floor))
+            spectra.append((content, *row, _checksum(content, *row)))
+        cells = [(cell, *row) for cell, row in self._cells.items()]
+        try:
+            if spectra or cells:
+                self._connection.execute("BEGIN IMMEDIATE")
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?, ?, ?, ?, ?)", spectra
+                )
+                self._connection.executemany(
+                    "INSERT OR REPLACE INTO cells VALUES (?, ?, ?, ?)", cells
+                )
+                self._connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise self._refused(error) from error
+        except _DAMAGED as error:
+            raise self._damaged(error) from error
+        self._spectra, self._cells = {}, {}
+        self._flushed = time.monotonic()
+
+    def _damaged(self, found: object) -> DynamicsError:
+        return DynamicsError(
+            f"{self.path} is no readable cache of spectra: {_line(found)}. Delete it if it is one, "
+            "and all is measured once more; or choose another output, or no cache (--no-cache)."
+        )
+
+    def _refused(self, found: object) -> DynamicsError:
+        return DynamicsError(
+            f"{self.path} cannot be used as a cache: {_line(found)}. Choose another output, or do "
+            "without (--no-cache); if it is locked, wait for the analysis that uses it."
+        )
+
+
+def _checksum(*row: object) -> bytes:
+    return hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
+
+
+def _line(found: object) -> str:
+    return " ".join(str(found).split())

@@ -1,0 +1,146 @@
+"""compare() and difference(): several runs in one Dataset, along the dimension `run`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from dynamics import schema
+from dynamics.analysis.analyze import analyze
+from dynamics.errors import DynamicsError, MissingError
+from dynamics.runs.run import Run
+
+
+def compare(runs: Mapping[str, xr.Dataset | Run | str | Path], **options: Any) -> xr.Dataset:
+    """Several analyses side by side.
+
+    Args:
+        runs: label -> an analysis, or a run (or its path) that is analysed with `options`.
+        options: arguments of `analyze` for the runs that are no analyses yet.
+
+    Returns:
+        The union of their kinds, steps and matrices with a new first dimension `run`. Where one
+        run lacks what another has, values are NaN and `status` is "not_recorded". `rows` and
+        `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`
+        and `problems` become JSON objects by run.
+
+    Raises:
+        DynamicsError: fewer than two runs, or an analysis that already compares runs.
+    """
+    if len(runs) < 2:
+        raise DynamicsError(f"Comparing takes two runs or more; found {len(runs)}: {list(runs)}.")
+    analyses = {}
+    for label, each in runs.items():
+        analysis = each if isinstance(each, xr.Dataset) else analyze(each, **options)
+        if schema.RUN in analysis.dims:
+            raise DynamicsError(f"{label!r} compares runs already; give single-run analyses.")
+        analyses[label] = analysis
+    steps = sorted(
+        {step for each in analyses.values() for step in each[schema.STEP].values.tolist()}
+    )
+    kinds = [
+        kind
+        for kind in schema.KINDS
+        if any(kind in each[schema.KIND] for each in analyses.values())
+    ]
+    matrices = list(
+        dict.fromkeys(
+            name for each in analyses.values() for name in each[schema.MATRIX].values.tolist()
+        )
+    )
+    width = max(each.sizes[schema.INDEX] for each in analyses.values())
+    aligned = [
+        each.reset_coords(schema.MATRIX_COORDS, drop=True).reindex(
+            {
+                schema.STEP: steps,
+                schema.KIND: kinds,
+                schema.MATRIX: matrices,
+                schema.INDEX: np.arange(width),
+            },
+            fill_value={schema.STATUS: np.int8(schema.Status.NOT_RECORDED)},
+        )
+        for each in analyses.values()
+    ]
+    both = xr.concat(
+        aligned,
+        xr.Variable(schema.RUN, list(analyses)),
+        data_vars="all",
+        join="exact",
+        combine_attrs="drop_conflicts",
+        fill_value=np.nan,
+    )
+    for name in ("events", "problems"):
+        by_run = {label: json.loads(each.attrs.get(name, "[]")) for label, each in analyses.items()}
+        both.attrs[name] = json.dumps(by_run)
+    return both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
+
+
+def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
+    """Every other run less the baseline run, value by value.
+
+    NaN where either was not measured. The variables `status`, `singular_value_error` and
+    `noise_floor` describe single runs and are left out.
+
+    Raises:
+        DynamicsError: `comparison` has no dimension `run`.
+        MissingError: no run is called `baseline`.
+    """
+    if schema.RUN not in comparison.dims:
+        raise DynamicsError("difference() takes what compare() returns: it has a dimension 'run'.")
+    labels = comparison[schema.RUN].values.tolist()
+    if baseline not in labels:
+        raise MissingError(f"No run {baseline!r} in this comparison; it has {', '.join(labels)}.")
+    described = (schema.STATUS, schema.SINGULAR_VALUE_ERROR, schema.NOISE_FLOOR)
+    values = comparison.drop_vars([name for name in described if name in comparison])
+    others = values.sel({schema.RUN: [label for label in labels if label != baseline]})
+    with xr.set_options(keep_attrs=True):
+        result = others - values.sel({schema.RUN: baseline}, drop=True)
+    return result.assign_attrs(comparison.attrs, baseline=baseline)
+
+
+def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
+    """One run of a comparison, as a dataset without the dimension `run` and with its own events.
+
+    Raises:
+        MissingError: no run is called `run`, or this is no comparison.
+    """
+    labels = comparison[schema.RUN].values.tolist() if schema.RUN in comparison.dims else []
+    if run not in labels:
+        known = ", ".join(labels) or "one run without a name"
+        raise MissingError(f"No run {run!r} in this result; it has {known}.")
+    own = {
+        name: json.dumps(json.loads(comparison.attrs[name])[run])
+        for name in ("events", "problems")
+        if name in comparison.attrs
+    }
+    return comparison.sel({schema.RUN: run}).assign_attrs(own)
+
+
+def _matrix_coords(analyses: list[xr.Dataset], matrices: list[str]) -> dict[str, Any]:
+    """The coordinates of the union's matrices: from the first run that has each."""
+    coords: dict[str, Any] = {}
+    for name in schema.MATRIX_COORDS:
+        known = [
+            dict(zip(each[schema.MATRIX].values.tolist(), each[name].values.tolist(), strict=True))
+            for each in analyses
+        ]
+        if all(
+            row.get(m, first) == first
+            for m in matrices
+            for first in [_first(known, m)]
+            for row in known
+        ):
+            coords[name] = (schema.MATRIX, [_first(known, m) for m in matrices])
+        else:
+            coords[name] = (
+                (schema.RUN, schema.MATRIX),
+                [[row.get(m, _first(known, m)) for m in matrices] for row in known],
+            )
+    return coords
+
+
+def _first(rows: list[dict[str, Any]], matrix: str) -> Any:
+    return next(row[matrix] for row in rows if matrix in row)

@@ -1,0 +1,158 @@
+"""Measuring some cells of one matrix: what a worker does, in this process or in another one."""
+
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from threadpoolctl import threadpool_limits
+
+from dynamics.analysis.cache import content_key
+from dynamics.components import COMPONENTS
+from dynamics.components.parameters import Measurable
+from dynamics.errors import DynamicsError, FormatError
+from dynamics.runs.differences import Difference, is_finite
+from dynamics.runs.matrix_cache import Dependency, TracedRun
+from dynamics.runs.run import Dense, Factored, Run, Spectrum
+from dynamics.schema import Status
+from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.gpu_backend import CPU, facts_on
+from dynamics.spectra.spectrum import spectrum
+
+# content -> the spectrum of these numbers, if it is known
+Recall = Callable[[bytes], Spectrum | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Cells of one matrix, to be measured by one worker.
+
+    Attributes:
+        component: the component that the matrix belongs to.
+        name: the matrix.
+        cells: (step, kind) of each.
+        hashed: whether contents and origins are wanted, for a cache.
+        known: content -> spectrum, of what the cells held before.
+    """
+
+    component: str
+    name: str
+    cells: tuple[tuple[int, str], ...]
+    hashed: bool = False
+    known: Mapping[bytes, Spectrum] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one cell.
+
+    Attributes:
+        step: the cell's.
+        kind: the cell's.
+        status: whether it was measured, or why not.
+        spectrum: None where it was not.
+        problem: why not, where that is a problem.
+        listed: whether the problem is this cell's own, and not of another one that names it.
+        content: the hash of the numbers, where it was asked for.
+        trace: what was read for it, each with its origin, likewise.
+    """
+
+    step: int
+    kind: str
+    status: Status
+    spectrum: Spectrum | None = None
+    problem: DynamicsError | None = None
+    listed: bool = False
+    content: bytes | None = None
+    trace: Mapping[Dependency, str | None] = field(default_factory=dict)
+
+
+def measured(
+    task: Task, run: TracedRun, read: Measurable, facts: ArrayFacts, recall: Recall
+) -> Iterator[Outcome]:
+    """The outcome of each cell of a task, one after the other.
+
+    Args:
+        task: what to measure.
+        run: what `read` reads from.
+        read: reads the matrix at a step and kind.
+        facts: of the arrays that the run hands out.
+        recall: what is known already.
+    """
+    steps = sorted({step for step, _ in task.cells})
+    following = dict(pairwise(steps))
+    for step, kind in task.cells:
+        if task.hashed:
+            run.start_cell()
+        try:
+            matrix = read(step, kind)
+            if step in following:
+                run.read_ahead(step, following[step])
+        except FormatError as problem:
+            yield Outcome(step, kind, Status.UNREADABLE, problem=problem, listed=True)
+            continue
+        if isinstance(matrix, Status):
+            yield Outcome(step, kind, matrix)
+        elif not is_finite(matrix, facts.is_finite):
+            text = f"{task.name} ({kind}) at step {step} holds NaN or Inf; it was not measured."
+            # Of a difference, the weights themselves are named.
+            own = not isinstance(matrix, Difference)
+            yield Outcome(step, kind, Status.NON_FINITE, problem=DynamicsError(text), listed=own)
+        else:
+            yield _measured(task, step, kind, matrix, run, facts, recall)
+
+
+def _measured(
+    task: Task,
+    step: int,
+    kind: str,
+    matrix: Dense | Factored | Difference | Spectrum,
+    run: TracedRun,
+    facts: ArrayFacts,
+    recall: Recall,
+) -> Outcome:
+    if isinstance(matrix, Spectrum) or not task.hashed:
+        return Outcome(step, kind, Status.MEASURED, spectrum(matrix, facts=facts))
+    content = content_key(matrix, facts)
+    found = recall(content)
+    if found is None:
+        found = spectrum(matrix, facts=facts)
+    return Outcome(step, kind, Status.MEASURED, found, content=content, trace=dict(run.trace))
+
+
+class Workplace:
+    """A run in a worker's process, where its tasks are carried out.
+
+    It keeps what one task has read for the next, for each thread apart: matrices that are read
+    again, and all heads' projections.
+    """
+
+    def __init__(self, pickled_run: bytes, device: str = CPU):
+        # For good: who starts workers uses all cores by their number. After the import of SciPy,
+        # whose BLAS is limited, too (`dynamics.spectra.spectrum`).
+        threadpool_limits(1)
+        self._pickled, self._device = pickled_run, device
+        self._thread = threading.local()
+
+    def __reduce__(self) -> tuple[type["Workplace"], tuple[bytes, str]]:
+        return Workplace, (self._pickled, self._device)
+
+    def carry_out(self, task: Task) -> list[Outcome]:
+        """The outcomes of a task's cells."""
+        here = self._thread
+        if not hasattr(here, "run"):
+            run: Run = pickle.loads(self._pickled)
+            here.run, here.facts, here.readers = TracedRun(run), facts_on(self._device), {}
+        if task.component not in here.readers:
+            here.readers[task.component] = {
+                info.name: read for info, read in COMPONENTS[task.component](here.run)
+            }
+        known = dict(task.known)
+        outcomes = []
+        read = here.readers[task.component][task.name]
+        for each in measured(task, here.run, read, here.facts, known.get):
+            if each.content is not None and each.spectrum is not None:
+                known[each.content] = each.spectrum
+            outcomes.append(each)
+        return outcomes

@@ -1,0 +1,5 @@
+"""`python -m dynamics.cli`."""
+
+from dynamics.cli.app import main
+
+main()

@@ -1,0 +1,80 @@
+"""What the command line prints: results to stdout, progress and problems to stderr."""
+
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from dynamics.cli.values import run_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from dynamics.analysis.analyze import Progress
+
+
+@contextmanager
+def progress_bar(run: str) -> "Iterator[Progress]":
+    """A progress bar for `analyze`, whose warnings are printed at the end instead."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(TextColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:.1f} spectra/s")
+
+    from dynamics.analysis.analyze import UnmeasuredWarning
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(""),
+        TimeRemainingColumn(),
+    )
+    console = error_console()
+    silent = not console.is_terminal  # a log file gets warnings and errors only
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task(f"measuring {run_name(run)}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnmeasuredWarning)
+            yield lambda done, total, _: bar.update(task, completed=done, total=total)
+
+
+def report_problems(problems: list[str]) -> None:
+    """Print what could not be measured; exit code 1 if there is any."""
+    for problem in problems:
+        error_console().print(
+            f"warning: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True
+        )
+    if problems:
+        raise typer.Exit(1)
+
+
+def print_line(line: str) -> None:
+    """Print a line as it is, never wrapped, so that paths in it can be copied."""
+    console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def console() -> "Console":
+    """Results go here."""
+    from rich.console import Console
+
+    return Console()
+
+
+def error_console() -> "Console":
+    """Progress and problems go here."""
+    from rich.console import Console
+
+    return Console(stderr=True)

@@ -1,0 +1,1 @@
+"""Where matrices point: subspaces of updates, adapters and gradients."""

@@ -1,0 +1,211 @@
+"""Where updates point: along the weights they change, along earlier cycles, along another run.
+
+`subspace_overlaps` looks at one run, `run_alignment` at two. Both return a Dataset with the
+dimensions `kind, step, matrix` of an analysis.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache, partial
+
+import numpy as np
+import xarray as xr
+
+from dynamics import schema
+from dynamics.analysis.results import matrix_coords
+from dynamics.components.parameters import Measurable, parameters
+from dynamics.directions.pairwise import (
+    Subspaces,
+    alignment,
+    energy_in_subspaces,
+    leading_subspaces,
+    subspace_overlap,
+)
+from dynamics.errors import MissingError
+from dynamics.runs.differences import Difference, is_finite, reference_step
+from dynamics.runs.matrix_cache import TracedRun
+from dynamics.runs.parameter_names import matches
+from dynamics.runs.run import Matrix, MatrixInfo, Run, Spectrum
+from dynamics.schema import Status
+
+# (kind, step, matrix) -> the values measured there
+Cells = dict[tuple[int, int, int], dict[str, float]]
+
+_UPDATES = (
+    schema.ADAPTER,
+    schema.UPDATE,
+    schema.DISPLACEMENT,
+    schema.CYCLE_UPDATE,
+    schema.OPTIMIZER_UPDATE,
+)
+_LONG_NAMES = {
+    "left_overlap_with_weight": "overlap of the left subspaces of update and weight",
+    "right_overlap_with_weight": "overlap of the right subspaces of update and weight",
+    "energy_in_weight": "share of the update within the weight's leading subspaces",
+    "left_overlap_with_last_cycle": "overlap of the left subspaces of this cycle and the last",
+    "right_overlap_with_last_cycle": "overlap of the right subspaces of this cycle and the last",
+    "alignment": "cosine between the two runs' matrices",
+    "left_overlap": "overlap of the two runs' left subspaces",
+    "right_overlap": "overlap of the two runs' right subspaces",
+    "subspace_dimension": "dimension of the smaller subspace",
+}
+
+
+def subspace_overlaps(
+    run: Run,
+    *,
+    k: int = 16,
+    kinds: Iterable[str] | None = None,
+    select: str | Sequence[str] | None = None,
+) -> xr.Dataset:
+    """How the updates of a run lie to the weights they change, and cycles to the cycle before.
+
+    Subspaces are spanned by the k leading singular directions above the noise floor, or as many
+    as there are; overlaps are mean cos² of the principal angles (`subspace_overlap`).
+
+    - `left_overlap_with_weight`, `right_overlap_with_weight`, `energy_in_weight`: an update
+      against the weight it started from.
+    - `left_overlap_with_last_cycle`, `right_overlap_with_last_cycle` (kind `adapter`): the
+      adapter against the adapter of the cycle before, as it was merged. Random subspaces of
+      dimension r in n overlap by r/n; a reset that explores new directions stays near that.
+
+    Args:
+        run: the run.
+        k: directions.
+        kinds: of adapter, update, displacement, cycle_update, optimizer_update; by default those
+            that the run has.
+        select: globs over parameter names.
+
+    Raises:
+        MissingError: a kind that is none of these, or nothing is selected.
+    """
+    chosen = _chosen_kinds(run, kinds)
+    merges = sorted({each.step for each in run.events if each.kind == schema.MERGE})
+    cells: Cells = {}
+    matrices = _selected(run, select)
+    for m, (info, read) in enumerate(matrices):
+        leading = lru_cache(maxsize=None)(partial(_leading, read, k))
+        for t, step in enumerate(run.steps.tolist()):
+            last_merge = max((merge for merge in merges if merge < step), default=None)
+            for i, kind in enumerate(chosen):
+                matrix, update = _measurable(read, step, kind), leading(step, kind)
+                if matrix is None or update is None:
+                    continue
+                weight = leading(_start(run, info.name, step, kind), schema.WEIGHT)
+                if weight is not None:
+                    cells[i, t, m] = {
+                        "left_overlap_with_weight": subspace_overlap(update.left, weight.left),
+                        "right_overlap_with_weight": subspace_overlap(update.right, weight.right),
+                        "energy_in_weight": energy_in_subspaces(matrix, weight.left, weight.right),
+                    }
+                if kind == schema.ADAPTER and last_merge is not None and last_merge in run.steps:
+                    before = leading(last_merge, kind)
+                    if before is not None:
+                        cells.setdefault((i, t, m), {}).update(
+                            left_overlap_with_last_cycle=subspace_overlap(before.left, update.left),
+                            right_overlap_with_last_cycle=subspace_overlap(
+                                before.right, update.right
+                            ),
+                        )
+    return _dataset(cells, chosen, run.steps, [info for info, _ in matrices], k)
+
+
+def run_alignment(
+    one: Run,
+    other: Run,
+    *,
+    kind: str = schema.DISPLACEMENT,
+    k: int = 16,
+    select: str | Sequence[str] | None = None,
+) -> xr.Dataset:
+    """How far two runs move their weights in the same directions.
+
+    At the steps that both recorded, for the matrices that both have: `alignment`, the cosine
+    between the two matrices, and `left_overlap` and `right_overlap` of their k leading
+    directions above the noise floor, with `subspace_dimension`, the smaller one's.
+
+    Raises:
+        MissingError: the runs have no step or no matrix of one shape in common, or lack the kind.
+    """
+    for run in (one, other):
+        if kind not in run.kinds:
+            raise MissingError(f"{run.path} has no {kind}; it has {', '.join(run.kinds)}.")
+    steps = np.intersect1d(one.steps, other.steps)
+    theirs = dict(_selected(other, select))
+    common = [(info, read) for info, read in _selected(one, select) if info in theirs]
+    if not steps.size or not common:
+        raise MissingError(f"{one.path} and {other.path} have no step or no matrix in common.")
+    cells: Cells = {}
+    for m, (info, read) in enumerate(common):
+        for t, step in enumerate(steps.tolist()):
+            ours, other_one = _measurable(read, step, kind), _measurable(theirs[info], step, kind)
+            if ours is None or other_one is None:
+                continue
+            a, b = (leading_subspaces(each, k) for each in (ours, other_one))
+            cells[0, t, m] = {
+                "alignment": alignment(ours, other_one),
+                "left_overlap": subspace_overlap(a.left, b.left),
+                "right_overlap": subspace_overlap(a.right, b.right),
+                "subspace_dimension": min(a.s.size, b.s.size),
+            }
+    return _dataset(cells, [kind], steps, [info for info, _ in common], k)
+
+
+def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
+    if kinds is None:
+        return [kind for kind in _UPDATES if kind in run.kinds]
+    chosen = list(kinds)
+    for kind in chosen:
+        if kind not in _UPDATES or kind not in run.kinds:
+            known = ", ".join(each for each in _UPDATES if each in run.kinds)
+            raise MissingError(f"No update of kind {kind!r} in {run.path}; it has {known}.")
+    return chosen
+
+
+def _selected(run: Run, select: str | Sequence[str] | None) -> list[tuple[MatrixInfo, Measurable]]:
+    run.require_matrices("The overlap of subspaces")
+    offered = parameters(TracedRun(run))  # which keeps what several kinds read
+    found = [each for each in offered if select is None or matches(each[0].name, select)]
+    if not found:
+        raise MissingError(f"No matrix of {run.path} matches {select!r}.")
+    return found
+
+
+def _start(run: Run, name: str, step: int, kind: str) -> int:
+    """The step of the weight that an update changes; the first step changes the weight it is."""
+    like = schema.CYCLE_UPDATE if kind == schema.ADAPTER else kind
+    found = reference_step(run, name, step, like)
+    return step if found is None else found
+
+
+def _measurable(read: Measurable, step: int, kind: str) -> Matrix | Difference | None:
+    found = read(step, kind)
+    assert not isinstance(found, Spectrum), "refused by require_matrices"
+    return None if isinstance(found, Status) or not is_finite(found) else found
+
+
+def _leading(read: Measurable, k: int, step: int, kind: str) -> Subspaces | None:
+    matrix = _measurable(read, step, kind)
+    return None if matrix is None else leading_subspaces(matrix, k)
+
+
+def _dataset(
+    cells: Cells, kinds: list[str], steps: np.ndarray, infos: list[MatrixInfo], k: int
+) -> xr.Dataset:
+    names = [name for name in _LONG_NAMES if any(name in cell for cell in cells.values())]
+    values = {name: np.full((len(kinds), len(steps), len(infos)), np.nan) for name in names}
+    for position, cell in cells.items():
+        for name, value in cell.items():
+            values[name][position] = value
+    dims = (schema.KIND, schema.STEP, schema.MATRIX)
+    return xr.Dataset(
+        {
+            name: (dims, array, {"long_name": _LONG_NAMES[name], "units": "1"})
+            for name, array in values.items()
+        },
+        coords={
+            schema.KIND: kinds,
+            schema.STEP: steps,
+            **matrix_coords([("parameters", info) for info in infos]),
+        },
+        attrs={"directions": k},
+    )

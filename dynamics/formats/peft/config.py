@@ -1,0 +1,121 @@
+"""adapter_config.json: where PEFT keeps an adapter, its scaling, and what is more than s·B·A."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dynamics.errors import FormatError
+from dynamics.formats.storage.files import children
+
+CONFIG = "adapter_config.json"
+# The name of the adapter that PEFT saves without a sub-directory.
+_DEFAULT = "default"
+# Fields of an adapter_config.json with which a model computes something else than W + s·B·A.
+_VARIANTS = {
+    "use_dora": "DoRA",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow",
+    "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "BD-LoRA",
+    "alora_invocation_tokens": "aLoRA",
+    "target_parameters": "LoRA (target_parameters)",
+    "layer_replication": "LoRA (layer_replication)",
+    "trainable_token_indices": "LoRA (trainable_token_indices)",
+}
+# Beginnings of `init_lora_weights` that change the base weight before training.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def has_adapter(directory: Path) -> bool:
+    """Whether a directory holds an adapter, or sub-directories that do."""
+    return (directory / CONFIG).is_file() or bool(_named_adapters(directory))
+
+
+def adapter_directory(directory: Path, adapter: str | None) -> Path:
+    """Where in a checkpoint the adapter lies.
+
+    PEFT saves the adapter called "default" in the directory itself and others in sub-directories
+    of their names. Without a name it is the one in the directory itself, else the only other.
+
+    Raises:
+        FormatError: there is none, none of that name, or several to choose from.
+    """
+    at_root, others = (directory / CONFIG).is_file(), _named_adapters(directory)
+    found = {**({_DEFAULT: directory} if at_root else {}), **others}
+    if adapter is None and (at_root or len(others) == 1):
+        return next(iter(found.values()))
+    if adapter in found:
+        return found[adapter]
+    listed = ", ".join(found)
+    if adapter is not None:
+        raise FormatError(f"{directory} has no adapter {adapter!r}; it has {listed or 'none'}.")
+    if not found:
+        raise FormatError(f"{directory} has no {CONFIG}.")
+    raise FormatError(
+        f"{directory} holds several adapters: {listed}; choose one with adapter= "
+        f"(adapter={min(found)!r}), or open its directory."
+    )
+
+
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The LoRA scaling s of a module: alpha/r, or alpha/sqrt(r) where `use_rslora` is set.
+
+    `alpha_pattern` overrides `lora_alpha` for module paths that end in one of its keys (regular
+    expressions), as PEFT's `get_pattern_key` matches them. `rank` is that of the stored factors,
+    which `rank_pattern` decided when they were made.
+
+    Raises:
+        FormatError: the config has no usable alpha.
+    """
+    alpha = config.get("lora_alpha")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise FormatError(f"{CONFIG} has alpha_pattern {patterns!r}, expected an object.")
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
+        except re.error as error:
+            raise FormatError(
+                f"{CONFIG} has the alpha_pattern {pattern!r}, no regular expression: {error}."
+            ) from error
+        if found:
+            alpha = value
+            break
+    if not isinstance(alpha, int | float):
+        raise FormatError(f"{CONFIG} has lora_alpha {alpha!r} for {module}, expected a number.")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def check_is_plain(config: Mapping[str, Any], directory: Path) -> None:
+    """Refuse what is not W_base + s·B·A: other adapters than LoRA, variants of it, no alpha.
+
+    Raises:
+        FormatError: naming what it is.
+    """
+    variants = [name for field, name in _VARIANTS.items() if config.get(field)]
+    if config.get("peft_type") != "LORA" or variants:
+        kind = variants[0] if variants else config.get("peft_type")
+        raise FormatError(f"{directory} holds a {kind} adapter; only LoRA's s·B·A can be measured.")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise FormatError(
+            f"{directory / CONFIG} has lora_alpha {config.get('lora_alpha')!r}, expected a number."
+        )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+        raise FormatError(
+            f"{directory} was initialised with {init!r}, which changed the base weights too: "
+            "W_base + s·B·A is not its effective weight. Save it converted "
+            "(save_pretrained(..., path_initial_model_for_weight_conversion=...))."
+        )
+
+
+def _named_adapters(directory: Path) -> dict[str, Path]:
+    if not directory.is_dir():
+        return {}
+    return {
+        each.name: each
+        for each in children(directory)
+        if each.is_dir() and (each / CONFIG).is_file()
+    }

@@ -1,0 +1,189 @@
+"""Runs of models with LoRA adapters: W = W_base + s·B·A.
+
+What PEFT, ReLoRA and relora-pico share: the kinds weight, base and adapter, and merges, seen in
+bases that change. A format says where the tensors are and what s is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamics import schema
+from dynamics.errors import FormatError
+from dynamics.formats.shared.evaluations import with_evaluations
+from dynamics.formats.shared.lora_factors import Adapter, joined
+from dynamics.formats.storage.files import root_of
+from dynamics.formats.storage.tensors import Tensor
+from dynamics.runs.origins import ABSENT
+from dynamics.runs.run import Dense, Matrix, Run, matrices_of
+
+
+@dataclass(frozen=True)
+class AdaptedCheckpoint:
+    """One checkpoint: where its adapters, its other weights and its gradients lie.
+
+    Attributes:
+        where: its path, for messages.
+        adapters: clean name -> adapter.
+        base: clean name -> tensor of the model without adapters; None where it was not found. A
+            parameter that has an adapter and is not in it consists of the adapter alone.
+        is_merged: whether the adapters were merged into `base` already, which then holds weights.
+        gradients: clean name -> tensor.
+        no_base: why there is no base and what to do, for messages.
+        attrs: what the checkpoint tells of its model: {"config": ...}.
+        scalars: what was logged.
+    """
+
+    where: Path
+    adapters: Mapping[str, Adapter]
+    base: Mapping[str, Tensor] | None
+    is_merged: bool = False
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    no_base: str = ""
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Clean name -> shape of everything that can be measured."""
+        parts = (self.gradients, self.adapters, self.base or {})
+        return {name: each.shape for part in parts for name, each in part.items()}
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds that are stored here."""
+        found = {schema.ADAPTER} if self.adapters else set()
+        if self.base is not None:
+            found |= {schema.WEIGHT, *((schema.BASE,) if self.adapters else ())}
+        return found | ({schema.GRADIENT} if self.gradients else set())
+
+    def read(self, name: str, kind: str) -> Matrix | None:
+        """See `Run.read`."""
+        if kind == schema.GRADIENT:
+            return _dense(self.gradients.get(name))
+        adapter = self.adapters.get(name)
+        if kind == schema.ADAPTER:
+            return adapter.read() if adapter else None
+        if self.base is None or kind not in (schema.WEIGHT, schema.BASE):
+            return None
+        if adapter is None or (self.is_merged and kind == schema.WEIGHT):
+            return _dense(self.base.get(name))
+        if kind == schema.BASE:
+            return None if self.is_merged else _dense(self.base.get(name))
+        base, product = _dense(self.base.get(name)), adapter.read()
+        if base is None:
+            return Dense(product.product(), product.dtype)
+        return Dense(base.values.astype(np.float64) + product.product(), base.dtype)
+
+    def origin(self, name: str, kind: str) -> str | None:
+        """See `Run.origin`."""
+        adapter, base = self.adapters.get(name), (self.base or {}).get(name)
+        parts: list[str | None] = [f"{kind}, merged: {self.is_merged}"]
+        if kind == schema.GRADIENT:
+            parts.append(_origin(self.gradients.get(name)))
+        if kind in (schema.WEIGHT, schema.ADAPTER):
+            parts.append(_origin(adapter))
+        if kind in (schema.WEIGHT, schema.BASE):
+            parts.append(_origin(base))
+        return joined(parts)
+
+
+class AdaptedRun(Run):
+    """A run of checkpoints with adapters; a format derives from it and opens the checkpoints.
+
+    Args:
+        path: the run's.
+        checkpoints: step -> what opens its checkpoint, or raises FormatError where it is damaged.
+
+    Raises:
+        FormatError: no checkpoint can be read, or none holds matrices.
+    """
+
+    def __init__(self, path: Path, checkpoints: Mapping[int, Callable[[], AdaptedCheckpoint]]):
+        self.path = str(path)
+        self.steps = np.array(sorted(checkpoints), dtype=np.int64)
+        self.problems: dict[int, str] = {}
+        self.attrs: dict[str, Any] = {}
+        self.absent_kinds: dict[str, str] = {}
+        self._checkpoints: dict[int, AdaptedCheckpoint] = {}
+        self._changed: dict[tuple[str, int, int], bool] = {}
+        self._scalars: dict[str, np.ndarray] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        kinds: set[str] = set()
+        for position, step in enumerate(self.steps.tolist()):
+            try:
+                checkpoint = checkpoints[step]()
+            except FormatError as problem:
+                self.problems[step] = str(problem)
+                continue
+            self._checkpoints[step] = checkpoint
+            self.attrs = self.attrs or dict(checkpoint.attrs)
+            kinds |= checkpoint.kinds
+            shapes |= checkpoint.shapes
+            for name, value in checkpoint.scalars.items():
+                series = self._scalars.setdefault(name, np.full(len(self.steps), np.nan))
+                series[position] = value
+            if checkpoint.base is None:
+                self.absent_kinds = dict.fromkeys((schema.WEIGHT, schema.BASE), checkpoint.no_base)
+        self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
+        self.stored_kinds = tuple(
+            kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
+        )
+        if self.absent_kinds:  # of the base's parameters, none can be measured at every step
+            adapted = {name for each in self._checkpoints.values() for name in each.adapters}
+            shapes = {name: shape for name, shape in shapes.items() if name in adapted}
+        self.matrices = matrices_of(shapes)
+        if not self.matrices:
+            raise FormatError(next(iter(self.problems.values()), f"{path} holds no matrices."))
+
+    def read(self, name: str, step: int, kind: str) -> Matrix | None:
+        """The effective weight, base weight, adapter or gradient of a parameter; see `Run.read`."""
+        if step in self.problems:
+            raise FormatError(self.problems[step])
+        return self._checkpoints[step].read(name, kind)
+
+    def origin(self, name: str, step: int, kind: str) -> str | None:
+        """See `Run.origin`."""
+        return None if step in self.problems else self._checkpoints[step].origin(name, kind)
+
+    @property
+    def scalars(self) -> dict[str, np.ndarray]:
+        """What the checkpoints' logs and evaluation.jsonl say, along the steps."""
+        return self._scalars
+
+    def merges_between(self, name: str, before: int, now: int) -> int:
+        """How often the frozen base of an adapted weight changed from a checkpoint to the next.
+
+        At least one merge each time; several between two checkpoints count as one. A checkpoint
+        that cannot be read is passed over.
+        """
+        known = [int(s) for s in self.steps if before <= s <= now and int(s) in self._checkpoints]
+        return sum(self._base_changed(name, *pair) for pair in pairwise(known))
+
+    def _base_changed(self, name: str, before: int, now: int) -> bool:
+        key = (name, before, now)
+        if key not in self._changed:
+            one, other = self._checkpoints[before], self._checkpoints[now]
+            bases = [(each.base or {}).get(name) for each in (one, other)]
+            self._changed[key] = name in other.adapters and _differ(*bases)
+        return self._changed[key]
+
+
+def _dense(tensor: Tensor | None) -> Dense | None:
+    return None if tensor is None else Dense(tensor.read(), tensor.dtype)
+
+
+def _differ(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return False
+    if one.origin is not None and one.origin == other.origin:
+        return False
+    return not np.array_equal(one.read(), other.read())
+
+
+def _origin(part: Tensor | Adapter | None) -> str | None:
+    return ABSENT if part is None else part.origin

@@ -1,0 +1,282 @@
+"""The tensors of a checkpoint of torch.distributed.checkpoint, put together when they are read.
+
+`.metadata` is a pickle that tells each tensor's shape, its chunks, and where each chunk lies: a
+file of torch.save inside a .distcp file. Layout: torch/distributed/checkpoint/metadata.py and
+filesystem.py.
+"""
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamics.errors import FormatError
+from dynamics.formats.storage.files import (
+    contained,
+    one_line,
+    origin_of,
+    plain_name,
+    read_range,
+    size_of,
+)
+from dynamics.formats.storage.tensors import (
+    ITEM_BYTES,
+    AssembledTensor,
+    StoredTensor,
+    Tensor,
+    checked_shape,
+)
+from dynamics.formats.storage.torch_files import torch_file
+from dynamics.formats.storage.unpickling import Inert, TensorUnpickler, callable_from_files
+
+METADATA = ".metadata"
+_LONGEST_METADATA = 2**30
+# What a model's state dict is called in what was saved, and what is none.
+_MODELS = {"model", "state_dict", "model_state_dict", "module"}
+_NO_MODEL = re.compile(r"optim|scheduler|dataloader|train_state|(?:^|_)rng|scaler", re.IGNORECASE)
+
+
+def distributed_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
+    """Name -> tensor of the model in a directory with .metadata.
+
+    Raises:
+        FormatError: .metadata is missing or damaged, a file or a chunk is missing, or it is not
+            clear which of what was saved is the model.
+    """
+    path = directory / METADATA
+    if not path.is_file():
+        raise FormatError(
+            f"{directory} has .distcp files and no .metadata: its save did not finish; remove it."
+        )
+    try:
+        described, places, paths = _metadata(path, root)
+        chosen = _of_the_model(paths, described, directory)
+        return {
+            name: _assembled(directory, root, key, described[key], places)
+            for name, key in chosen.items()
+        }
+    except FormatError:
+        raise
+    # A pickle may hold anything anywhere; what does not fit shows as one of these.
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+
+
+# What .metadata says of a tensor: its dtype, its shape, and (offsets, sizes) of each chunk.
+_Described = tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]
+_Places = Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
+
+
+def _metadata(
+    path: Path, root: Path
+) -> tuple[dict[str, _Described], _Places, dict[str, tuple[str, ...]]]:
+    """The floating-point tensors by key, the chunks' places, and each key's path in what was saved.
+
+    Keys are flattened paths; `planner_data` has the paths themselves, unless another planner than
+    torch's saved it.
+    """
+    state = _unpickled(path, root).state
+    where = str(path)
+    described: dict[str, _Described] = {}
+    for key, entry in state["state_dict_metadata"].items():
+        if not entry.name.endswith(".TensorStorageMetadata"):
+            continue
+        dtype = entry.state["properties"].state[0]
+        if dtype not in ITEM_BYTES:
+            continue
+        chunks = [
+            (
+                checked_shape(each.state["offsets"], f"{where}: {key}"),
+                checked_shape(each.state["sizes"], f"{where}: {key}"),
+            )
+            for each in entry.state["chunks"]
+        ]
+        described[key] = dtype, checked_shape(entry.state["size"], f"{where}: {key}"), chunks
+    places = {
+        (index.state["fqn"], tuple(index.state.get("offset") or ())): info.state
+        for index, info in state["storage_data"].items()
+    }
+    planned = state.get("planner_data")
+    planned = planned if isinstance(planned, Mapping) else {}
+    paths = {
+        key: tuple(str(each) for each in planned[key]) if planned.get(key) else (key,)
+        for key in described
+    }
+    return described, places, paths
+
+
+def _unpickled(path: Path, root: Path) -> Inert:
+    contained(path, root)
+    size = size_of(path)
+    if size > _LONGEST_METADATA:
+        raise _damaged(path, f"{size} bytes")
+    raw = read_range(path, 0, size)
+    try:
+        found = TensorUnpickler(io.BytesIO(raw), _stand_in, _no_storage).load()
+    # Garbage is read as a program of random instructions: any error can come of it.
+    except Exception as error:
+        raise _damaged(path, one_line(error)) from error
+    if not isinstance(found, Inert) or not found.name.endswith(".Metadata"):
+        raise _damaged(path, f"it holds a {getattr(found, 'name', type(found).__name__)}")
+    return found
+
+
+def _stand_in(module: str, name: str) -> Any:
+    if (module, name) == ("torch", "Size"):
+        return callable_from_files(lambda sizes=(): tuple(sizes))
+    return name if module == "torch" and name in ITEM_BYTES else None
+
+
+def _no_storage(_: Any) -> Any:
+    raise ValueError("a tensor where none belongs")
+
+
+def _of_the_model(
+    paths: Mapping[str, tuple[str, ...]], described: Mapping[str, _Described], directory: Path
+) -> dict[str, str]:
+    """Name -> key of the tensors of the model, without those of optimizers.
+
+    What was saved is a dict of state dicts, {"model": ..., "optimizer": ...}, that of an
+    application that has them, {"app": {"model": ...}}, or a state dict itself.
+    """
+    kept = {
+        key: path
+        for key, path in paths.items()
+        if not any(_NO_MODEL.search(part) for part in path[:-1] or [path[0].split(".")[0]])
+    }
+    if all(len(path) == 1 for path in kept.values()):
+        kept = _split(kept.keys())
+    holders: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for key, path in kept.items():
+        holders[path[:-1]][path[-1]] = key
+    named = [holder for holder in holders if holder and holder[-1] in _MODELS]
+    candidates = named or [
+        holder
+        for holder, held in holders.items()
+        if any(len(described[key][1]) == 2 for key in held.values())
+    ]
+    if len(candidates) == 1:
+        return holders[candidates[0]]
+    listed = ", ".join(".".join(each) or "the top" for each in sorted(candidates)) or "nothing"
+    raise FormatError(
+        f"{directory} holds tensors in {listed}, where one model was expected; save the model "
+        "as 'model' or 'state_dict'."
+    )
+
+
+def _split(keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Key -> path where only the keys are known: a model's prefix that all of them have."""
+    keys = list(keys)
+    for prefix in ("app.model.", *(f"{name}." for name in sorted(_MODELS - {"model"}))):
+        if keys and all(key.startswith(prefix) for key in keys):
+            return {key: (prefix[:-1].split(".")[-1], key.removeprefix(prefix)) for key in keys}
+    return {key: (key,) for key in keys}
+
+
+def _assembled(
+    directory: Path, root: Path, key: str, described: _Described, places: _Places
+) -> Tensor:
+    dtype, shape, chunks = described
+    where = directory / METADATA
+    _check_covered(where, key, shape, chunks)
+    pieces: list[tuple[tuple[slice, ...], Tensor]] = []
+    for offsets, sizes in chunks:
+        if 0 in sizes:
+            continue
+        info = places.get((key, offsets))
+        if info is None and len(chunks) == 1:
+            info = places.get((key, ()))
+        if info is None:
+            raise _damaged(where, f"it does not say where the chunk of {key} at {offsets} lies")
+        if info.get("transform_descriptors"):
+            raise FormatError(
+                f"{directory} holds {key} transformed by {info['transform_descriptors']}; only "
+                "plain chunks are read: save it without extensions."
+            )
+        file = directory / plain_name(str(info["relative_path"]), where)
+        first, length = int(info["offset"]), int(info["length"])
+        if not file.is_file():
+            raise FormatError(
+                f"{directory} lacks {file.name}, which holds a part of {key}; copy it there or "
+                "remove the checkpoint."
+            )
+        if first < 0 or length < 0 or first + length > size_of(file):
+            raise FormatError(
+                f"{file} ends before the part of {key} at {first}; copy it anew or remove the "
+                "checkpoint."
+            )
+        # Before memory is asked for: a file of torch.save is longer than its numbers.
+        if length < prod(sizes) * ITEM_BYTES[dtype]:
+            raise _damaged(where, f"{key} would have a {dtype} chunk {sizes} in {length} bytes")
+        at = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+        pieces.append((at, _Chunk(file, root, first, length, dtype, sizes)))
+    if len(pieces) == 1:
+        return pieces[0][1]
+    return AssembledTensor(shape, dtype, tuple(pieces))
+
+
+def _check_covered(
+    where: Path,
+    key: str,
+    shape: tuple[int, ...],
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Refuse chunks that leave a gap, overlap or reach beyond the tensor."""
+    chunks = [chunk for chunk in chunks if 0 not in chunk[1]]
+    inside = all(
+        len(offsets) == len(sizes) == len(shape)
+        and all(o + n <= whole for o, n, whole in zip(offsets, sizes, shape, strict=True))
+        for offsets, sizes in chunks
+    )
+    if not inside or sum(prod(sizes) for _, sizes in chunks) != prod(shape):
+        raise _damaged(where, f"the chunks of {key} do not make up its shape {shape}")
+    if len(chunks) > 1:
+        first = np.array([offsets for offsets, _ in chunks])
+        last = first + np.array([sizes for _, sizes in chunks])
+        meet = (first[:, None] < last[None]).all(axis=2)
+        if (meet & meet.T).sum() != len(chunks):
+            raise _damaged(where, f"chunks of {key} overlap")
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A tensor of a .distcp file, whose own header is read together with it."""
+
+    path: Path
+    root: Path
+    first: int
+    length: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def place(self) -> object:
+        return (str(self.path), self.first, self.length)
+
+    @property
+    def origin(self) -> str | None:
+        found = origin_of(self.path)
+        return found and f"{found}|{self.first}|{self.length}|{self.dtype}|{self.shape}"
+
+    def read(self) -> np.ndarray:
+        found = torch_file(self.path, self.root, self.first, self.length)
+        if (
+            not isinstance(found, StoredTensor)
+            or found.dtype != self.dtype
+            or found.shape != self.shape
+        ):
+            raise FormatError(
+                f"{self.path} holds at {self.first} something else than the {self.dtype} "
+                f"{self.shape} that {METADATA} promises; copy the checkpoint anew."
+            )
+        return found.read()
+
+
+def _damaged(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path} is no readable metadata of a distributed checkpoint: {what}.")

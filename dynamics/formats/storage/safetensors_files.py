@@ -1,0 +1,108 @@
+"""safetensors files: the header says where each tensor lies; no tensor is read before it is asked.
+
+The header is read here and not by the safetensors package, which wants a local file: byte ranges
+are all that an object store gives. The same conditions are checked, and first of all those that
+protect the memory: its length against the file's size.
+"""
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dynamics.errors import FormatError, one_line
+from dynamics.formats.storage.files import contained, read_range, size_of
+from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, checked_shape
+
+SUFFIX = ".safetensors"
+# The limit of the safetensors package.
+_LONGEST_HEADER = 100_000_000
+# safetensors' names of dtypes -> torch's, and bytes of those that are no weights.
+_FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
+    """Stored name -> tensor of every floating-point tensor of a safetensors file.
+
+    Args:
+        path: the file.
+        root: the directory that it may not lead out of.
+
+    Raises:
+        FormatError: the file is missing, truncated or damaged.
+    """
+    contained(path, root)
+    size = size_of(path)
+    header, data_start = _header(path, size)
+    found: dict[str, StoredTensor] = {}
+    stretches: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = _offsets(path, name, entry, size - data_start)
+        stretches.append((first, last))
+        dtype = _FLOATS.get(str(entry.get("dtype")))
+        shape = checked_shape(entry.get("shape"), f"{path}: {name}")
+        if dtype is None:
+            continue
+        if prod(shape) * ITEM_BYTES[dtype] != last - first:
+            raise _damaged(
+                path, size, f"{name} is {dtype} {shape}, which takes no {last - first} bytes"
+            )
+        found[name] = StoredTensor(path, data_start + first, dtype, shape)
+    _check_covered(path, size, stretches, size - data_start)
+    return found
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    if size < 8:
+        raise _damaged(path, size, "it has no header")
+    length = int.from_bytes(read_range(path, 0, 8), "little")
+    if length > min(size - 8, _LONGEST_HEADER):
+        raise _damaged(path, size, f"its header would have {length} bytes")
+    try:
+        header = json.loads(read_range(path, 8, length).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, size, one_line(error)) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, size, f"its header is a JSON {type(header).__name__}")
+    return header, 8 + length
+
+
+def _offsets(path: Path, name: str, entry: Any, data_size: int) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    sound = (
+        isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(isinstance(each, int) for each in offsets)
+        and 0 <= offsets[0] <= offsets[1] <= data_size
+    )
+    if not sound:
+        raise _damaged(
+            path, data_size, f"{name} lies at {str(offsets)[:60]} of {data_size} bytes of data"
+        )
+    assert offsets is not None
+    return offsets[0], offsets[1]
+
+
+def _check_covered(path: Path, size: int, stretches: list[tuple[int, int]], end: int) -> None:
+    at = 0
+    for first, last in sorted(stretches):
+        if first != at:
+            raise _damaged(path, size, f"its tensors leave a gap or overlap at byte {at}")
+        at = last
+    if at != end:
+        raise _damaged(path, size, f"its tensors end at {at} of {end} bytes of data")
+
+
+def _damaged(path: Path, size: int, what: str) -> FormatError:
+    return FormatError(
+        f"{path} ({size} bytes) is no readable safetensors file, truncated or damaged: {what}."
+    )

@@ -1,0 +1,167 @@
+"""Tensors in files: where their bytes lie, read one at a time."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dynamics.errors import FormatError
+from dynamics.formats.storage.files import origin_of, read_range
+
+# torch's names of the dtypes that weights are stored in -> bytes per number. Integers are no
+# weights to measure; dtypes of less than a byte are always quantised by blocks.
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+_NATIVE = ("float64", "float32", "float16")
+
+
+class Tensor(Protocol):
+    """A floating-point tensor of a checkpoint that has not been read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> str:
+        """The dtype it is stored in, torch's name: "bfloat16"."""
+
+    @property
+    def origin(self) -> str | None:
+        """A cheap token that changes when its content may have changed; None: cannot be told."""
+
+    @property
+    def place(self) -> object:
+        """Where it lies: two names with equal places are one tensor."""
+
+    def read(self) -> np.ndarray:
+        """Its numbers, in a NumPy dtype that holds them exactly.
+
+        Raises:
+            FormatError: its file is damaged or missing.
+        """
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose bytes lie in one file.
+
+    Attributes:
+        path: the file.
+        offset: of its first number, in bytes from the file's beginning.
+        dtype: torch's name.
+        shape: its shape.
+        strides: in numbers, where it is not contiguous (a transposed tensor in a torch file).
+    """
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def place(self) -> object:
+        """See `Tensor.place`."""
+        return (str(self.path), self.offset, self.dtype, self.shape, self.strides)
+
+    @property
+    def origin(self) -> str | None:
+        """See `Tensor.origin`."""
+        found = origin_of(self.path)
+        return found and f"{found}|{self.offset}|{self.dtype}|{self.shape}|{self.strides}"
+
+    @property
+    def extent(self) -> int:
+        """How many numbers from the first to the last one."""
+        if self.strides is None or 0 in self.shape:
+            return prod(self.shape)
+        return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+
+    def read(self) -> np.ndarray:
+        """See `Tensor.read`."""
+        raw = read_range(self.path, self.offset, self.extent * ITEM_BYTES[self.dtype])
+        flat = decoded(raw, self.dtype)
+        if self.strides is None or 0 in self.shape:
+            return flat.reshape(self.shape)
+        strides = tuple(stride * flat.itemsize for stride in self.strides)
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides)
+
+    def part(self, first: int, shape: tuple[int, ...]) -> "StoredTensor":
+        """The contiguous tensor of `shape` that begins at number `first` of this contiguous one."""
+        assert self.strides is None
+        assert first + prod(shape) <= prod(self.shape)
+        offset = self.offset + first * ITEM_BYTES[self.dtype]
+        return StoredTensor(self.path, offset, self.dtype, shape)
+
+
+@dataclass(frozen=True)
+class AssembledTensor:
+    """A tensor whose pieces lie apart: shards of a distributed checkpoint.
+
+    Attributes:
+        shape: of the whole.
+        dtype: torch's name, the same for all pieces.
+        pieces: (where the piece belongs in the whole, the piece), which together cover the whole;
+            with `flat`, as slices of the flattened whole.
+        flat: whether the pieces are stretches of the flattened tensor.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[tuple[tuple[slice, ...], Tensor], ...]
+    flat: bool = False
+
+    @property
+    def place(self) -> object:
+        """See `Tensor.place`."""
+        return tuple(piece.place for _, piece in self.pieces)
+
+    @property
+    def origin(self) -> str | None:
+        """See `Tensor.origin`."""
+        found = [piece.origin for _, piece in self.pieces]
+        return None if None in found else "\n".join(str(each) for each in found)
+
+    def read(self) -> np.ndarray:
+        """See `Tensor.read`."""
+        native = self.dtype if self.dtype in _NATIVE else "float32"
+        whole = np.empty(prod(self.shape) if self.flat else self.shape, dtype=native)
+        for where, piece in self.pieces:
+            whole[where] = piece.read()
+        return whole.reshape(self.shape)
+
+
+def decoded(raw: bytes, dtype: str) -> np.ndarray:
+    """Little-endian numbers of a dtype as a flat array; bfloat16 and float8 as exact float32."""
+    if dtype in _NATIVE:
+        return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    import torch
+
+    numbers = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype))
+    return numbers.to(torch.float32).numpy()
+
+
+def checked_shape(shape: object, where: str) -> tuple[int, ...]:
+    """A shape from a file's metadata, if it can be one.
+
+    Raises:
+        FormatError: it is no list of non-negative integers, or larger than any memory.
+    """
+    if not isinstance(shape, list | tuple) or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in shape
+    ):
+        raise FormatError(f"{where} has shape {str(shape)[:80]}, expected sizes.")
+    if prod(shape) >= 2**48:
+        raise FormatError(f"{where} has the absurd shape {str(tuple(shape))[:80]}.")
+    return tuple(shape)

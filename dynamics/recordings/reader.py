@@ -1,0 +1,141 @@
+"""Reading a recording, as its last commit shows it."""
+
+import json
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.core.sync import sync
+from zarr.storage import LocalStore
+
+from dynamics import schema
+from dynamics.errors import FormatError
+from dynamics.recordings import paths, stores
+from dynamics.recordings.stores import StoreLike
+from dynamics.runs.origins import ABSENT, file_origin
+from dynamics.runs.run import Event
+
+
+class Recording:
+    """A recording as its last commit shows it, for reading.
+
+    Raises:
+        FormatError: the store holds no recording, or one of a newer version.
+    """
+
+    def __init__(self, store: StoreLike):
+        self.store = store
+        where = stores.told(store)
+        self._root = stores.opened(store)
+        with stores.damaged("The attributes", self.store):
+            self.attrs: dict[str, Any] = dict(self._root.attrs)
+        found, version = self.attrs.get("format"), self.attrs.get("format_version")
+        if found != schema.RECORDING_FORMAT:
+            raise FormatError(f"{where} is a Zarr store of format {found!r}, not a recording.")
+        if version not in range(1, schema.RECORDING_VERSION + 1):
+            raise FormatError(
+                f"{where} is a recording of version {version}; this release reads 1 to "
+                f"{schema.RECORDING_VERSION}. Install a matching release."
+            )
+        with stores.damaged("The metadata", self.store):
+            nodes = stores.nodes_of(self._root)
+        if nodes is None:
+            raise FormatError(
+                f"{where} is a recording without a commit: its root metadata lists no arrays "
+                "(no consolidated metadata). Its writer died at once, or another tool changed it."
+            )
+        self._arrays: dict[str, zarr.Array] = {}
+        shapes = {path: node.shape for path, node in nodes.items() if hasattr(node, "shape")}
+        self.paths: tuple[str, ...] = tuple(shapes)
+        for path, shape in shapes.items():
+            paths.check_shape(f"{path} of {where}", path, shape)
+        self.steps: np.ndarray = self.series(paths.STEP)
+        if self.steps.dtype.kind != "i" or (np.diff(self.steps) <= 0).any():
+            raise FormatError(f"The steps of {where} do not increase; its metadata are damaged.")
+
+    def array(self, path: str) -> zarr.Array:
+        """The array at a path."""
+        if path not in self._arrays:
+            found = self._root.get(path)
+            if not isinstance(found, zarr.Array):
+                raise FormatError(
+                    f"{stores.told(self.store)} has no array {path}; its metadata are damaged."
+                )
+            self._arrays[path] = found
+        return self._arrays[path]
+
+    def attr(self, path: str, name: str, *kinds: type) -> Any:
+        """An attribute of an array.
+
+        Raises:
+            FormatError: it is missing or none of the `kinds`.
+        """
+        with stores.damaged(path, self.store):
+            found = dict(self.array(path).attrs).get(name)
+        if not isinstance(found, kinds):
+            raise FormatError(
+                f"{path} of {stores.told(self.store)} has {name} {found!r}; its metadata are "
+                "damaged."
+            )
+        return found
+
+    def series(self, path: str) -> np.ndarray:
+        """The numbers of an array that has one per record, or one per event."""
+        with stores.damaged(path, self.store):
+            return np.asarray(self.array(path)[:])
+
+    def parameters(self, group: str) -> list[str]:
+        """The parameters that `weight`, `gradient` or `adapter` holds."""
+        names = (path.split("/", 2)[1] for path in self.paths if path.startswith(f"{group}/"))
+        return list(dict.fromkeys(names))
+
+    def read(self, path: str, index: int) -> np.ndarray | None:
+        """The (m, n) matrix of record `index`, None where the record has none."""
+        if path not in self.paths:
+            return None
+        array = self.array(path)
+        with stores.damaged(f"The chunk of {path} in record {index}", self.store):
+            # Its absence first: it would be read as a matrix of the fill value.
+            return np.asarray(array[index]) if _has_chunk(array, index) else None
+
+    def origin(self, path: str, index: int) -> str | None:
+        """A token of the chunk that `read` takes its matrix from; see `Run.origin`.
+
+        None where the store is no local directory.
+        """
+        if path not in self.paths:
+            return ABSENT
+        array = self.array(path)
+        store = array.store_path.store
+        if not isinstance(store, LocalStore):
+            return None
+        found = file_origin(store.root / array.store_path.path / paths.chunk_key(array, index))
+        made_with = json.dumps(dict(array.attrs), sort_keys=True)  # source dtype, scaling
+        return None if found is None else f"{found}|{array.dtype}|{array.shape[1:]}|{made_with}"
+
+    @property
+    def scalars(self) -> dict[str, np.ndarray]:
+        """Series along the steps, float64; `tokens` among them where they were recorded."""
+        series = {
+            name: self.series(path)
+            for path in self.paths
+            if (name := path.removeprefix(paths.scalar_path(""))) != path
+        }
+        tokens = self.series(paths.TOKENS)
+        if (tokens != paths.NO_TOKENS).any():
+            series["tokens"] = np.where(tokens == paths.NO_TOKENS, np.nan, tokens)
+        return series
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened during the run, in order."""
+        columns = [self.series(paths.event_path(column)) for column in paths.EVENT_COLUMNS]
+        with stores.damaged(paths.EVENTS, self.store):
+            return tuple(
+                Event(int(step), str(kind), json.loads(str(attrs)))
+                for step, kind, attrs in zip(*columns, strict=True)
+            )
+
+
+def _has_chunk(array: zarr.Array, index: int) -> bool:
+    return bool(sync((array.store_path / paths.chunk_key(array, index)).exists()))

@@ -1,0 +1,95 @@
+"""Spectra in a recording: those of one kind and record are two arrays, a row per matrix."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dynamics import schema
+from dynamics.errors import FormatError
+from dynamics.recordings import paths, stores
+from dynamics.recordings.reader import Recording
+from dynamics.runs.run import Spectrum
+
+MATRICES = "matrices"
+
+
+def spectra_arrays(
+    kind: str, matrices: Sequence[Mapping[str, Any]], found: Mapping[str, Spectrum]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(path -> array, attributes of both arrays) of one record's spectra of a kind.
+
+    Args:
+        kind: of `schema.KINDS`.
+        matrices: JSON-like facts of all matrices, the same in every record: name, rows, cols, ...
+        found: name -> spectrum, of those that the record has.
+    """
+    width = max(min(each["rows"], each["cols"]) for each in matrices)
+    values = np.full((len(matrices), width), np.nan)
+    bounds = np.full((len(matrices), 3), np.nan)
+    for row, each in enumerate(matrices):
+        if (spectrum := found.get(each["name"])) is not None:
+            values[row, : spectrum.s.size] = spectrum.s
+            bounds[row] = spectrum.error, spectrum.noise_floor, spectrum.rank_bound
+    arrays = {
+        paths.spectra_path(kind, paths.SINGULAR_VALUE): values,
+        paths.spectra_path(kind, paths.BOUNDS): bounds,
+    }
+    return arrays, {MATRICES: [dict(each) for each in matrices]}
+
+
+class SpectraReader:
+    """The spectra of a recording.
+
+    Attributes:
+        shapes: kind -> name -> (rows, cols).
+
+    Raises:
+        FormatError: the attributes that name the matrices are damaged.
+    """
+
+    def __init__(self, recording: Recording):
+        self._recording = recording
+        self.shapes: dict[str, dict[str, tuple[int, int]]] = {}
+        for kind in schema.KINDS:
+            path = paths.spectra_path(kind, paths.SINGULAR_VALUE)
+            if path not in recording.paths:
+                continue
+            with stores.damaged(path, recording.store):
+                told = recording.attr(path, MATRICES, list)
+                self.shapes[kind] = {m["name"]: (int(m["rows"]), int(m["cols"])) for m in told}
+                rows, width = recording.array(path).shape[1:]
+                widest = max(min(shape) for shape in self.shapes[kind].values())
+                if (rows, width) != (len(told), widest) or len(self.shapes[kind]) != rows:
+                    raise FormatError(
+                        f"{path} of {stores.told(recording.store)} has {rows} spectra of up to "
+                        f"{width} values and names {len(told)} of up to {widest}; its metadata "
+                        "are damaged."
+                    )
+        self._rows = {
+            kind: {n: i for i, n in enumerate(names)} for kind, names in self.shapes.items()
+        }
+        self._arrays: dict[tuple[str, int], tuple[np.ndarray | None, ...]] = {}
+
+    def read(self, name: str, index: int, kind: str) -> Spectrum | None:
+        """The spectrum of a matrix in record `index`, None where the record has none.
+
+        Raises:
+            FormatError: a chunk is damaged.
+        """
+        if name not in self._rows.get(kind, {}):
+            return None
+        if (kind, index) not in self._arrays:
+            # Kept: an analysis goes matrix by matrix, and its result holds as many numbers.
+            self._arrays[kind, index] = tuple(
+                self._recording.read(paths.spectra_path(kind, array), index)
+                for array in (paths.SINGULAR_VALUE, paths.BOUNDS)
+            )
+        values, bounds = self._arrays[kind, index]
+        if values is None or bounds is None:
+            return None
+        row, (rows, cols) = self._rows[kind][name], self.shapes[kind][name]
+        error, noise_floor, bound = bounds[row].tolist()
+        if np.isnan(bound):
+            return None
+        return Spectrum(values[row, : min(rows, cols)], rows, cols, int(bound), error, noise_floor)

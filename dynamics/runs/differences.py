@@ -1,0 +1,161 @@
+"""Kinds made from weights: update and displacement are differences of two stored matrices."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynamics import schema
+from dynamics.runs.run import Dense, Factored, Matrix, Run, Spectrum
+
+
+@dataclass(frozen=True)
+class Difference:
+    """now - before, computed in float64.
+
+    Its noise is the rounding of both terms, and of every merge in between: each stored
+    W + s·B·A rounds the weight anew. Where an adapter is part of the later weight, the product
+    s·B·A was rounded before it was added, in float32 at each of its r partial sums: those of a
+    sum of independent terms have (r + 1)/2 times the variance of its last rounding.
+
+    Attributes:
+        now: the later matrix.
+        before: the earlier one.
+        merges: how often an adapter was merged into the weight between the two.
+        rank_bound: the largest rank it can have, where adapters alone moved the weight.
+        adapter: what `now` is the sum of, beside its base.
+    """
+
+    now: Dense
+    before: Dense
+    merges: int = 0
+    rank_bound: int | None = None
+    adapter: Factored | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        return self.now.shape
+
+    @property
+    def values(self) -> np.ndarray:
+        """(rows, cols) float64."""
+        return np.subtract(self.now.values, self.before.values, dtype=np.float64)
+
+    @property
+    def stored(self) -> tuple[tuple[np.ndarray, str], ...]:
+        """The stored numbers that its noise comes from."""
+        sums = (*self.now.stored * (1 + self.merges), *self.before.stored)
+        if self.adapter is None:
+            return sums
+        product = (self.adapter.product(), self.now.dtype)
+        return (*sums, *((product,) * product_roundings(self.adapter.rank_bound, self.now.dtype)))
+
+
+def product_roundings(rank: int, dtype: str) -> int:
+    """How often a product B·A of this rank counts as rounded to `dtype`, see `Difference`.
+
+    Products in a shorter dtype are summed up in float32 and rounded once.
+    """
+    return (rank + 2) // 2 if dtype in ("float32", "float64") else 1
+
+
+def is_finite(
+    matrix: Matrix | Difference | Spectrum,
+    array_is_finite: Callable[[np.ndarray], bool] = lambda array: bool(np.isfinite(array).all()),
+) -> bool:
+    """Whether all the numbers that a matrix is made of are finite."""
+    if isinstance(matrix, Factored):
+        parts = [matrix.left, matrix.right]
+    elif isinstance(matrix, Spectrum):
+        parts = [matrix.s]
+    elif isinstance(matrix, Dense):
+        parts = [matrix.values]
+    else:
+        parts = [matrix.now.values, matrix.before.values]
+    return all(array_is_finite(part) for part in parts)
+
+
+def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:
+    """The step whose weight a derived kind subtracts; None where there is none to subtract.
+
+    `update` refers to the run's previous record, whichever steps an analysis selects, so that its
+    value does not depend on the selection; `displacement` to the first record;
+    `optimizer_update` to the step before, if that is recorded; `cycle_update` to the last record
+    that is not after the last merge, or to the first record before there was a merge, and is
+    undefined for a weight without an adapter.
+    """
+    steps = run.steps
+    position = int(np.searchsorted(steps, step))
+    if position == 0:
+        return None
+    if kind == schema.OPTIMIZER_UPDATE:
+        return step - 1 if steps[position - 1] == step - 1 else None
+    before = 0 if kind == schema.DISPLACEMENT else position - 1
+    if kind == schema.CYCLE_UPDATE:
+        if run.read(name, step, schema.ADAPTER) is None:
+            return None  # nothing is ever merged into this weight
+        while before > 0 and not run.merges_between(name, int(steps[before]), step):
+            before -= 1
+    return int(steps[before])
+
+
+def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
+    """The largest rank of W_now - W_before where adapters alone moved W, None where they did not.
+
+    See `cycles_rank_bound`.
+    """
+    if schema.ADAPTER not in run.stored_kinds:
+        return None
+    adapter, earlier = (run.read(name, step, schema.ADAPTER) for step in (now, before))
+    if not isinstance(adapter, Factored) or not isinstance(earlier, Factored):
+        return None
+    merged_there = any(event.kind == schema.MERGE and event.step == before for event in run.events)
+    is_zero = not (earlier.left.any() and earlier.right.any())
+    bound = cycles_rank_bound(
+        adapter.rank_bound,
+        0 if is_zero else earlier.rank_bound,
+        run.merges_between(name, before, now),
+        merged_there=merged_there,
+    )
+    return min(bound, *adapter.shape)
+
+
+def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: bool) -> int:
+    """The largest rank of a difference of weights that adapters alone moved.
+
+    Between the two, every merge adds a cycle's s·B·A of rank r, and the present adapter adds
+    another: r·(merges + 1). The earlier adapter is subtracted and adds its rank, unless it was
+    merged at that very step, so that it cancels against the first merge. It cancels where the merge
+    adds what it should: the difference across one that leaves out s exceeds this bound.
+
+    Args:
+        rank: r of the present adapter.
+        earlier: that of the adapter at the earlier step, 0 where it was zero.
+        merges: from the earlier step to the present one.
+        merged_there: whether the first of them happened at the earlier step.
+    """
+    return rank * merges if merged_there else rank * (merges + 1) + earlier
+
+
+def accumulated_adapter(run: Run, name: str, step: int) -> Factored | None:
+    """Σ s·B·A over the cycles that ended before `step` and the present one, as factors.
+
+    The factors of K cycles stand side by side, [s₁B₁ … s_K B_K] and [A₁; …; A_K], so that the
+    sum has rank K·r at most and is never multiplied out. It is what the adapters added to the
+    weight, free of the rounding of the merges.
+
+    Returns:
+        None where the weight has no adapter at this step, or a merge happened at a step that
+        was not recorded, so that its factors are unknown.
+    """
+    merges = [each.step for each in run.events if each.kind == schema.MERGE and each.step < step]
+    if any(merge not in run.steps for merge in merges):
+        return None
+    cycles = [run.read(name, each, schema.ADAPTER) for each in (*merges, step)]
+    factors = [each for each in cycles if isinstance(each, Factored)]
+    if len(factors) < len(cycles):
+        return None
+    left = np.hstack([each.scale * each.left.astype(np.float64) for each in factors])
+    right = np.vstack([each.right.astype(np.float64) for each in factors])
+    return Factored(left, right, 1.0, factors[-1].dtype)

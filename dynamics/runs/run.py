@@ -1,0 +1,259 @@
+"""A run: what every format offers to the analysis, one matrix at a time."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dynamics import schema
+from dynamics.errors import MissingError
+from dynamics.runs import parameter_names
+
+
+@dataclass(frozen=True)
+class MatrixInfo:
+    """One matrix of a model: its name, where it belongs, and its shape.
+
+    Attributes:
+        name: the clean parameter name, or that of a circuit.
+        layer: None outside the stack.
+        module: its role, see `parameter_names.module_of`.
+        rows: m.
+        cols: n.
+        head: the query head of a circuit, None where it belongs to no single head.
+    """
+
+    name: str
+    layer: int | None
+    module: str
+    rows: int
+    cols: int
+    head: int | None = None
+
+
+def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
+    """Clean name -> MatrixInfo of the two-dimensional tensors among `shapes`, layer by layer."""
+    clean = {parameter_names.clean_name(stored): shape for stored, shape in shapes.items()}
+    return {
+        name: MatrixInfo(
+            name, parameter_names.layer_of(name), parameter_names.module_of(name), *clean[name]
+        )
+        for name in sorted(clean, key=parameter_names.natural_order)
+        if len(clean[name]) == 2 and min(clean[name]) > 0
+    }
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A matrix given by its entries.
+
+    Attributes:
+        values: (rows, cols), any float dtype that holds the stored numbers exactly.
+        dtype: the dtype the numbers were stored in, e.g. "bfloat16": their noise comes from it.
+    """
+
+    values: np.ndarray
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        rows, cols = self.values.shape
+        return rows, cols
+
+    @property
+    def stored(self) -> tuple[tuple[np.ndarray, str], ...]:
+        """The stored numbers that its noise comes from."""
+        return ((self.values, self.dtype),)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A matrix scale · left @ right of known low rank, never multiplied out to be measured.
+
+    Attributes:
+        left: (rows, r).
+        right: (r, cols).
+        scale: the LoRA scaling s.
+        dtype: the dtype that the factors were stored in.
+        transposed: whether left is LoRA's Aᵀ and right its Bᵀ, not B and A.
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    scale: float
+    dtype: str
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols) of the product."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def rank_bound(self) -> int:
+        """The largest rank that the product can have."""
+        return min(self.left.shape[1], *self.shape)
+
+    def product(self) -> np.ndarray:
+        """The matrix itself, float64, (rows, cols)."""
+        return self.scale * (self.left.astype(np.float64) @ self.right.astype(np.float64))
+
+
+Matrix = Dense | Factored
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All singular values of one matrix, or of several of one shape along leading axes.
+
+    Attributes:
+        s: (k,) float64, descending, >= 0, k = min(rows, cols).
+        rows: m.
+        cols: n.
+        rank_bound: the largest rank the matrix can have: r for a factored one, that of the
+            adapters for a difference that adapters alone made, else k.
+        error: bound on |computed - exact| for every singular value. Where they come from a Gram
+            matrix it is that of the smallest, and the others are nearer to theirs by s_k/s.
+        noise_floor: spectral norm of the rounding noise in the stored numbers.
+    """
+
+    s: np.ndarray
+    rows: int
+    cols: int
+    rank_bound: int
+    error: float
+    noise_floor: float
+
+    @property
+    def floor(self) -> float:
+        """What a singular value must exceed to be a property of the model: noise or error."""
+        return np.maximum(self.noise_floor, self.error)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened after optimizer step `step`: merge, optimizer_reset, resume."""
+
+    step: int
+    kind: str
+    attrs: Mapping[str, Any]
+
+
+class Run(ABC):
+    """One training run, read lazily. Formats derive from this and nothing derives from them.
+
+    Attributes:
+        path: where it was opened, for messages.
+        format: the name of its layout, e.g. "recording".
+        steps: (n,) int64, strictly increasing: optimizer steps done when each record was made.
+        stored_kinds: the kinds it holds; `update` and `displacement` are derived from `weight`.
+        measured_kinds: the kinds of which it holds spectra instead of matrices, see `measured`.
+        matrices: clean name -> MatrixInfo, every two-dimensional parameter.
+        attrs: configuration, versions and definitions, JSON-like.
+        problems: step -> why nothing can be read there (a damaged checkpoint).
+        absent_kinds: kind -> why a run of this format usually has it and this one does not.
+        merges_told_by_events: whether `merges_between` looks at `events` only, and not at bases.
+    """
+
+    path: str
+    format: str
+    steps: np.ndarray
+    stored_kinds: tuple[str, ...]
+    measured_kinds: tuple[str, ...] = ()
+    matrices: dict[str, MatrixInfo]
+    attrs: Mapping[str, Any]
+    problems: Mapping[int, str] = {}
+    absent_kinds: Mapping[str, str] = {}
+    merges_told_by_events: bool = False
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind that can be measured, stored or derived, in the order of `schema.KINDS`."""
+        derived: list[str] = []
+        adapted = schema.ADAPTER in self.stored_kinds
+        if schema.WEIGHT in self.stored_kinds:
+            derived += [schema.UPDATE, schema.DISPLACEMENT]
+            derived += [schema.CYCLE_UPDATE] if adapted else []
+            derived += [schema.OPTIMIZER_UPDATE] if (np.diff(self.steps) == 1).any() else []
+        if adapted and any(event.kind == schema.MERGE for event in self.events):
+            derived.append(schema.ACCUMULATED_ADAPTER)
+        found = {*self.stored_kinds, *self.measured_kinds, *derived}
+        return tuple(kind for kind in schema.KINDS if kind in found)
+
+    @abstractmethod
+    def read(self, name: str, step: int, kind: str) -> Matrix | None:
+        """The stored matrix of a parameter, or None where the run has none at this step.
+
+        Raises:
+            FormatError: its file is damaged.
+        """
+
+    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+        """The spectrum that was measured while the model trained, None where there is none.
+
+        All NaN where the matrix held NaN or Inf.
+
+        Raises:
+            FormatError: its file is damaged.
+        """
+        return None
+
+    def origin(self, name: str, step: int, kind: str) -> str | None:
+        """A cheap token of where `read` takes this matrix from, without reading its numbers.
+
+        It changes whenever what `read` returns may have changed, also where nothing is stored: a
+        file's size, times and inode (`origins.file_origin`), or an ETag, and whatever else the
+        matrix is made with (offset, dtype, scaling). A second analysis does not read a matrix
+        whose origin is the one it had before.
+
+        Returns:
+            None where nothing cheap can tell; the numbers are then read and compared.
+        """
+        return None
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """What happened during the run, in order."""
+        return ()
+
+    @property
+    def scalars(self) -> dict[str, np.ndarray]:
+        """Series along `steps`, float64, NaN where nothing was recorded: loss, tokens, ..."""
+        return {}
+
+    def merges_between(self, name: str, before: int, now: int) -> int:
+        """How often an adapter was merged into this weight between two steps, as far as it shows.
+
+        Each merge rounds the weight once more, which the noise of a difference has to count.
+        """
+        return 0
+
+    def require_matrices(self, purpose: str) -> None:
+        """Refuse what needs the matrices themselves where only their spectra were recorded.
+
+        Raises:
+            MissingError: `purpose` needs matrices, and the run has none.
+        """
+        if self.measured_kinds:
+            raise MissingError(
+                f"{purpose} needs the matrices, and {self.path} holds their singular values only "
+                "(it was recorded with spectra_only=True): record matrices, or measure checkpoints."
+            )
+
+    def check_step(self, step: int) -> int:
+        """The step itself if the run has it; MissingError names those it has."""
+        if step not in self.steps:
+            raise MissingError(
+                f"No step {step} in {self.path}; available: {_listing(self.steps.tolist())}."
+            )
+        return step
+
+
+def _listing(items: Sequence[object], at_most: int = 12) -> str:
+    shown = [str(item) for item in items]
+    if len(shown) > at_most:
+        shown = [*shown[: at_most - 2], "...", shown[-1]]
+    return ", ".join(shown)

@@ -1,0 +1,1 @@
+"""How one matrix is measured: singular values, their error, their noise."""

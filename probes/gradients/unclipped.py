@@ -1,0 +1,78 @@
+"""Gradients of trained weights as backward passes leave them, before anybody clips them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from probes.model.parameters import Tracked
+from probes.model.sharding import is_sharded, means_over_ranks
+
+BEFORE_CLIPPING = (
+    "parameter.grad as the last backward pass before the step left it: accumulated over the "
+    "micro-batches and averaged over the data-parallel ranks, without the loss scale, and before "
+    "clipping and whatever else changes gradients between backward() and step(); at the weights "
+    "before the step"
+)
+
+
+class UnclippedGradients:
+    """Copies the gradients of trained weights at the end of each backward pass of some steps.
+
+    Between `arm` and `disarm` each weight's gradient is copied whenever a backward pass has added
+    to it; the next pass replaces the copy. Nobody has to say which micro-batch is the last one.
+    Costs a buffer of each weight's size on its device, and a copy per backward pass.
+
+    Args:
+        tracked: the weights to choose the trained ones from, anew whenever it arms.
+        process_group: ranks to average over: under DDP the hooks run before its own averaging.
+            FSDP2 has averaged already when they run.
+    """
+
+    def __init__(self, tracked: Sequence[Tracked], process_group: Any = None):
+        self._tracked = tracked
+        self._process_group = process_group
+        self._armed: set[str] = set()
+        self._handles: list[Any] = []
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def arm(self) -> None:
+        """Copy from now on, until `disarm`."""
+        self.disarm()
+        for each in self._tracked:
+            if each.parameter.requires_grad:
+                copier = self._copier(each.name)
+                self._handles.append(each.parameter.register_post_accumulate_grad_hook(copier))
+                self._armed.add(each.name)
+
+    def take(self, stepped: Sequence[Tracked], loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
+        """Name -> the last copy since `arm`, divided by `loss_scale`, of the weights `stepped`.
+
+        Without those whose gradient was dropped since (a training that skipped a batch).
+        """
+        local, copies = {}, {}
+        for each in stepped:
+            if each.name in self._armed and not is_sharded(each.parameter):
+                local[each.name] = each.parameter
+            copy = self._copies.pop(each.name, None)
+            if copy is not None and each.parameter.grad is not None:
+                copies[each.name] = copy
+        if self._process_group is not None:
+            mine = {name: copies[name] for name in local if name in copies}
+            copies |= means_over_ranks(local, mine, self._process_group)
+        return copies if loss_scale == 1 else {n: copy / loss_scale for n, copy in copies.items()}
+
+    def disarm(self) -> None:
+        """Remove the hooks and forget the copies. Twice is once."""
+        for handle in self._handles:
+            handle.remove()
+        self._armed, self._handles, self._copies = set(), [], {}
+
+    def _copier(self, name: str) -> Callable[[torch.Tensor], None]:
+        def copy(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            gradient = gradient.detach()
+            self._copies[name] = gradient.to_dense() if gradient.is_sparse else gradient.clone()
+
+        return copy

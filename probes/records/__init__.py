@@ -1,0 +1,1 @@
+"""What a record holds, and how it gets to the store."""

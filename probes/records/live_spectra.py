@@ -1,0 +1,90 @@
+"""Spectra of live matrices, measured where they are: on the device that trains."""
+
+import math
+
+import numpy as np
+import torch
+
+from dynamics.runs.differences import product_roundings
+from dynamics.runs.run import Factored, Spectrum
+from dynamics.spectra import spectrum
+from dynamics.spectra.noise import bound_of_sums
+from dynamics.spectra.torch_spectrum import is_finite, of_dense, variance_sums
+from probes.model.parameters import Factors
+
+
+@torch.no_grad()
+def measured(
+    matrix: torch.Tensor,
+    *,
+    before: torch.Tensor | None = None,
+    merges: int = 0,
+    rank_bound: int | None = None,
+    adapter: Factors | None = None,
+) -> Spectrum:
+    """What `dynamics.spectrum` gives for the stored matrix: float64 singular values, same floors.
+
+    Args:
+        matrix: (m, n), of any floating-point dtype: the noise is its rounding.
+        before: an earlier matrix to subtract; its rounding counts too.
+        merges: how often an adapter was merged in between, see `differences.Difference`.
+        rank_bound: the largest rank it can have, where adapters alone moved it.
+        adapter: what `matrix` is the sum of, beside its base; the product's rounding counts.
+
+    Returns:
+        All NaN, but for sizes and rank bound, where a number is NaN or Inf.
+    """
+    try:
+        return _measured(matrix, before, merges, rank_bound, adapter)
+    except torch.OutOfMemoryError:  # the training has the rest of the GPU, and is to go on
+        matrix, before = matrix.cpu(), None if before is None else before.cpu()
+        if adapter is not None:
+            adapter = adapter._replace(a=adapter.a.cpu(), b=adapter.b.cpu())
+        return _measured(matrix, before, merges, rank_bound, adapter)
+
+
+def _measured(
+    matrix: torch.Tensor,
+    before: torch.Tensor | None,
+    merges: int,
+    rank_bound: int | None,
+    adapter: Factors | None,
+) -> Spectrum:
+    rows, cols = matrix.shape
+    k = min(rows, cols)
+    bound = k if rank_bound is None else min(rank_bound, k)
+    terms = [(matrix, 1 + merges)] if before is None else [(matrix, 1 + merges), (before, 1)]
+    if not all(is_finite(each) for each, _ in terms):
+        return Spectrum(np.full(k, np.nan), rows, cols, bound, math.nan, math.nan)
+    s, error = of_dense(matrix, before)
+    row_sums, col_sums = np.zeros(rows), np.zeros(cols)
+    for each, count in terms:
+        of_rows, of_cols = variance_sums(each, _name(each.dtype))
+        row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
+    if adapter is not None:
+        count = product_roundings(adapter.a.shape[0], _name(matrix.dtype))
+        of_rows, of_cols = variance_sums(_product(adapter), _name(matrix.dtype))
+        row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
+    return Spectrum(s, rows, cols, bound, error, bound_of_sums(row_sums, col_sums))
+
+
+def measured_adapter(factors: Factors) -> Spectrum:
+    """The spectrum of s·B·A from its factors, which are small and go to the CPU."""
+    dtype = _name(factors.a.dtype)
+    a, b = (each.detach().cpu().double().numpy() for each in (factors.a, factors.b))
+    left, right = (a.T, b.T) if factors.transposed else (b, a)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        rows, cols = left.shape[0], right.shape[1]
+        k = min(rows, cols)
+        bound = min(a.shape[0], k)
+        return Spectrum(np.full(k, np.nan), rows, cols, bound, math.nan, math.nan)
+    return spectrum.spectrum(Factored(left, right, factors.scaling, dtype, factors.transposed))
+
+
+def _product(factors: Factors) -> torch.Tensor:
+    product = factors.scaling * (factors.b.double() @ factors.a.double())
+    return product.T if factors.transposed else product
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""What the reference experiment trains on."""

@@ -1,0 +1,132 @@
+"""Evaluation of a run's checkpoints, kept in its evaluation.jsonl as scalars of the run."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynamics.errors import DynamicsError, MissingError
+from dynamics.formats.shared.evaluations import EVALUATIONS, read_evaluations
+from probes.relora.evaluation.evaluations import Evaluation, ValidationLoss
+from probes.relora.evaluation.trained_models import load_model, load_tokenizer, weights_digest
+from probes.relora.experiment import trained_with
+from probes.relora.training.run_directory import complete_checkpoints, step_of
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One line of evaluation.jsonl: one checkpoint, one evaluation.
+
+    Attributes:
+        step: the checkpoint's.
+        key: what it was evaluated on, see `Evaluation.key`.
+        weights: what was evaluated, see `weights_digest`.
+        scalars: name -> value.
+        details: see `Result`.
+    """
+
+    step: int
+    key: str
+    weights: str
+    scalars: dict[str, float]
+    details: dict[str, Any]
+
+
+def evaluate(
+    run_dir: str | os.PathLike[str],
+    evaluations: Sequence[Evaluation],
+    *,
+    steps: Sequence[int] | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Evaluated]:
+    """Evaluate the checkpoints of a run, and append what is new to its evaluation.jsonl.
+
+    What that file has for the same weights and texts is not computed again. Opened by
+    `dynamics.open_run`, the checkpoints and a recording in the same folder have the scalars along
+    their steps, beside what the training logged.
+
+    Args:
+        run_dir: a folder with checkpoint-N/, of transformers or ReLoRA.
+        evaluations: what to evaluate.
+        steps: of the checkpoints to evaluate; all complete ones by default.
+        tokenizer: a name or path where the run has no tokenizer.json.
+        device: where to compute; a GPU if there is one.
+        say: gets a line per checkpoint and evaluation.
+
+    Returns:
+        What was asked for, by evaluation and step, computed now or before.
+
+    Raises:
+        MissingError: there is no such checkpoint, or no tokenizer.
+        DynamicsError: a checkpoint cannot be evaluated; what was done before is kept.
+    """
+    run = Path(run_dir)
+    checkpoints = _chosen(run, steps)
+    texts = any(each.needs_tokenizer for each in evaluations)
+    tokens = load_tokenizer(run, tokenizer) if texts else None
+    keys = [each.key(tokens) for each in evaluations]
+    path = run / EVALUATIONS
+    known = {
+        (row["step"], row.get("key"), row.get("weights")): row for row in read_evaluations(path)
+    }
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[tuple[int, int], Evaluated] = {}
+    for checkpoint in checkpoints:
+        step, weights, model = step_of(checkpoint), weights_digest(checkpoint), None
+        for position, (evaluation, key) in enumerate(zip(evaluations, keys, strict=True)):
+            if (row := known.get((step, key, weights))) is None:
+                model = load_model(checkpoint, target) if model is None else model
+                result = evaluation(model, tokens)
+                done = Evaluated(step, key, weights, result.scalars, result.details)
+                _append(path, done)
+                first = next(iter(result.scalars))
+                say(f"step {step}: {first} {result.scalars[first]:.4g}")
+            else:
+                done = Evaluated(**row)
+            found[position, step] = done
+    return [found[each] for each in sorted(found)]
+
+
+def validation_loss(run_dir: str | os.PathLike[str], text: Path | None = None) -> ValidationLoss:
+    """The loss on the sequences that a run of the reference experiment held out.
+
+    Args:
+        run_dir: its folder.
+        text: the folder of .txt files that it was trained on, if it was.
+
+    Raises:
+        MissingError: see `trained_with`.
+        DynamicsError: see `trained_with`; or nothing was held out.
+    """
+    _, data = trained_with(run_dir, text)
+    if not len(data.validation):
+        raise DynamicsError(f"{run_dir} held no sequences out; evaluate it on texts instead.")
+    return ValidationLoss(data.validation)
+
+
+def _chosen(run: Path, steps: Sequence[int] | None) -> list[Path]:
+    checkpoints = {step_of(path): path for path in complete_checkpoints(run)}
+    if not checkpoints:
+        raise MissingError(f"No complete checkpoint-N in {run}; give the folder of a trained run.")
+    for step in steps or ():
+        if step not in checkpoints:
+            raise MissingError(
+                f"No complete checkpoint of step {step} in {run}; available: "
+                f"{', '.join(map(str, checkpoints))}."
+            )
+    return [checkpoints[step] for step in (checkpoints if steps is None else sorted(set(steps)))]
+
+
+def _append(path: Path, done: Evaluated) -> None:
+    with path.open("a+b") as file:
+        # What a killed writer left of its last line is none.
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(dataclasses.asdict(done)).encode() + b"\n")

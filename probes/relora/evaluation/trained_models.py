@@ -1,0 +1,99 @@
+"""The models and the tokenizer of a trained run, as transformers objects."""
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from dynamics.errors import FormatError, MissingError, one_line
+from probes.relora.data.text import END_OF_TEXT
+from probes.relora.training.base_checkpoint import FOLDER
+from probes.relora.training.progress import no_file_progress
+from probes.relora.training.run_directory import TOKENIZER_NAME
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_model(checkpoint: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+    """The model of a checkpoint, float32: it computes with the effective weights W + s·B·A.
+
+    Args:
+        checkpoint: a folder that transformers wrote, or PEFT with the base weights in base/.
+        device: where to put it.
+
+    Raises:
+        MissingError: an adapter without base/.
+        FormatError: the libraries cannot load it.
+    """
+    folder = Path(checkpoint)
+    adapted = (folder / _ADAPTER_CONFIG).is_file()
+    if adapted and not (folder / FOLDER).is_dir():
+        raise MissingError(
+            f"{folder} holds an adapter and no {FOLDER}/ with the weights that it belongs to; "
+            "put the base model there."
+        )
+    try:
+        with no_file_progress(), warnings.catch_warnings():
+            # PEFT asks for a property that transformers has renamed; nothing a user could change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+            model = AutoModelForCausalLM.from_pretrained(
+                folder / FOLDER if adapted else folder, dtype=torch.float32, local_files_only=True
+            )
+            if adapted:
+                model = PeftModel.from_pretrained(model, str(folder))
+    # Whatever the libraries raise at a damaged file.
+    except Exception as error:
+        raise FormatError(
+            f"Cannot load the model of {folder}: {one_line(error)}; remove that checkpoint, or "
+            "train it again."
+        ) from error
+    return model.to(device)
+
+
+def load_tokenizer(run_dir: str | os.PathLike[str], name: str | None = None) -> Any:
+    """The tokenizer that a run was trained with.
+
+    Args:
+        run_dir: the run's folder.
+        name: a tokenizer's name, folder or tokenizer.json to take instead.
+
+    Raises:
+        MissingError: the run has none and none is named, or it cannot be loaded.
+    """
+    path = Path(run_dir) / TOKENIZER_NAME if name is None else Path(name)
+    if name is None and not path.is_file():
+        raise MissingError(f"No {path}; name the tokenizer that made its tokens (--tokenizer).")
+    try:
+        if path.is_file():
+            return as_transformers(Tokenizer.from_file(str(path)))
+        return AutoTokenizer.from_pretrained(name)
+    # The libraries raise Exception itself.
+    except Exception as error:
+        raise MissingError(
+            f"Cannot load the tokenizer {str(name or path)!r}: {one_line(error)}; give a "
+            "tokenizer.json, or the name of one on the Hugging Face hub."
+        ) from error
+
+
+def as_transformers(tokenizer: Tokenizer) -> Any:
+    """A tokenizer as transformers' class; texts begin after its end-of-text token, if it has it."""
+    known = tokenizer.token_to_id(END_OF_TEXT) is not None
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} if known else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def weights_digest(checkpoint: str | os.PathLike[str]) -> str:
+    """SHA-256 over the weight files of a checkpoint: the model's, the adapter's, the base's."""
+    seen = hashlib.sha256()
+    folder = Path(checkpoint)
+    files = [*folder.glob("*.safetensors"), *folder.glob(f"{FOLDER}/*.safetensors")]
+    for path in sorted([*files, *folder.glob("pytorch_model*.bin"), *folder.glob("*config.json")]):
+        with path.open("rb") as file:
+            seen.update(hashlib.file_digest(file, "sha256").digest())
+    return seen.hexdigest()

@@ -1,0 +1,222 @@
+"""ReLoRA's restart: merge the adapters into the base, draw new ones, forget their Adam state.
+
+Source: Lialin et al. 2023, "ReLoRA: High-Rank Training Through Low-Rank Updates",
+arXiv 2307.05695, algorithm 1.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+from transformers import TrainerCallback
+
+from dynamics import schema
+from dynamics.auditing import events
+from dynamics.errors import DynamicsError
+from probes.checks import merge_facts, optimizer_state_facts, warn_about, weights_before_merge
+from probes.relora.seeding import ADAPTERS, OPTIMIZER_RESET, own_random_stream, stream_seed
+from probes.relora.training.base_checkpoint import save_base
+from probes.relora.training.optimizer_reset import reset_optimizer
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Name -> LoRA layer, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def named_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> every A and B (and LoRA bias) of the model, in the model's order."""
+    return {name: each for name, each in model.named_parameters() if LoraModel.prefix in name}
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every A and B (and LoRA bias) of the model, in the model's order."""
+    return list(named_adapter_parameters(model).values())
+
+
+@torch.no_grad()
+def merge_and_reset(model: nn.Module, *, seed: int, step: int, with_scaling: bool = True) -> int:
+    """Merge every LoRA layer's adapter into its base weight and start a new one; in place.
+
+    W <- W + s·B·A, then A <- Kaiming-uniform and B <- 0. The model computes the same function
+    before and after, to the rounding of W's dtype. The merge is PEFT's own, with its treatment
+    of dtypes; only its record of being merged is cleared, because the adapter goes on.
+    Parameters keep their identity. The new A is drawn from a stream of (seed, step): dropout
+    and data order are as if nothing had been drawn, and a resumed run draws the same A.
+
+    Args:
+        model: a model with LoRA layers, between two optimizer steps.
+        seed: the run's seed.
+        step: optimizer steps done.
+        with_scaling: False merges B·A without s, which changes the function wherever s ≠ 1: what
+            the published code does.
+
+    Returns:
+        The number of merged layers.
+
+    Raises:
+        DynamicsError: there is no LoRA layer, or one cannot be merged without changing the
+            function or losing its base (DoRA, several active adapters, quantised weights, an
+            adapter that is disabled or already merged). Nothing has been merged then.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise DynamicsError(
+            f"{type(model).__name__} has no LoRA layer to merge; add adapters with PEFT first."
+        )
+    for name, layer in layers.items():
+        _refuse_what_cannot_merge(name, layer)
+    for layer in layers.values():
+        _merge(layer, with_scaling)
+    with own_random_stream(seed, ADAPTERS, step, module=model):
+        for layer in layers.values():
+            layer.reset_lora_parameters(layer.active_adapters[0], True)
+    return len(layers)
+
+
+class ReLoRACallback(TrainerCallback):
+    """Restarts at every multiple of `reset_every`, and base weights in every checkpoint.
+
+    The merge of step N happens when step N + 1 begins, not when step N ends: whatever is
+    recorded or saved after step N, `checkpoint-N` included, is the state before the merge, and
+    a run resumed from it merges first, as the uninterrupted run did. There is no merge at step
+    0, and none after the last step.
+
+    Args:
+        reset_every: optimizer steps between merges; None never merges, which is plain LoRA.
+        seed: the run's seed, for the new adapters.
+        optimizer_reset: how, one of `RESET_MODES`.
+        prune_ratio: of the pruning resets.
+        shared_prune_mask: of the pruning resets; see `reset_optimizer`.
+        merge_with_scaling: see `merge_and_reset`.
+        on_event: called as on_event("merge", N, {"merged_layers", "scaling", ...}) with
+            `merge_facts`, and on_event("optimizer_reset", N, {"tensors", "mode", "reset_share",
+            "learning_rate", ...}) with `optimizer_state_facts`; the learning rate is that of
+            step N + 1.
+
+    Every merge and reset is checked when it happens (one copy of the adapted weights and factors,
+    on the CPU, for as long as it takes): what fails is a FailedCheckWarning.
+    """
+
+    def __init__(
+        self,
+        *,
+        reset_every: int | None,
+        seed: int,
+        optimizer_reset: str = "drop",
+        prune_ratio: float = 0.99,
+        shared_prune_mask: bool = True,
+        merge_with_scaling: bool = True,
+        on_event: Callable[[str, int, dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.reset_every = reset_every
+        self.seed = seed
+        self.optimizer_reset = optimizer_reset
+        self.prune_ratio = prune_ratio
+        self.shared_prune_mask = shared_prune_mask
+        self.merge_with_scaling = merge_with_scaling
+        self.on_event = on_event
+        self._merged_at = 0  # step 0 counts as merged: there is nothing in the adapters yet
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the merges of an earlier training with this callback."""
+        self._merged_at = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Merge and reset, if the step before this one was a multiple of `reset_every`."""
+        step = state.global_step
+        if self.reset_every is None or step % self.reset_every:
+            return
+        if step >= state.max_steps or step == self._merged_at:
+            return
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        merge = self._merge(model, step)
+        reset = self._reset(model, optimizer, step)
+        self._merged_at = step
+        if self.on_event is not None:
+            self.on_event(schema.MERGE, step, merge)
+            self.on_event(schema.OPTIMIZER_RESET, step, reset)
+        warn_about([events.merge_verdict(step, merge), *events.optimizer_verdicts(step, reset)])
+
+    def _merge(self, model: nn.Module, step: int) -> dict[str, Any]:
+        scalings = sorted({_scaling(layer) for layer in lora_layers(model).values()})
+        before = weights_before_merge(model)
+        merged = merge_and_reset(
+            model, seed=self.seed, step=step, with_scaling=self.merge_with_scaling
+        )
+        scaling = scalings[0] if len(scalings) == 1 else scalings
+        return {"merged_layers": merged, "scaling": scaling, **merge_facts(before)}
+
+    def _reset(self, model: nn.Module, optimizer: Any, step: int) -> dict[str, Any]:
+        parameters = named_adapter_parameters(model)
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, OPTIMIZER_RESET, step))
+        tensors = reset_optimizer(
+            optimizer,
+            parameters.values(),
+            mode=self.optimizer_reset,
+            ratio=self.prune_ratio,
+            shared_mask=self.shared_prune_mask,
+            generator=generator,
+        )
+        return {
+            "tensors": tensors,
+            "mode": self.optimizer_reset,
+            events.RESET_SHARE: self.prune_ratio if "prune" in self.optimizer_reset else 1.0,
+            events.RATE: float(optimizer.param_groups[0]["lr"]),
+            **optimizer_state_facts(optimizer, parameters),
+        }
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the base weights into the checkpoint that the trainer has just written."""
+        model = kwargs["model"]
+        if state.is_world_process_zero and isinstance(model, PeftModel):
+            save_base(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _merge(layer: LoraLayer, with_scaling: bool) -> None:
+    adapter = layer.active_adapters[0]
+    scaling = layer.scaling[adapter]
+    if not with_scaling:
+        layer.scaling[adapter] = 1.0
+    layer.merge()
+    layer.scaling[adapter] = scaling
+    layer.merged_adapters.clear()
+
+
+def _scaling(layer: LoraLayer) -> float:
+    return float(layer.scaling[layer.active_adapters[0]])
+
+
+def _refuse_what_cannot_merge(name: str, layer: LoraLayer) -> None:
+    def refuse(found: str, instead: str) -> None:
+        raise DynamicsError(f"Cannot merge {name}: {found}; {instead}.")
+
+    if len(layer.active_adapters) != 1:
+        refuse(
+            f"it has {len(layer.active_adapters)} active adapters ({layer.active_adapters})",
+            "activate the one that ReLoRA trains with set_adapter",
+        )
+    adapter = layer.active_adapters[0]
+    if layer.use_dora.get(adapter) or adapter in layer.lora_variant:
+        variant = (
+            "DoRA" if layer.use_dora.get(adapter) else type(layer.lora_variant[adapter]).__name__
+        )
+        refuse(
+            f"its adapter is {variant}, whose update is not s·B·A",
+            "ReLoRA needs plain LoRA layers",
+        )
+    if layer.merged:
+        refuse(f"{layer.merged_adapters} is merged already", "call unmerge_adapter first")
+    if layer.disable_adapters:
+        refuse("its adapter is disabled", "call enable_adapter_layers first")
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype}"
+        refuse(
+            f"its base is quantised ({found}), and would lose the update to rounding",
+            "load the base model unquantised",
+        )
