@@ -70,7 +70,7 @@ class SpectrumCache:
 
     Args:
         path: of the file.
-        measured_by: see `gpu_backend.measured_by`; of two such, neither takes what the other measured.
+        measured_by: see `gpu_backend.measured_by`; two that differ share no spectra.
 
     Raises:
         DynamicsError: the file is damaged, of another version, or something else; the file system

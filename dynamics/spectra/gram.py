@@ -13,7 +13,7 @@ happens. Independent ones grow as √m (Higham & Mary 2019, SIAM J. Sci. Comput.
 are those of constant matrices, whose partial sums all round alike. OpenBLAS sums up to 384 products
 at a time, which bounds even these (MKL sums up thousands, see `torch_spectrum.py`). 16 is three
 times the worst found, 5.3√m·u·σ₁² (a constant 96 x 96 matrix; 4.6 for a 384 x 384 one of random
-signs; 2.4 Gaussian): no violation in `tests/dynamics/test_gram.py`.
+signs; 2.4 Gaussian): no violation in `tests/dynamics/spectra/test_gram.py`.
 
 Never in float32: its u is 5·10⁸ times larger, and what is below 3·10⁻³·σ₁ would be noise.
 """

@@ -1,7 +1,7 @@
 """What `spectrum.py` and `noise.py` compute, of a torch tensor, on the device that it is on.
 
-For matrices that are there already (`probes.records.live_spectra`) and for those that a GPU measures faster
-(`gpu_backend.py`). The same rules and the same bounds; last digits differ from NumPy's.
+For matrices that are there already (`probes.records.live_spectra`) and for those that a GPU
+measures faster (`gpu_backend.py`). The same rules and bounds; last digits differ from NumPy's.
 """
 
 from collections.abc import Iterator

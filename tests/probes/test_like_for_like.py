@@ -8,9 +8,9 @@ import dynamics as dy
 from dynamics.directions.adapter_subspace import expressibility
 from dynamics.directions.expressibility import FactorsOf
 from probes.frameworks.hf_trainer import RecorderCallback
+from probes.relora import train
 from probes.relora.training.restart import lora_layers
 from tests.probes.adapted import relative_error
-from probes.relora import train
 from tests.probes.relora.conftest import random_data, tiny_config
 
 MERGE_AT = 4

@@ -9,9 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from probes.relora import TextData, TokenBlocks, TrainConfig, add_adapters, build_model
+from probes.relora import TextData, TokenBlocks, TrainConfig, add_adapters, build_model, train
 from probes.relora.data.text import TrainingData
-from probes.relora import train
 from probes.relora.training.restart import lora_layers
 
 TOKENS = torch.arange(32).view(2, 16)

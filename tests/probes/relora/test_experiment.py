@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import dynamics as dy
 from dynamics.errors import DynamicsError
 from probes.relora.__main__ import app
-from tests.probes.relora.scored_texts import PAIRS, SEQUENCE_LENGTH, write_pairs
+from tests.probes.relora.evaluation.scored_texts import PAIRS, SEQUENCE_LENGTH, write_pairs
 from tests.short_run import TEXT
 
 ROOT = Path(__file__).parents[3]

@@ -20,7 +20,7 @@ from probes.relora.evaluation.blimp_data import (
     read_blimp,
 )
 from probes.relora.evaluation.log_likelihood import start_token
-from tests.probes.relora.scored_texts import (
+from tests.probes.relora.evaluation.scored_texts import (
     PAIRS,
     english_tokenizer,
     random_llama,

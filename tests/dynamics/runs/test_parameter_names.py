@@ -2,14 +2,14 @@
 
 import doctest
 
-import dynamics.runs.attention_config
-import dynamics.runs.parameter_names
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
 
 import dynamics.errors
+import dynamics.runs.attention_config
+import dynamics.runs.parameter_names
 from dynamics.runs.attention_config import tied_aliases
 from dynamics.runs.parameter_names import (
     MODULES,

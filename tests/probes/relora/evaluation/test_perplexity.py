@@ -8,7 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 from dynamics.errors import DynamicsError
 from probes.relora.evaluation.perplexity import evaluate_perplexity, overall, windows
-from tests.probes.relora.scored_texts import (
+from tests.probes.relora.evaluation.scored_texts import (
     TEXTS,
     english_tokenizer,
     random_llama,

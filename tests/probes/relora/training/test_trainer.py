@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from dynamics.errors import DynamicsError
-from probes.relora import TextData, TrainConfig
+from probes.relora import TextData, TrainConfig, train
 from probes.relora.training.schedule import schedule_of
-from probes.relora import train
 from tests.probes.relora.conftest import assert_equal_weights
 
 

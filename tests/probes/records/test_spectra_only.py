@@ -19,7 +19,7 @@ from dynamics.spectra.spectrum import spectrum
 from probes import Recorder, at_steps
 from probes.checks import FailedCheckWarning
 from probes.records.live_spectra import measured
-from tests.dynamics.test_gram import HARD
+from tests.dynamics.spectra.test_gram import HARD
 from tests.probes import adapted, training
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]

@@ -21,9 +21,9 @@ from probes.relora import (
     build_model,
     load_base,
     newest_checkpoint,
+    train,
 )
 from probes.relora.training.restart import lora_layers
-from probes.relora import train
 from tests.probes.relora.conftest import TOKENS, assert_equal_weights
 
 

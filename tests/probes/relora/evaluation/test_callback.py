@@ -8,14 +8,13 @@ import torch
 import dynamics as dy
 from dynamics.errors import DynamicsError
 from probes.frameworks.hf_trainer import RecorderCallback
-from probes.relora import prepare_data
+from probes.relora import prepare_data, train
 from probes.relora.evaluation.blimp_data import read_blimp
 from probes.relora.evaluation.callback import EvaluationCallback
 from probes.relora.evaluation.evaluate import evaluate
 from probes.relora.evaluation.evaluations import BlimpEvaluation, PerplexityEvaluation
 from probes.relora.evaluation.trained_models import as_transformers
-from tests.probes.relora.scored_texts import SEQUENCE_LENGTH, TEXTS, write_pairs
-from probes.relora import train
+from tests.probes.relora.evaluation.scored_texts import SEQUENCE_LENGTH, TEXTS, write_pairs
 from tests.short_run import TEXT, short_config
 
 # With dropout, whose masks any other use of the random state would change.

@@ -6,7 +6,7 @@ import torch
 
 from probes.relora.training import restart
 from probes.relora.training.restart import lora_layers
-from tests.audit.conftest import adapters_kept, factors
+from tests.dynamics.auditing.conftest import adapters_kept, factors
 
 # `probes.relora.training.trainer` is the function; the module's names are looked up in the module.
 TRAIN = sys.modules["probes.relora.training.trainer"]

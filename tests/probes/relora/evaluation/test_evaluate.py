@@ -22,7 +22,7 @@ from probes.relora.evaluation.evaluations import BlimpEvaluation, PerplexityEval
 from probes.relora.evaluation.tables import evaluation_tables
 from probes.relora.evaluation.trained_models import load_model, load_tokenizer
 from probes.relora.experiment import run_experiment
-from tests.probes.relora.scored_texts import PAIRS, SEQUENCE_LENGTH, TEXTS, write_pairs
+from tests.probes.relora.evaluation.scored_texts import PAIRS, SEQUENCE_LENGTH, TEXTS, write_pairs
 from tests.short_run import TEXT, short_config
 
 STEPS = [6, 12, 18, 24]

@@ -4,7 +4,7 @@ import pytest
 
 import dynamics as dy
 from dynamics.auditing import Severity
-from tests.audit import defects
+from tests.dynamics.auditing import defects
 from tests.short_run import MERGES
 
 ADAPTED = 14  # seven modules in each of two layers

@@ -20,14 +20,13 @@ from dynamics.cli.app import main
 from dynamics.errors import DynamicsError
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import gpu_backend
-from dynamics.spectra import calibration, noise, torch_spectrum
+from dynamics.spectra import calibration, gpu_backend, noise, torch_spectrum
 from dynamics.spectra.backend import ArrayFacts
 from dynamics.spectra.calibration import Rates, kept_rates, measured_rates
 from dynamics.spectra.gpu_backend import FactsOnGPU, facts_on
 from dynamics.spectra.gram import gram_error
 from dynamics.spectra.spectrum import EPS, spectrum
-from tests.dynamics.test_gram import HARD
+from tests.dynamics.spectra.test_gram import HARD
 
 SIDES = calibration._SIDES
 SLOW = Rates(0.0, 1e-9, 1e-9, tuple(1e-9 * side**3 for side in SIDES))
@@ -261,8 +260,8 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
 
 @pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
 def test_threads_give_the_serial_result(recording, device, monkeypatch):
-    for module in ("analysis", "measuring"):
-        name = f"dynamics.{module}.facts_on"
+    for module in ("analyze", "tasks"):
+        name = f"dynamics.analysis.{module}.facts_on"
         monkeypatch.setattr(name, lambda _: FactsOnGPU(device, SLOW, FAST))
     one, two = (dy.analyze(recording, device="cuda", workers=workers) for workers in (1, 2))
     _assert_alike(one, two)

@@ -16,7 +16,7 @@ from dynamics.analysis.following import follow
 from dynamics.cli import app
 from dynamics.formats.storage import tensors
 from dynamics.recordings import WEIGHT, Recording, RecordingWriter, matrix_path
-from tests.dynamics.test_incremental import settle
+from tests.dynamics.analysis.test_cache import settle
 
 
 def until(condition, seconds=60):

@@ -292,7 +292,7 @@ def test_deepspeed_is_refused_by_name(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DEEPSPEED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(script)]
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     done = subprocess.run(
         [*command, str(tmp_path / "run.zarr")],
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root},

@@ -10,9 +10,8 @@ import torch
 
 from dynamics.auditing import Report, audit
 from probes.frameworks.hf_trainer import RecorderCallback
-from probes.relora import TextData, prepare_data
+from probes.relora import TextData, prepare_data, train
 from probes.relora.training import restart
-from probes.relora import train
 from tests.short_run import TEXT, short_config
 
 
