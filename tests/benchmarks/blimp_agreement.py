@@ -16,7 +16,7 @@ from probes.relora import newest_checkpoint
 from probes.relora.evaluation.blimp import evaluate_blimp, pair_scores
 from probes.relora.evaluation.blimp_data import PARADIGMS, read_blimp
 from probes.relora.evaluation.trained_models import load_model, load_tokenizer
-from tests.probes.relora.harness import harness_blimp
+from tests.probes.relora.evaluation.harness import harness_blimp
 
 
 def main(run: Path, folder: Path, pairs: int) -> None:

@@ -318,6 +318,6 @@ def test_a_model_of_linear_layers_of_all_shapes_is_recorded(tmp_path):
     run = dy.open_run(tmp_path / "r")
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
-            found = run.measured(name, 1, "weight")
+            found = run.read_spectrum(name, 1, "weight")
             exact = np.linalg.svd(parameter.detach().double().numpy(), compute_uv=False)
             np.testing.assert_allclose(found.s, exact, rtol=1e-12, atol=1e-13 * exact[0])

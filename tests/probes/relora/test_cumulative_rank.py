@@ -11,7 +11,7 @@ from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora import train
 from tests.probes.relora.conftest import random_data, tiny_config
 
-R, CYCLE, STEPS = 2, 4, 16
+RANK, CYCLE, STEPS = 2, 4, 16
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> xr.Dataset:
     variants: dict[str, dict[str, Any]] = {
         "full_rank": {"method": "full_rank"},
         "lora, r = min(m, n)": {"method": "lora", "lora_rank": 32, "lora_alpha": 32.0},
-        "relora, r = 2": {"method": "relora", "lora_rank": R, "lora_alpha": 2.0 * R},
-        "lora, r = 2": {"method": "lora", "lora_rank": R, "lora_alpha": 2.0 * R},
+        "relora, r = 2": {"method": "relora", "lora_rank": RANK, "lora_alpha": 2.0 * RANK},
+        "lora, r = 2": {"method": "lora", "lora_rank": RANK, "lora_alpha": 2.0 * RANK},
     }
     folder = tmp_path_factory.mktemp("ranks")
     for label, changes in variants.items():
@@ -57,10 +57,10 @@ def test_reset_k_times_the_displacement_has_at_most_one_r_for_each_cycle(
 ) -> None:
     cycles = -(-step // CYCLE)
     found = ranks(comparison, "relora, r = 2", step)
-    assert (found <= cycles * R).all()
+    assert (found <= cycles * RANK).all()
     # All of it is used but what a cycle of a step with learning rate 0 could not reach yet.
-    assert float(found.mean()) > (cycles - 1) * R
-    assert (ranks(comparison, "lora, r = 2", step) <= R).all()
+    assert float(found.mean()) > (cycles - 1) * RANK
+    assert (ranks(comparison, "lora, r = 2", step) <= RANK).all()
 
 
 def test_the_comparison_plot_shows_it(comparison: xr.Dataset) -> None:
@@ -70,6 +70,6 @@ def test_the_comparison_plot_shows_it(comparison: xr.Dataset) -> None:
         for line in axes.get_lines()
         if len(line.get_xdata()) > 2
     }
-    assert drawn["lora, r = 2"] == R
-    assert drawn["relora, r = 2"] == R * STEPS / CYCLE
+    assert drawn["lora, r = 2"] == RANK
+    assert drawn["relora, r = 2"] == RANK * STEPS / CYCLE
     assert drawn["lora, r = min(m, n)"] == drawn["full_rank"] > 2 * drawn["relora, r = 2"]

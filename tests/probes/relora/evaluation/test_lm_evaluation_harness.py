@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from probes.relora.evaluation.blimp import evaluate_blimp, pair_scores
 from probes.relora.evaluation.blimp_data import PARADIGMS, read_blimp
 from probes.relora.evaluation.perplexity import evaluate_perplexity, windows
+from tests.probes.relora.evaluation.harness import harness_blimp, harness_model
 from tests.probes.relora.evaluation.scored_texts import (
     PAIRS,
     TEXTS,
@@ -17,7 +18,6 @@ from tests.probes.relora.evaluation.scored_texts import (
     uniform_llama,
     write_pairs,
 )
-from tests.probes.relora.harness import harness_blimp, harness_model
 
 OFFICIAL = Path(__file__).parents[5] / "shared" / "data" / "blimp"
 

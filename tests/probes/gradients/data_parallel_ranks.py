@@ -1,6 +1,6 @@
 """What each process of a data-parallel training does, for test_data_parallel.py; run by torchrun.
 
-torchrun --standalone --nproc_per_node 2 -m tests.probes.distributed FOLDER
+torchrun --standalone --nproc_per_node 2 -m tests.probes.gradients.data_parallel_ranks FOLDER
 """
 
 import sys

@@ -167,7 +167,7 @@ def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, truth):
             [sys.executable, "-m", training.__name__, *arguments],
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             # Icechunk warns of this kind of storage on stdout.
             env={**os.environ, "OMP_NUM_THREADS": "1", "ICECHUNK_LOG": "error"},
         )

@@ -15,8 +15,8 @@ import torch
 
 import dynamics as dy
 from dynamics.recordings import Recording
-from tests.probes import stacks_distributed
 from tests.probes.adapted import relative_error
+from tests.probes.frameworks import stacks_ranks
 from tests.probes.stacks import CASES, LR, ONE_PROCESS, STEPS, TWO_PROCESSES, Case, reference
 
 # Of the Frobenius norm. Forward and backward round inputs, weights and products to the dtype of
@@ -85,8 +85,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stacks")
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", stacks_distributed.__name__, str(folder)],
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", *command, "-m", stacks_ranks.__name__, str(folder)],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -104,7 +104,7 @@ def test_two_processes_record_what_one_with_all_the_data_does(folder, stack, cas
 
 @pytest.mark.parametrize("stack", TWO_PROCESSES)
 def test_before_clipping_it_is_averaged_over_the_ranks(folder, stack):
-    check(folder / f"{stack}-unclipped.zarr", stacks_distributed.UNCLIPPED, clipped=False)
+    check(folder / f"{stack}-unclipped.zarr", stacks_ranks.UNCLIPPED, clipped=False)
 
 
 def test_under_ddp_rank_0_alone_may_record(folder):

@@ -1,6 +1,6 @@
 """The stacks of several processes, for test_stacks.py; each process runs this under torchrun.
 
-torchrun --standalone --nproc_per_node 2 -m tests.probes.stacks_distributed FOLDER
+torchrun --standalone --nproc_per_node 2 -m tests.probes.frameworks.stacks_ranks FOLDER
 """
 
 import sys

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dynamics as dy
-from tests.probes import distributed
 from tests.probes.adapted import adapted_model, frozen_matrices, relative_error, tokens
 from tests.probes.frameworks.trainer import trained_by_trainer
+from tests.probes.gradients import data_parallel_ranks
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", distributed.__name__, str(folder)],
-        cwd=Path(__file__).parents[2],
+        [sys.executable, "-m", *command, "-m", data_parallel_ranks.__name__, str(folder)],
+        cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -31,12 +31,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("variant", distributed.VARIANTS)
+@pytest.mark.parametrize("variant", data_parallel_ranks.VARIANTS)
 def test_probed_gradients_are_those_of_the_twin_whose_base_is_in_ddps_buckets(folder, variant):
     expected = torch.load(folder / variant / "expected.pt")
     run = dy.open_run(folder / variant / "run.zarr")
-    assert run.steps.tolist() == list(range(distributed.STEPS + 1))
-    assert len(expected) == distributed.STEPS * len(frozen_matrices(adapted_model()))
+    assert run.steps.tolist() == list(range(data_parallel_ranks.STEPS + 1))
+    assert len(expected) == data_parallel_ranks.STEPS * len(frozen_matrices(adapted_model()))
     for (step, name), gradient in expected.items():
         assert relative_error(run.read(name, step, "gradient").values, gradient) < 1e-6
 
@@ -55,7 +55,7 @@ def test_probed_gradients_are_those_of_one_process_with_all_the_batches(folder):
 
 
 def test_a_rank_that_did_not_use_a_weight_counts_as_zero(folder):
-    model = distributed.Sometimes()
+    model = data_parallel_ranks.Sometimes()
     model.sometimes.requires_grad_(True)
     model.sometimes(model.trained(torch.ones(2, 4))).sum().backward()
     run = dy.open_run(folder / "sometimes.zarr")
