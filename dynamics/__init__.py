@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
     from dynamics.runs.run import Run, Spectrum
     from dynamics.schema import Status
-    from dynamics.spectra.spectrum import singular_values, spectrum
+    from dynamics.spectra.numpy_spectrum import singular_values
+    from dynamics.spectra.spectrum import spectrum
 
 _HOMES = {
     "dynamics.analysis.analyze": ("UnmeasuredWarning", "analyze"),
@@ -42,7 +43,8 @@ _HOMES = {
     "dynamics.plots": ("plot_comparison", "plot_heatmap", "plot_spectrum", "plot_trajectory"),
     "dynamics.runs.run": ("Run", "Spectrum"),
     "dynamics.schema": ("Status",),
-    "dynamics.spectra.spectrum": ("singular_values", "spectrum"),
+    "dynamics.spectra.numpy_spectrum": ("singular_values",),
+    "dynamics.spectra.spectrum": ("spectrum",),
     "dynamics.analysis.statistics": ("mean_interval",),
     "dynamics.analysis.storage": ("load", "save"),
     "dynamics.directions.subspaces": ("run_alignment", "subspace_overlaps"),

@@ -19,8 +19,8 @@ from dynamics.errors import DynamicsError
 from dynamics.formats import open_run
 from dynamics.runs.run import MatrixInfo, Run
 from dynamics.schema import Status
-from dynamics.spectra.backend import ArrayFacts
-from dynamics.spectra.gpu_backend import CPU, facts_on, measured_by
+from dynamics.spectra.backend import Backend, NumpyBackend
+from dynamics.spectra.gpu_backend import CPU, backend_for, backend_version
 
 Progress = Callable[[int, int, str], None]
 
@@ -135,9 +135,9 @@ def measure(
     """
     if workers < 1:
         raise DynamicsError(f"workers is {workers}; at least 1 is needed.")
-    by = measured_by(device)
+    by = backend_version(device)
     # Before any worker: one that would fail, and the rates that all of this machine read then.
-    facts = ArrayFacts() if scheduler is not None else facts_on(device)
+    backend = NumpyBackend() if scheduler is not None else backend_for(device)
     run, results = chosen.run, Results(chosen, by)
 
     def report(task: Task) -> None:
@@ -153,7 +153,7 @@ def measure(
         tasks = _new_tasks(tasks, chosen, known, results, report)
         carried_out: Generator[tuple[Task, Iterable[Outcome]], None, None]
         if alone:
-            carried_out = _in_this_process(tasks, chosen, facts, known, stopped)
+            carried_out = _in_this_process(tasks, chosen, backend, known, stopped)
         elif scheduler is not None:
             carried_out = on_cluster(run.untraced, tasks, scheduler, device, stopped)
         elif device == CPU:
@@ -232,7 +232,7 @@ def _new_tasks(
 def _in_this_process(
     tasks: Iterator[Task],
     chosen: Selection,
-    facts: ArrayFacts,
+    backend: Backend,
     known: SpectrumCache | None,
     stopped: Callable[[], bool],
 ) -> Generator[tuple[Task, Iterator[Outcome]], None, None]:
@@ -241,7 +241,7 @@ def _in_this_process(
     recall: Recall = (lambda content: None) if known is None else known.of_content
     for task in tasks:
         read = readers[task.component, task.name]
-        yield task, _until(stopped, measured(task, chosen.run, read, facts, recall))
+        yield task, _until(stopped, measured(task, chosen.run, read, backend, recall))
         if stopped():
             return
 

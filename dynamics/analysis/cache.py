@@ -12,10 +12,10 @@ import numpy as np
 import scipy
 
 from dynamics.errors import DynamicsError
+from dynamics.runs.dependencies import Dependency, TracedRun, trace_from_json, trace_to_json
 from dynamics.runs.differences import Difference
-from dynamics.runs.matrix_cache import Dependency, TracedRun, trace_from_json, trace_to_json
 from dynamics.runs.run import Dense, Factored, Spectrum
-from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.spectrum import MEASURE_VERSION
 
 _APPLICATION = 0x6C64796E  # "ldyn", in the file's header
@@ -41,10 +41,10 @@ COMMIT;
 _MEASURED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
 
 
-def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> bytes:
+def content_key(matrix: Dense | Factored | Difference, backend: Backend | None = None) -> bytes:
     """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it."""
-    facts = facts or ArrayFacts()
-    digest = hashlib.blake2b((_MEASURED_BY + facts.measured_by).encode(), digest_size=20)
+    backend = backend or NumpyBackend()
+    digest = hashlib.blake2b((_MEASURED_BY + backend.version).encode(), digest_size=20)
     if isinstance(matrix, Factored):
         other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
         parts = [matrix.left, matrix.right]
@@ -58,7 +58,7 @@ def content_key(matrix: Dense | Factored | Difference, facts: ArrayFacts | None 
         other, parts = (matrix.dtype,), [matrix.values]
     digest.update(repr((type(matrix).__name__, other)).encode())
     for part in parts:
-        digest.update(facts.digest(part))
+        digest.update(backend.digest(part))
     return digest.digest()
 
 
@@ -70,7 +70,7 @@ class SpectrumCache:
 
     Args:
         path: of the file.
-        measured_by: see `gpu_backend.measured_by`; two that differ share no spectra.
+        measured_by: see `gpu_backend.backend_version`; two that differ share no spectra.
 
     Raises:
         DynamicsError: the file is damaged, of another version, or something else; the file system

@@ -30,7 +30,7 @@ class Results:
 
     Args:
         chosen: what is measured.
-        measured_by: what measures besides NumPy, see `gpu_backend.measured_by`.
+        measured_by: what measures besides NumPy, see `gpu_backend.backend_version`.
     """
 
     def __init__(self, chosen: Selection, measured_by: str = ""):

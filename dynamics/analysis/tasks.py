@@ -12,12 +12,12 @@ from dynamics.analysis.cache import content_key
 from dynamics.components import COMPONENTS
 from dynamics.components.parameters import Measurable
 from dynamics.errors import DynamicsError, FormatError
+from dynamics.runs.dependencies import Dependency, TracedRun
 from dynamics.runs.differences import Difference, is_finite
-from dynamics.runs.matrix_cache import Dependency, TracedRun
 from dynamics.runs.run import Dense, Factored, Run, Spectrum
 from dynamics.schema import Status
-from dynamics.spectra.backend import ArrayFacts
-from dynamics.spectra.gpu_backend import CPU, facts_on
+from dynamics.spectra.backend import Backend
+from dynamics.spectra.gpu_backend import CPU, backend_for
 from dynamics.spectra.spectrum import spectrum
 
 # content -> the spectrum of these numbers, if it is known
@@ -69,7 +69,7 @@ class Outcome:
 
 
 def measured(
-    task: Task, run: TracedRun, read: Measurable, facts: ArrayFacts, recall: Recall
+    task: Task, run: TracedRun, read: Measurable, backend: Backend, recall: Recall
 ) -> Iterator[Outcome]:
     """The outcome of each cell of a task, one after the other.
 
@@ -77,7 +77,7 @@ def measured(
         task: what to measure.
         run: what `read` reads from.
         read: reads the matrix at a step and kind.
-        facts: of the arrays that the run hands out.
+        backend: what computes with the arrays that the run hands out.
         recall: what is known already.
     """
     steps = sorted({step for step, _ in task.cells})
@@ -94,13 +94,13 @@ def measured(
             continue
         if isinstance(matrix, Status):
             yield Outcome(step, kind, matrix)
-        elif not is_finite(matrix, facts.is_finite):
+        elif not is_finite(matrix, backend.is_finite):
             text = f"{task.name} ({kind}) at step {step} holds NaN or Inf; it was not measured."
             # Of a difference, the weights themselves are named.
             own = not isinstance(matrix, Difference)
             yield Outcome(step, kind, Status.NON_FINITE, problem=DynamicsError(text), listed=own)
         else:
-            yield _measured(task, step, kind, matrix, run, facts, recall)
+            yield _measured(task, step, kind, matrix, run, backend, recall)
 
 
 def _measured(
@@ -109,15 +109,15 @@ def _measured(
     kind: str,
     matrix: Dense | Factored | Difference | Spectrum,
     run: TracedRun,
-    facts: ArrayFacts,
+    backend: Backend,
     recall: Recall,
 ) -> Outcome:
     if isinstance(matrix, Spectrum) or not task.hashed:
-        return Outcome(step, kind, Status.MEASURED, spectrum(matrix, facts=facts))
-    content = content_key(matrix, facts)
+        return Outcome(step, kind, Status.MEASURED, spectrum(matrix, backend=backend))
+    content = content_key(matrix, backend)
     found = recall(content)
     if found is None:
-        found = spectrum(matrix, facts=facts)
+        found = spectrum(matrix, backend=backend)
     return Outcome(step, kind, Status.MEASURED, found, content=content, trace=dict(run.trace))
 
 
@@ -143,7 +143,7 @@ class Workplace:
         here = self._thread
         if not hasattr(here, "run"):
             run: Run = pickle.loads(self._pickled)
-            here.run, here.facts, here.readers = TracedRun(run), facts_on(self._device), {}
+            here.run, here.backend, here.readers = TracedRun(run), backend_for(self._device), {}
         if task.component not in here.readers:
             here.readers[task.component] = {
                 info.name: read for info, read in COMPONENTS[task.component](here.run)
@@ -151,7 +151,7 @@ class Workplace:
         known = dict(task.known)
         outcomes = []
         read = here.readers[task.component][task.name]
-        for each in measured(task, here.run, read, here.facts, known.get):
+        for each in measured(task, here.run, read, here.backend, known.get):
             if each.content is not None and each.spectrum is not None:
                 known[each.content] = each.spectrum
             outcomes.append(each)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynamics.spectra.spectrum import singular_values
+from dynamics.spectra.numpy_spectrum import singular_values
 
 _EPS = float(np.finfo(np.float64).eps)
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Factored
-from dynamics.spectra.spectrum import EPS, noise_of
+from dynamics.spectra.numpy_spectrum import EPS
+from dynamics.spectra.spectrum import noise_of
 
 
 class Subspaces(NamedTuple):

@@ -22,7 +22,7 @@ from dynamics.directions.pairwise import (
 )
 from dynamics.errors import MissingError
 from dynamics.runs.differences import Difference, is_finite, reference_step
-from dynamics.runs.matrix_cache import TracedRun
+from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.parameter_names import matches
 from dynamics.runs.run import Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
@@ -163,7 +163,7 @@ def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
 
 def _selected(run: Run, select: str | Sequence[str] | None) -> list[tuple[MatrixInfo, Measurable]]:
     run.require_matrices("The overlap of subspaces")
-    offered = parameters(TracedRun(run))  # which keeps what several kinds read
+    offered = parameters(CachedRun(run))  # which keeps what several kinds read
     found = [each for each in offered if select is None or matches(each[0].name, select)]
     if not found:
         raise MissingError(f"No matrix of {run.path} matches {select!r}.")

@@ -1,70 +1,87 @@
-"""What is the same for every matrix that stored numbers are part of, found once per array.
+"""Backends: what computes the singular values and the rounding noise of stored numbers.
 
-A checkpoint's weight is measured itself, and is a term of its update, of the next one and of its
-displacement: whether it is finite, its hash and its rounding noise are the same each time, and so
-is its copy on a GPU (`gpu_backend.py`).
+`NumpyBackend` computes on the CPU, `gpu_backend.GpuBackend` on a GPU what that is faster at.
+
+A stored array is part of several matrices: a checkpoint's weight is measured itself, and it is a
+term of two updates and of its displacement. Whether it is finite, its hash, its rounding noise and
+its copy on a GPU are the same each time. A backend computes them once per array.
 """
 
 import hashlib
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra.noise import Stored, variance_sums
+from dynamics.spectra import noise, numpy_spectrum
+
+Result = TypeVar("Result")
 
 
-class ArrayFacts:
-    """Facts about arrays that nobody changes, remembered as long as the arrays live.
+class Backend(ABC):
+    """Computes with arrays that nobody changes; keeps what it computed as long as they live.
 
     Attributes:
-        measured_by: what finds them out besides NumPy, see `gpu_backend.measured_by`.
+        version: what decides the last digits besides NumPy and SciPy, see
+            `gpu_backend.backend_version`.
     """
 
-    measured_by = ""
+    version = ""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, str], tuple[Any, Any]] = {}
+        self._kept: dict[tuple[int, str], tuple[Any, Any]] = {}
 
-    def singular_values(self, matrix: Dense | Difference) -> tuple[np.ndarray, float] | None:
-        """(s, error) where there is something faster than `spectrum.py` for this matrix."""
-        return None
+    @abstractmethod
+    def singular_values(self, matrix: Dense | Difference) -> tuple[np.ndarray, float]:
+        """All singular values, (k,) float64 descending, and the bound on their absolute error."""
 
+    @abstractmethod
     def is_finite(self, array: np.ndarray) -> bool:
-        """Whether all numbers are."""
-        return bool(self._once(array, "finite", lambda: np.isfinite(array).all()))
+        """Whether no number of the array is NaN or Inf."""
+
+    @abstractmethod
+    def variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
+        """See `noise.variance_sums`."""
 
     def digest(self, array: np.ndarray) -> bytes:
         """A hash of the numbers, their dtype and shape, and their order in memory.
 
-        The order is that of summation, which the last digits of a result depend on. SHA-256: with
-        the instructions that most processors have for it, twice as fast as BLAKE2.
+        The order in memory is the order of summation, which decides the last digits of a result.
+        SHA-256: most processors have instructions for it, which make it twice as fast as BLAKE2.
         """
-        return bytes(self._once(array, "digest", lambda: _digest(array)))
+        return self._once(array, "digest", lambda: _digest(array))
 
-    def variance_sums(self, term: Stored) -> tuple[np.ndarray, np.ndarray]:
-        """See `noise.variance_sums`."""
+    def _once(self, array: np.ndarray, what: str, compute: Callable[[], Result]) -> Result:
+        key = (id(array), what)
+        kept = self._kept.get(key)
+        if kept is None or kept[0]() is not array:
+            result = compute()
+            reference = weakref.ref(array, lambda _: self._kept.pop(key, None))
+            kept = self._kept[key] = reference, result
+        value: Result = kept[1]
+        return value
+
+
+class NumpyBackend(Backend):
+    """Computes with NumPy and SciPy on the CPU."""
+
+    def singular_values(self, matrix: Dense | Difference) -> tuple[np.ndarray, float]:
+        """See `Backend`."""
+        return numpy_spectrum.of_dense(matrix)
+
+    def is_finite(self, array: np.ndarray) -> bool:
+        """See `Backend`."""
+        return self._once(array, "finite", lambda: bool(np.isfinite(array).all()))
+
+    def variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend`."""
         if len(term) > 2:  # with a scale, which is not part of the array
-            return variance_sums(term)
-        found: tuple[np.ndarray, np.ndarray] = self._once(
-            term[0], f"variance of {term[1]}", lambda: self._variance_sums(term)
-        )
-        return found
-
-    def _variance_sums(self, term: Stored) -> tuple[np.ndarray, np.ndarray]:
-        return variance_sums(term)
-
-    def _once(self, array: np.ndarray, fact: str, find: Callable[[], Any]) -> Any:
-        key = (id(array), fact)
-        known = self._known.get(key)
-        if known is None or known[0]() is not array:
-            found = find()
-            gone = weakref.ref(array, lambda _: self._known.pop(key, None))
-            known = self._known[key] = gone, found
-        return known[1]
+            return noise.variance_sums(term)
+        return self._once(term[0], f"variance of {term[1]}", lambda: noise.variance_sums(term))
 
 
 def _digest(array: np.ndarray) -> bytes:

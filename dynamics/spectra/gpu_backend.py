@@ -18,9 +18,9 @@ from dynamics.errors import DynamicsError, one_line
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
 from dynamics.spectra import gram, noise
-from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.calibration import Rates, kept_rates, measured_rates
-from dynamics.spectra.spectrum import SMALL
+from dynamics.spectra.numpy_spectrum import SMALL
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CPU = "cpu"
 
 
-def measured_by(device: str) -> str:
+def backend_version(device: str) -> str:
     """What decides last digits besides NumPy and SciPy, "" where nothing does.
 
     Raises:
@@ -43,14 +43,14 @@ def measured_by(device: str) -> str:
     return f"cuda torch {torch.__version__}"
 
 
-def facts_on(device: str) -> ArrayFacts:
-    """What measures on a device.
+def backend_for(device: str) -> Backend:
+    """The backend that computes on a device.
 
     Raises:
         DynamicsError: it is unknown, or this machine does not have it.
     """
-    if not measured_by(device):
-        return ArrayFacts()
+    if not backend_version(device):
+        return NumpyBackend()
     import torch
 
     gpu = torch.device(device)
@@ -60,23 +60,24 @@ def facts_on(device: str) -> ArrayFacts:
         raise DynamicsError(
             f"{device} cannot be used here: {one_line(error)}. Measure on the CPU instead."
         ) from error
-    return FactsOnGPU(gpu, *_rates(gpu))
+    return GpuBackend(gpu, *_rates(gpu))
 
 
-class FactsOnGPU(ArrayFacts):
-    """Facts about arrays of which a GPU finds out those of large ones, and measures these.
+class GpuBackend(Backend):
+    """Computes with torch on a GPU what that is faster at, and the rest with NumPy on the CPU.
 
     An array is copied there once; the copy lives as long as the array. It goes there if the GPU
     needs less time for such a matrix than a core of the CPU, by the rates of both. All is done in
-    a stream of its own, so that several threads, each with such an object, use more of the GPU.
+    a stream of its own, so that several threads, each with such a backend, use more of the GPU.
     """
 
     def __init__(self, device: "torch.device", cpu: Rates, gpu: Rates):
         import torch
 
         super().__init__()
-        self.measured_by = measured_by("cuda")
+        self.version = backend_version("cuda")
         self._device, self._cpu, self._gpu = device, cpu, gpu
+        self._numpy = NumpyBackend()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def takes(self, shape: tuple[int, ...]) -> bool:
@@ -86,10 +87,10 @@ class FactsOnGPU(ArrayFacts):
             return False
         return self._gpu.seconds(rows, cols) < self._cpu.seconds(rows, cols)
 
-    def singular_values(self, matrix: Dense | Difference) -> tuple[np.ndarray, float] | None:
-        """See `ArrayFacts`."""
+    def singular_values(self, matrix: Dense | Difference) -> tuple[np.ndarray, float]:
+        """See `Backend`."""
         if not self.takes(matrix.shape):
-            return None
+            return self._numpy.singular_values(matrix)
         from dynamics.spectra.torch_spectrum import of_dense
 
         terms = [matrix] if isinstance(matrix, Dense) else [matrix.now, matrix.before]
@@ -97,28 +98,28 @@ class FactsOnGPU(ArrayFacts):
             return of_dense(*(self._copy(each.values) for each in terms))
 
     def is_finite(self, array: np.ndarray) -> bool:
-        """See `ArrayFacts`."""
+        """See `Backend`."""
         if not self.takes(array.shape):
-            return super().is_finite(array)
+            return self._numpy.is_finite(array)
         from dynamics.spectra.torch_spectrum import is_finite
 
         with self._in_stream():
-            return bool(self._once(array, "finite", lambda: is_finite(self._copy(array))))
+            return self._once(array, "finite", lambda: is_finite(self._copy(array)))
 
-    def _variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
-        array, dtype = term[:2]
-        if not self.takes(array.shape):
-            return super()._variance_sums(term)
+    def variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
+        """See `Backend`."""
+        array, dtype, *scale = term
+        if scale or not self.takes(array.shape):
+            return self._numpy.variance_sums(term)
         from dynamics.spectra.torch_spectrum import variance_sums
 
         with self._in_stream():
-            return variance_sums(self._copy(array), dtype)
+            return self._once(
+                array, f"variance of {dtype}", lambda: variance_sums(self._copy(array), dtype)
+            )
 
     def _copy(self, array: np.ndarray) -> "torch.Tensor":
-        copy: torch.Tensor = self._once(
-            array, f"on {self._device}", lambda: _tensor(array).to(self._device)
-        )
-        return copy
+        return self._once(array, f"on {self._device}", lambda: _tensor(array).to(self._device))
 
     @contextmanager
     def _in_stream(self) -> Iterator[None]:

@@ -23,62 +23,16 @@ rules 3 and 4 are torch's (`torch_spectrum.py`).
 """
 
 import numpy as np
-import scipy.linalg
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Factored, Spectrum
-from dynamics.spectra.backend import ArrayFacts
-from dynamics.spectra.gram import gram, singular_values_from_gram
+from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.noise import noise_floor, product_noise_bound
+from dynamics.spectra.numpy_spectrum import EPS, singular_values
 
-EPS = float(np.finfo(np.float64).eps)
-_BLOCK = 2**21  # numbers of a block of rows, at least
 # To be raised whenever `spectrum` or the noise give other numbers: those kept by a
 # `spectrum_cache` are then measured again.
 MEASURE_VERSION = 5
-# The largest relative error of the smallest singular value that a Gram matrix may leave.
-TOLERANCE = 1e-3
-SMALL = 2**15  # entries of a matrix
-
-
-def singular_values(matrix: np.ndarray) -> np.ndarray:
-    """All singular values of (m, n) `matrix`, computed in float64: (min(m, n),), descending.
-
-    Each is within max(m, n)·2⁻⁵²·σ₁ of the exact one. LAPACK's gesdd; gesvd where that does not
-    converge. Of a matrix 8 times as tall as wide (or the other way round), such as an embedding,
-    those of the R of its QR decomposition, made from blocks of rows, so that it is never held in
-    float64.
-
-    Raises:
-        ValueError: the matrix is not two-dimensional or holds NaN or Inf.
-    """
-    matrix = np.asarray(matrix)
-    if matrix.ndim != 2 or not np.isfinite(matrix).all():
-        raise ValueError(f"Expected a finite (m, n) matrix, found shape {matrix.shape} or NaN/Inf.")
-    matrix = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
-    m, n = matrix.shape
-    if m > 8 * n:
-        matrix = _triangle(matrix)
-    matrix = matrix.astype(np.float64, copy=False)
-    try:
-        return np.linalg.svd(matrix, compute_uv=False)
-    except np.linalg.LinAlgError:
-        return scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
-
-
-def _triangle(matrix: np.ndarray) -> np.ndarray:
-    """R (n, n) of a QR decomposition of a tall (m, n) matrix, float64, one block of rows a time.
-
-    Each step is the QR of the R so far on top of the next block: as stable as one Householder QR
-    (Demmel et al. 2012, "Communication-optimal parallel and sequential QR", section 5).
-    """
-    m, n = matrix.shape
-    height = max(8 * n, _BLOCK // max(n, 1))
-    r = np.zeros((0, n))
-    for first in range(0, m, height):
-        block = matrix[first : first + height].astype(np.float64)
-        r = np.asarray(np.linalg.qr(np.vstack([r, block]), mode="r"))
-    return r
 
 
 def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -102,7 +56,7 @@ def spectrum(
     matrix: Dense | Factored | Difference | Spectrum,
     *,
     rank_bound: int | None = None,
-    facts: ArrayFacts | None = None,
+    backend: Backend | None = None,
 ) -> Spectrum:
     """The spectrum of a matrix of a run, by the cheapest way that keeps float64 accuracy.
 
@@ -110,14 +64,15 @@ def spectrum(
         matrix: what to measure; a spectrum was, and is returned as it is.
         rank_bound: the rank that the matrix was made with, where its entries do not show it: a
             stored product B·A of r-column factors is dense, and rounding gives it full rank.
-        facts: what is known of the arrays already, if they are parts of several matrices, and
-            what measures large ones instead (`gpu_backend.py`).
+        backend: what computes; a `NumpyBackend` of its own by default. One backend for several
+            matrices computes what their arrays share only once.
 
     Raises:
         ValueError: the matrix holds NaN or Inf.
     """
     if isinstance(matrix, Spectrum):
         return matrix
+    backend = backend or NumpyBackend()
     rows, cols = matrix.shape
     k = min(rows, cols)
     if isinstance(matrix, Factored):
@@ -131,33 +86,19 @@ def spectrum(
         error = max(rows, cols) * EPS * abs(matrix.scale) * norms[0] * norms[1]
         noise = _product_noise(matrix, norms)
     else:
-        s, error = (facts and facts.singular_values(matrix)) or _of_dense(matrix)
+        s, error = backend.singular_values(matrix)
         known = matrix.rank_bound if isinstance(matrix, Difference) else None
         bound = known or k
-        noise = noise_of(matrix, facts)
+        noise = noise_of(matrix, backend)
     bound = bound if rank_bound is None else min(bound, rank_bound)
     return Spectrum(s, rows, cols, bound, error, noise)
 
 
-def _of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
-    """(s, error) by rules 2 to 4 above."""
-    rows, cols = matrix.shape
-    longest = max(rows, cols)
-    if rows * cols > SMALL:
-        s, error = singular_values_from_gram(
-            gram(matrix if isinstance(matrix, Difference) else matrix.values), longest
-        )
-        if error <= TOLERANCE * s[-1]:
-            return s, error
-    s = singular_values(matrix.values)
-    return s, longest * EPS * float(s[0])
-
-
-def noise_of(matrix: Dense | Factored | Difference, facts: ArrayFacts | None = None) -> float:
+def noise_of(matrix: Dense | Factored | Difference, backend: Backend | None = None) -> float:
     """The spectral norm of the rounding noise in the stored numbers of a matrix of a run."""
     if isinstance(matrix, Factored):
         return _product_noise(matrix)
-    return noise_floor(*matrix.stored, sums=(facts or ArrayFacts()).variance_sums)
+    return noise_floor(*matrix.stored, sums=(backend or NumpyBackend()).variance_sums)
 
 
 def _product_noise(matrix: Factored, norms: tuple[float, float] | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What `spectrum.py` and `noise.py` compute, of a torch tensor, on the device that it is on.
+"""What `numpy_spectrum.py` and `noise.py` compute, of a torch tensor, on the device that it is on.
 
 For matrices that are there already (`probes.records.live_spectra`) and for those that a GPU
 measures faster (`gpu_backend.py`). The same rules and bounds; last digits differ from NumPy's.
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from dynamics.spectra import spectrum
+from dynamics.spectra import numpy_spectrum
 from dynamics.spectra.gram import singular_values_from_gram
 from dynamics.spectra.noise import precision
 
@@ -33,15 +33,15 @@ def of_dense(matrix: torch.Tensor, before: torch.Tensor | None = None) -> tuple[
         error: no singular value's error exceeds it.
     """
     n, m = sorted(matrix.shape)
-    if m * n > spectrum.SMALL:
+    if m * n > numpy_spectrum.SMALL:
         s, error = singular_values_from_gram(gram(matrix, before), m, eigvalsh)
-        if error <= spectrum.TOLERANCE * s[-1]:
+        if error <= numpy_spectrum.TOLERANCE * s[-1]:
             return s, error
         s = singular_values(matrix, before)
     else:  # a GPU takes longer for it
         (whole,) = _blocks(matrix, before, m)
-        s = spectrum.singular_values(whole.cpu().numpy())
-    return s, m * spectrum.EPS * float(s[0])
+        s = numpy_spectrum.singular_values(whole.cpu().numpy())
+    return s, m * numpy_spectrum.EPS * float(s[0])
 
 
 def gram(matrix: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,7 +86,7 @@ def singular_values(matrix: torch.Tensor, before: torch.Tensor | None = None) ->
         both[n:, :n] = triangle  # only what is below the diagonal is read
         return np.maximum(eigvalsh(both)[: n - 1 : -1], 0.0)
     except torch.linalg.LinAlgError:  # no convergence
-        return spectrum.singular_values(triangle.cpu().numpy())
+        return numpy_spectrum.singular_values(triangle.cpu().numpy())
 
 
 @torch.no_grad()

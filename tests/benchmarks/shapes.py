@@ -56,14 +56,14 @@ def gpu_methods(values):
     from dynamics.runs.run import Dense
     from dynamics.spectra import torch_spectrum
     from dynamics.spectra.calibration import Rates
-    from dynamics.spectra.gpu_backend import FactsOnGPU
+    from dynamics.spectra.gpu_backend import GpuBackend
 
     gpu = torch.device("cuda")
     tensor = torch.from_numpy(values).to(gpu)
     slow, fast = Rates(1.0, 1.0, 1.0, (1.0,) * 5), Rates(0.0, 0.0, 0.0, (1e-9,) * 5)
 
     def on_gpu():
-        return spectrum(Dense(values, "float32"), facts=FactsOnGPU(gpu, slow, fast)).s
+        return spectrum(Dense(values, "float32"), backend=GpuBackend(gpu, slow, fast)).s
 
     return {
         "svd": lambda: torch.linalg.svd(tensor, full_matrices=False)[1].cpu(),

@@ -138,7 +138,7 @@ def main():
     from threadpoolctl import threadpool_limits
 
     import dynamics as dy
-    from dynamics.spectra.spectrum import EPS
+    from dynamics.spectra.numpy_spectrum import EPS
 
     with tempfile.TemporaryDirectory() as folder:
         path = options.run or write_run(

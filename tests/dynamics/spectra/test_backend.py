@@ -1,4 +1,4 @@
-"""Facts are found once per array, and are those of the array."""
+"""A backend computes what matrices share once per array, and keeps arrays apart."""
 
 import gc
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import backend
-from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra import noise
+from dynamics.spectra.backend import NumpyBackend
 from dynamics.spectra.noise import variance_sums
 from dynamics.spectra.spectrum import spectrum
 
@@ -22,34 +22,34 @@ def test_what_weights_share_is_found_once_and_is_the_same(monkeypatch):
         calls.append(term)
         return variance_sums(term)
 
-    monkeypatch.setattr(backend, "variance_sums", counted)
-    facts = ArrayFacts()
-    assert [spectrum(each, facts=facts).noise_floor for each in matrices] == [
+    monkeypatch.setattr(noise, "variance_sums", counted)
+    backend = NumpyBackend()
+    assert [spectrum(each, backend=backend).noise_floor for each in matrices] == [
         each.noise_floor for each in expected
     ]
     assert len(calls) == 2
 
 
 def test_one_array_in_two_dtypes_has_two_noises():
-    values, facts = np.full((3, 3), 1.5, np.float32), ArrayFacts()
-    fine, coarse = (facts.variance_sums((values, name))[0] for name in ("float32", "bfloat16"))
+    values, backend = np.full((3, 3), 1.5, np.float32), NumpyBackend()
+    fine, coarse = (backend.variance_sums((values, name))[0] for name in ("float32", "bfloat16"))
     assert (coarse > fine).all()
 
 
-def test_an_array_that_takes_anothers_place_in_memory_has_its_own_facts():
-    facts, seen = ArrayFacts(), set()
+def test_an_array_that_takes_anothers_place_in_memory_has_results_of_its_own():
+    backend, seen = NumpyBackend(), set()
     for value in range(50):
         array = np.full(1000, float(value))
-        seen.add(facts.digest(array))
-        assert facts.is_finite(array)
+        seen.add(backend.digest(array))
+        assert backend.is_finite(array)
         del array
     gc.collect()
     assert len(seen) == 50
-    assert not facts._known
+    assert not backend._kept
 
 
 def test_order_dtype_and_shape_are_part_of_the_hash():
-    values, facts = np.arange(12.0).reshape(3, 4), ArrayFacts()
+    values, backend = np.arange(12.0).reshape(3, 4), NumpyBackend()
     others = [values, values.T, np.asfortranarray(values), values.reshape(4, 3), values.view("i8")]
-    assert len({facts.digest(each) for each in others}) == len(others)
-    assert facts.digest(values.copy()) == facts.digest(values)
+    assert len({backend.digest(each) for each in others}) == len(others)
+    assert backend.digest(values.copy()) == backend.digest(values)

@@ -21,11 +21,12 @@ from dynamics.errors import DynamicsError
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
 from dynamics.spectra import calibration, gpu_backend, noise, torch_spectrum
-from dynamics.spectra.backend import ArrayFacts
+from dynamics.spectra.backend import NumpyBackend
 from dynamics.spectra.calibration import Rates, kept_rates, measured_rates
-from dynamics.spectra.gpu_backend import FactsOnGPU, facts_on
+from dynamics.spectra.gpu_backend import GpuBackend, backend_for
 from dynamics.spectra.gram import gram_error
-from dynamics.spectra.spectrum import EPS, spectrum
+from dynamics.spectra.numpy_spectrum import EPS
+from dynamics.spectra.spectrum import spectrum
 from tests.dynamics.spectra.test_gram import HARD
 
 SIDES = calibration._SIDES
@@ -42,9 +43,9 @@ def device(request):
 
 
 @pytest.fixture
-def facts(device):
+def backend(device):
     """What takes every matrix that is not small."""
-    return FactsOnGPU(device, SLOW, FAST)
+    return GpuBackend(device, SLOW, FAST)
 
 
 def _exact(matrix):
@@ -56,11 +57,11 @@ def _exact(matrix):
 
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("shape", [(384, 96), (256, 256), (128, 384), (4000, 64)])
-def test_the_error_bounds_hold(name, shape, device, facts):
+def test_the_error_bounds_hold(name, shape, device, backend):
     matrix = HARD[name](np.random.default_rng(0), *shape)
     exact, there = _exact(matrix), torch.from_numpy(matrix).to(device)
 
-    found = spectrum(Dense(matrix, "float64"), facts=facts)
+    found = spectrum(Dense(matrix, "float64"), backend=backend)
     assert np.abs(found.s - exact).max() <= found.error
     squares = torch_spectrum.eigvalsh(torch_spectrum.gram(there))[::-1]
     assert np.abs(squares - exact**2).max() <= gram_error(squares[0], max(shape))
@@ -81,7 +82,7 @@ def test_the_bound_of_gram_matrices_holds_where_all_sums_round_alike(value, shap
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_floors_are_those_of_numpy(dtype, device, facts):
+def test_noise_floors_are_those_of_numpy(dtype, device, backend):
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(300, 200, generator=generator, dtype=torch.float64)
     values[0] *= 2.0**-20
@@ -90,7 +91,7 @@ def test_noise_floors_are_those_of_numpy(dtype, device, facts):
     stored = values.to(getattr(torch, dtype))
     array = (stored if dtype == "float64" else stored.float()).numpy()
 
-    here, there = spectrum(Dense(array, dtype)), spectrum(Dense(array, dtype), facts=facts)
+    here, there = spectrum(Dense(array, dtype)), spectrum(Dense(array, dtype), backend=backend)
 
     assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
     assert np.abs(there.s - here.s).max() <= there.error + here.error
@@ -102,44 +103,44 @@ def test_noise_floors_are_those_of_numpy(dtype, device, facts):
         np.testing.assert_allclose(other, one, rtol=1e-12)
 
 
-def test_differences_and_integers_are_measured_as_by_numpy(facts):
+def test_differences_and_integers_are_measured_as_by_numpy(backend):
     rng = np.random.default_rng(0)
     now, before = (Dense(rng.standard_normal((300, 200), np.float32), "float32") for _ in "ab")
     difference = Difference(now, before, merges=2, rank_bound=40)
-    here, there = spectrum(difference), spectrum(difference, facts=facts)
+    here, there = spectrum(difference), spectrum(difference, backend=backend)
     exact = _exact(now.values.astype(np.float64) - before.values)
     assert np.abs(there.s - exact).max() <= there.error
     assert there.rank_bound == 40
     assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
     scaled = (now.values, "int8", np.full((300, 1), 0.01))
-    np.testing.assert_array_equal(facts.variance_sums(scaled)[0], noise.variance_sums(scaled)[0])
+    np.testing.assert_array_equal(backend.variance_sums(scaled)[0], noise.variance_sums(scaled)[0])
 
 
-def test_arrays_as_files_give_them_are_taken_without_a_warning(facts):
+def test_arrays_as_files_give_them_are_taken_without_a_warning(backend):
     values = np.random.default_rng(0).standard_normal((300, 200), np.float32)
     for array in (values.astype(">f4"), values[::-1], values.T, values.copy()):
         array.flags.writeable = False
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = spectrum(Dense(array, "float32"), facts=facts)
+            found = spectrum(Dense(array, "float32"), backend=backend)
         assert np.abs(found.s - spectrum(Dense(values, "float32")).s).max() <= 2 * found.error
-        assert facts.is_finite(array)
+        assert backend.is_finite(array)
     values[7, 8] = np.nan
-    assert not facts.is_finite(values)
+    assert not backend.is_finite(values)
 
 
-def test_an_array_is_copied_once_and_its_copy_goes_with_it(facts, monkeypatch):
+def test_an_array_is_copied_once_and_its_copy_goes_with_it(backend, monkeypatch):
     copies = []
     monkeypatch.setattr(gpu_backend, "_tensor", lambda a: copies.append(1) or torch.tensor(a))
     values, other = (np.random.default_rng(s).standard_normal((300, 200)) for s in (0, 1))
     for _ in range(2):
-        spectrum(Dense(values, "float64"), facts=facts)
-        spectrum(Difference(Dense(values, "float64"), Dense(other, "float64")), facts=facts)
+        spectrum(Dense(values, "float64"), backend=backend)
+        spectrum(Difference(Dense(values, "float64"), Dense(other, "float64")), backend=backend)
     assert len(copies) == 2
-    assert facts._known
+    assert backend._kept
     del values, other
     gc.collect()
-    assert not facts._known
+    assert not backend._kept
 
 
 # Choice -------------------------------------------------------------------------------------------
@@ -148,13 +149,13 @@ def test_an_array_is_copied_once_and_its_copy_goes_with_it(facts, monkeypatch):
 def test_a_matrix_goes_where_it_takes_less_time():
     # A GPU that is slower at what is moved and at small matrices, faster at large ones.
     gpu = Rates(1e-3, 2e-8, 1e-11, (5e-4,) * len(SIDES))
-    facts = FactsOnGPU(torch.device("cpu"), SLOW, gpu)
-    assert facts.takes((1024, 1024))
-    assert facts.takes((50304, 96))  # its Gram matrix costs more than moving it
-    assert not facts.takes((900, 40))  # but not of this one
-    assert not FactsOnGPU(torch.device("cpu"), SLOW, SLOW).takes((1024, 1024))
+    backend = GpuBackend(torch.device("cpu"), SLOW, gpu)
+    assert backend.takes((1024, 1024))
+    assert backend.takes((50304, 96))  # its Gram matrix costs more than moving it
+    assert not backend.takes((900, 40))  # but not of this one
+    assert not GpuBackend(torch.device("cpu"), SLOW, SLOW).takes((1024, 1024))
     small = np.ones((100, 100))
-    assert not FactsOnGPU(torch.device("cpu"), SLOW, FAST).takes(small.shape)
+    assert not GpuBackend(torch.device("cpu"), SLOW, FAST).takes(small.shape)
 
 
 @pytest.mark.parametrize("n", [10, 64, 100, 512, 700, 1024, 8192])
@@ -237,7 +238,7 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
     recording, device, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "dynamics.analysis.analyze.facts_on", lambda _: FactsOnGPU(device, SLOW, FAST)
+        "dynamics.analysis.analyze.backend_for", lambda _: GpuBackend(device, SLOW, FAST)
     )
     cache = tmp_path / "spectra.cache"
     there = dy.analyze(recording, device="cuda", cache=cache)
@@ -249,8 +250,8 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
     assert there.attrs["measured_by"] == f"cuda torch {torch.__version__}"
     assert (here[schema.SINGULAR_VALUE] != there[schema.SINGULAR_VALUE]).any(), "not measured there"
     # What either measured, it does not measure again, and has the same last digits.
-    on = {"cuda": FactsOnGPU(device, SLOW, FAST), "cpu": ArrayFacts()}
-    monkeypatch.setattr("dynamics.analysis.analyze.facts_on", on.get)
+    on = {"cuda": GpuBackend(device, SLOW, FAST), "cpu": NumpyBackend()}
+    monkeypatch.setattr("dynamics.analysis.analyze.backend_for", on.get)
     monkeypatch.setattr(
         "dynamics.analysis.tasks.spectrum", lambda *_, **__: pytest.fail("measured")
     )
@@ -261,8 +262,8 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
 @pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
 def test_threads_give_the_serial_result(recording, device, monkeypatch):
     for module in ("analyze", "tasks"):
-        name = f"dynamics.analysis.{module}.facts_on"
-        monkeypatch.setattr(name, lambda _: FactsOnGPU(device, SLOW, FAST))
+        name = f"dynamics.analysis.{module}.backend_for"
+        monkeypatch.setattr(name, lambda _: GpuBackend(device, SLOW, FAST))
     one, two = (dy.analyze(recording, device="cuda", workers=workers) for workers in (1, 2))
     _assert_alike(one, two)
     if device.type == "cuda":  # torch's CPU device has other numbers of threads in each thread
@@ -298,20 +299,20 @@ def test_an_analysis_with_a_gpu_is_that_without(recording, tmp_path, monkeypatch
 @needs_cuda
 def test_the_measured_rates_send_large_matrices_to_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    facts = facts_on("cuda")
-    assert isinstance(facts, FactsOnGPU)
-    assert facts.takes((2048, 2048))
-    assert not facts.takes((5000, 8))
+    backend = backend_for("cuda")
+    assert isinstance(backend, GpuBackend)
+    assert backend.takes((2048, 2048))
+    assert not backend.takes((5000, 8))
 
 
 @needs_cuda
 def test_a_gpu_without_memory_is_one_line():
-    facts = FactsOnGPU(torch.device("cuda"), SLOW, FAST)
+    backend = GpuBackend(torch.device("cuda"), SLOW, FAST)
     values = np.ones((4000, 4000))
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
         with pytest.raises(DynamicsError, match="memory of cuda is too small"):
-            spectrum(Dense(values, "float64"), facts=facts)
+            spectrum(Dense(values, "float64"), backend=backend)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

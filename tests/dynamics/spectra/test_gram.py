@@ -13,7 +13,8 @@ from dynamics.metrics import METRICS, condition_number_raw, effective_rank, nume
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
 from dynamics.spectra.gram import eigvalsh, gram, gram_error, singular_values_from_gram
-from dynamics.spectra.spectrum import EPS, TOLERANCE, singular_values, spectrum
+from dynamics.spectra.numpy_spectrum import EPS, TOLERANCE, singular_values
+from dynamics.spectra.spectrum import spectrum
 
 SHAPES = [(96, 96), (384, 96), (128, 384), (256, 256), (384, 384), (4000, 64)]
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from dynamics.metrics import effective_rank, numerical_rank
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Factored
-from dynamics.spectra.spectrum import singular_values, singular_values_of_product, spectrum
+from dynamics.spectra.numpy_spectrum import singular_values
+from dynamics.spectra.spectrum import singular_values_of_product, spectrum
 
 RNG = np.random.default_rng(7)
 
