@@ -1,4 +1,4 @@
-"""audit(): what went wrong in a run: merges, resets, dead and frozen layers, NaN, as verdicts."""
+"""audit(): verdicts on merges, resets, dead and frozen layers, and NaN in a run."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from dynamics.auditing.events import (
     judge_loss,
     judge_optimizer_resets,
 )
+from dynamics.auditing.history import read_history
 from dynamics.auditing.merges import judge_adapter_resets, judge_frozen_bases, judge_merges
-from dynamics.auditing.observations import observe
 from dynamics.auditing.report import Report, Severity, Summary, Verdict
 from dynamics.auditing.weights import (
     judge_dead_adapters,
@@ -28,42 +28,54 @@ __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
 
 
 def audit(run: Run | str | Path) -> Report:
-    """Check a run for the defects that its files can show; see docs/audit.md.
+    """Check a run for the defects that its files can show; docs/audit.md lists the checks.
 
-    Every matrix is read once, two records at a time. Thresholds come from the rounding of the
-    stored dtypes wherever a check compares stored numbers.
+    Each matrix is read once, with two records in memory at a time. Where a check compares stored
+    numbers, its threshold comes from the rounding of their dtypes.
 
     Args:
         run: a Run, or the path of one.
 
     Returns:
-        A verdict per check and matrix (and merge), with the measured number and its threshold.
+        One verdict per check and matrix (and merge), with the measured number and its threshold.
+        A check that the run cannot answer has the severity "not checked" and the reason.
 
     Raises:
-        FormatError: `run` cannot be opened.
-        MissingError: it has no records, or spectra instead of matrices.
+        FormatError: `run` is a path that cannot be opened.
+        MissingError: the run has no records, or holds singular values instead of matrices.
+
+    Example:
+        >>> report = dy.audit("run.zarr")
+        >>> report.failed
+        False
+        >>> [summary.check for summary in report.summaries][:4]
+        ['readable', 'finite', 'merge_fidelity', 'rounding_loss']
+        >>> print(report.of("finite")[0].severity, report.of("finite")[0].meaning)
+        pass All numbers are finite.
     """
     run = run if isinstance(run, Run) else open_run(run)
     if len(run.steps) == 0:
-        raise MissingError(f"{run.path} has no records yet; nothing to audit.")
+        raise MissingError(
+            f"{run.path} has no records yet, so there is nothing to audit: audit it later."
+        )
     run.require_matrices("An audit")
     events = run.events
     merges = tuple(sorted({event.step for event in events if event.kind == schema.MERGE}))
-    seen = [observe(run, info, merges) for info in run.matrices.values()]
+    histories = [read_history(run, info, merges) for info in run.matrices.values()]
     return Report(
         run.path,
         (
-            *judge_readable(run, seen),
-            *judge_finite(run, seen),
-            *judge_merges(seen),
+            *judge_readable(run, histories),
+            *judge_finite(run, histories),
+            *judge_merges(histories),
             *judge_live_merges(events),
-            *judge_adapter_resets(seen),
+            *judge_adapter_resets(histories),
             *judge_optimizer_resets(events),
-            *judge_frozen_bases(seen),
-            *judge_ranks(seen),
-            *judge_dead_adapters(seen),
-            *judge_zero_gradients(seen),
-            *judge_frozen_layers(seen),
+            *judge_frozen_bases(histories),
+            *judge_ranks(histories),
+            *judge_dead_adapters(histories),
+            *judge_zero_gradients(histories),
+            *judge_frozen_layers(histories),
             *judge_learning_rate(run),
             *judge_loss(run),
         ),

@@ -1,4 +1,4 @@
-"""What an audit says: one verdict per check and matrix, and the summary of each check."""
+"""The result of an audit: one verdict per check and matrix, and the summary of each check."""
 
 import json
 import math
@@ -22,16 +22,16 @@ _WORST_FIRST = list(Severity)
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What one check found in one place.
+    """The outcome of one check in one place.
 
     Attributes:
-        check: its name.
+        check: the name of the check.
         severity: fail, warn, pass, or not checked.
-        meaning: one sentence: what it means and what to do, or why it was not checked.
-        matrix: the parameter, None where the check is of the run.
-        step: the step of the record, None where the check is of the whole run.
-        measured: the number that decided.
-        threshold: what it must not exceed.
+        meaning: one sentence: what the outcome means and what to do, or why it was not checked.
+        matrix: the parameter; None where the check concerns the run.
+        step: the step of the record; None where the check concerns all steps.
+        measured: the number that decided; None where there is no such number.
+        threshold: the value that `measured` must not exceed; None where there is no such value.
     """
 
     check: str
@@ -44,7 +44,10 @@ class Verdict:
 
     @property
     def excess(self) -> float:
-        """How bad it is among verdicts of one severity: measured / threshold, 0 if unknown."""
+        """|measured / threshold|, to order verdicts of one severity; 0 if nothing was measured.
+
+        Where the threshold is 0 or None, it is |measured|.
+        """
         if self.measured is None:
             return 0.0
         if not self.threshold:
@@ -52,9 +55,25 @@ class Verdict:
         return abs(self.measured / self.threshold)
 
 
+def not_checked(
+    check: str, reason: str, matrix: str | None = None, step: int | None = None
+) -> Verdict:
+    """The verdict of a check that this run cannot answer, with the reason."""
+    return Verdict(
+        check=check, severity=Severity.NOT_CHECKED, meaning=reason, matrix=matrix, step=step
+    )
+
+
 @dataclass(frozen=True)
 class Summary:
-    """One check over the run: its worst verdict, and how many there are of each severity."""
+    """One check over the whole run.
+
+    Attributes:
+        check: the name of the check.
+        severity: the worst severity among its verdicts.
+        worst: the verdict of that severity with the largest `excess`.
+        counts: severity -> number of verdicts.
+    """
 
     check: str
     severity: Severity
@@ -64,11 +83,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Report:
-    """Every verdict on a run.
+    """All verdicts on a run.
 
     Attributes:
         run: the run's path.
-        verdicts: in the order of the checks, then of the matrices.
+        verdicts: ordered by check, then by matrix.
     """
 
     run: str
@@ -76,7 +95,7 @@ class Report:
 
     @property
     def severity(self) -> Severity:
-        """The worst of the run."""
+        """The worst severity of all verdicts; "not checked" only if nothing was checked."""
         return _worst(each.severity for each in self.verdicts)
 
     @property
@@ -86,14 +105,14 @@ class Report:
 
     @property
     def summaries(self) -> tuple[Summary, ...]:
-        """One for each check, in the order of the checks."""
+        """One summary per check, in the order of the checks."""
         grouped: dict[str, list[Verdict]] = {}
         for each in self.verdicts:
             grouped.setdefault(each.check, []).append(each)
         return tuple(_summary(check, verdicts) for check, verdicts in grouped.items())
 
     def of(self, check: str) -> tuple[Verdict, ...]:
-        """The verdicts of one check."""
+        """The verdicts of one check; empty for an unknown name."""
         return tuple(each for each in self.verdicts if each.check == check)
 
     @property
@@ -114,7 +133,7 @@ class Report:
         return f"{self.severity}: {', '.join(parts)}"
 
     def to_json(self) -> str:
-        """The whole report; a number that JSON has no word for is null."""
+        """The whole report as JSON; NaN and Inf, which JSON does not have, become null."""
         document = {
             "run": self.run,
             "severity": self.severity,
@@ -138,7 +157,7 @@ def _summary(check: str, verdicts: Sequence[Verdict]) -> Summary:
 
 
 def _worst(severities: Iterable[Severity]) -> Severity:
-    # What was not checked does not make what was checked less of a pass.
+    # PASS counts as worse than NOT_CHECKED: a run passes if everything that was checked passes.
     return min(severities, key=_WORST_FIRST.index, default=Severity.NOT_CHECKED)
 
 

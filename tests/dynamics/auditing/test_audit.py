@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named(llama_checkpoints, tmp_path):
 
 def test_a_run_without_records_is_refused(tmp_path):
     RecordingWriter(tmp_path / "empty.zarr", {})
-    with pytest.raises(MissingError, match="has no records yet; nothing to audit"):
+    with pytest.raises(MissingError, match="has no records yet, so there is nothing to audit"):
         dy.audit(tmp_path / "empty.zarr")
 
 

@@ -95,7 +95,7 @@ def test_a_reset_that_did_not_take_is_named(trained, which, live):
     for restart in run.recording.of("adapter_reset"):
         assert restart.severity is Severity.FAIL
         assert restart.measured > 0.98
-        assert "28 of 28 components point the old way" in restart.meaning
+        assert "28 of 28 components point in the old direction" in restart.meaning
     if live:
         assert "the update counts twice" in run.warned[0]
 
@@ -111,7 +111,7 @@ def test_moments_pruned_with_two_masks_are_named(trained):
     assert named(run.recording) == {"moments"}
     for reset in run.recording.of("moments"):
         assert reset.measured == pytest.approx(0.9 * 0.1, abs=0.015)
-        assert "keep a momentum over a zeroed variance" in reset.meaning
+        assert "keep the first moment although the second was set to zero" in reset.meaning
     assert len(run.warned) == 2
     assert named(run.checkpoints) == set()  # they do not hold it
     assert "moments" in named(run.checkpoints, Severity.NOT_CHECKED)
@@ -121,7 +121,7 @@ def test_an_optimizer_that_kept_its_state_is_named(trained):
     run = trained("state-kept", defects.optimizer_not_reset, max_steps=14)
     assert named(run.recording) == {"optimizer_reset"}
     assert all(each.measured == 1 for each in run.recording.of("optimizer_reset"))
-    assert "clear the state of these very parameters" in run.warned[0]
+    assert "clear the optimizer's state of exactly these parameters" in run.warned[0]
 
 
 def test_updates_lost_to_the_rounding_of_a_bfloat16_base_are_named(trained):

@@ -1,0 +1,158 @@
+"""What happened to one matrix over the records of a run, as the few numbers that the checks need.
+
+Each matrix is read once, record by record, with two records in memory. The judges (`merges.py`,
+`weights.py`) look at these numbers only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dynamics import schema
+from dynamics.auditing.record_pairs import (
+    Merge,
+    Restart,
+    Snapshot,
+    base_change,
+    displacement_beyond_bound,
+    merge_between,
+    restart_between,
+    weight_moved,
+)
+from dynamics.errors import FormatError
+from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
+
+
+@dataclass
+class MatrixHistory:
+    """All that the judges need to know about one matrix."""
+
+    info: MatrixInfo
+    adapted: bool = False
+    non_finite: list[tuple[int, str]] = field(default_factory=list)  # (step, kind)
+    unreadable: dict[str, int] = field(default_factory=dict)  # message -> step
+    dead: list[int] = field(default_factory=list)  # records where A and B are both zero
+    zero_gradients: list[int] = field(default_factory=list)
+    gradients: int = 0
+    moved: dict[tuple[int, int], bool] = field(default_factory=dict)  # by pair of records
+    merges: list[Merge] = field(default_factory=list)
+    unclear: list[Merge] = field(default_factory=list)  # the base changed; perhaps a merge
+    unchecked: dict[int, str] = field(default_factory=dict)  # merge step -> why not checked
+    restarts: list[Restart] = field(default_factory=list)
+    drawn: int | None = None  # the factor that a fresh adapter draws: 0 left, 1 right
+    drifts: list[tuple[int, float, float]] = field(default_factory=list)  # step, ‖Δbase‖, bound
+    rank: tuple[int, int, float, float] | None = None  # see `displacement_beyond_bound`
+
+
+def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixHistory:
+    """Read every record of a matrix; `merges` are the steps of the run's merge events."""
+    history = MatrixHistory(info)
+    first: Snapshot | None = None
+    before: Snapshot | None = None
+    for now in _snapshots(run, history):
+        _add_record(now, history)
+        if before is not None:
+            crossed = [step for step in merges if before.step <= step < now.step]
+            _add_pair(run, before, now, crossed, bool(merges), history)
+        if now.weight is not None and now.adapter is not None:
+            first = first or now
+        before = now
+    if first is not None and before is not None and before.step > first.step and merges:
+        history.rank = displacement_beyond_bound(first, before, merges)
+    return history
+
+
+def _snapshots(run: Run, history: MatrixHistory) -> Iterator[Snapshot]:
+    for step in run.steps.tolist():
+        if step in run.problems:
+            continue  # the whole checkpoint is unreadable; `judge_readable` reports it once
+        matrices: dict[str, Dense | Factored | None] = {}
+        try:
+            for kind in (schema.WEIGHT, schema.ADAPTER, schema.GRADIENT):
+                if kind in run.stored_kinds:
+                    matrices[kind] = run.read(history.info.name, step, kind)
+        except FormatError as problem:
+            history.unreadable.setdefault(str(problem), step)
+            continue
+        for kind, matrix in matrices.items():
+            if matrix is not None and not _is_finite(matrix):
+                history.non_finite.append((step, kind))
+                matrices[kind] = None
+        weight, adapter, gradient = (
+            matrices.get(kind) for kind in (schema.WEIGHT, schema.ADAPTER, schema.GRADIENT)
+        )
+        assert not isinstance(weight, Factored)
+        assert not isinstance(adapter, Dense)
+        assert not isinstance(gradient, Factored)
+        yield Snapshot(step, weight, adapter, gradient)
+
+
+def _is_finite(matrix: Dense | Factored) -> bool:
+    parts = (matrix.values,) if isinstance(matrix, Dense) else (matrix.left, matrix.right)
+    return all(bool(np.isfinite(part).all()) for part in parts)
+
+
+def _add_record(now: Snapshot, history: MatrixHistory) -> None:
+    if now.gradient is not None:
+        history.gradients += 1
+        if not now.gradient.values.any():
+            history.zero_gradients.append(now.step)
+    if now.adapter is not None:
+        history.adapted = True
+        nonzero = [bool(now.adapter.left.any()), bool(now.adapter.right.any())]
+        if not any(nonzero):
+            history.dead.append(now.step)
+        elif history.drawn is None and not all(nonzero):
+            history.drawn = nonzero.index(True)
+
+
+def _add_pair(
+    run: Run,
+    before: Snapshot,
+    now: Snapshot,
+    crossed: list[int],
+    has_events: bool,
+    history: MatrixHistory,
+) -> None:
+    both_weights = before.weight is not None and now.weight is not None
+    if before.weight is not None and now.weight is not None:
+        pair = before.step, now.step
+        history.moved[pair] = weight_moved(before.weight, now.weight, merged=bool(crossed))
+    if before.adapter is None or now.adapter is None:
+        return
+    merged = bool(crossed)
+    if both_weights:
+        drift, bound = base_change(before, now)
+        if not has_events:  # only the base can show a merge; checkpoints store it exactly
+            merged = drift > bound or bool(
+                run.merges_between(history.info.name, before.step, now.step)
+            )
+        elif not crossed:
+            history.drifts.append((now.step, drift, bound))
+    if not merged:
+        return
+    _add_merge(before, now, crossed, has_events, history)
+    if before.adapter.left.shape == now.adapter.left.shape:
+        history.restarts.append(restart_between(before.step, before.adapter, now.adapter))
+
+
+def _add_merge(
+    before: Snapshot, now: Snapshot, crossed: list[int], has_events: bool, history: MatrixHistory
+) -> None:
+    assert before.adapter is not None
+    if before.weight is None or now.weight is None:
+        history.unchecked[before.step] = "no effective weight is recorded beside the adapter"
+    elif has_events and crossed != [before.step]:
+        history.unchecked[crossed[0]] = (
+            f"{len(crossed)} merges lie between the records {before.step} and {now.step}"
+            if len(crossed) > 1
+            else f"there is no record at the merge step {crossed[0]}; record this step too (let "
+            "`every` divide the cycle)"
+        )
+    elif not before.adapter.left.any() or not before.adapter.right.any():
+        history.unchecked[before.step] = "the adapter was zero, so there was nothing to merge"
+    else:
+        merge = merge_between(before, now)
+        proportional = merge.off_scale <= merge.tf32_bound
+        (history.merges if has_events or proportional else history.unclear).append(merge)
