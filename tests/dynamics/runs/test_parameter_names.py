@@ -15,7 +15,6 @@ from dynamics.runs.parameter_names import (
     module_of,
 )
 
-
 # Families ----------------------------------------------------------------------------------------
 
 HUGGING_FACE = {
