@@ -9,7 +9,7 @@ from dynamics.components import COMPONENTS, DEFAULT_COMPONENTS, check_components
 from dynamics.components.parameters import Measurable
 from dynamics.errors import MissingError
 from dynamics.metrics import Metric, select_metrics
-from dynamics.runs.matrix_cache import TracedRun
+from dynamics.runs.dependencies import TracedRun
 from dynamics.runs.parameter_names import matches
 from dynamics.runs.run import MatrixInfo, Run
 

@@ -29,7 +29,6 @@ added to their product.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -39,14 +38,10 @@ from dynamics.errors import MissingError
 from dynamics.runs.attention_config import Architecture, check_projections, read_architecture
 from dynamics.runs.differences import reference_step
 from dynamics.runs.fused import Part, kept_whole
-from dynamics.runs.matrix_cache import TracedRun
 from dynamics.runs.parameter_names import QKV, attention_path
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.spectra.noise import ulp
-
-# All heads of a layer read the same matrices; `analyze` goes through the steps for each head.
-_CACHE_BYTES = 256 * 2**20
 
 Read = Callable[[str, int, str], Matrix | None]
 # (weight of a projection, architecture, query head) -> the slice of it in that head's circuit
@@ -118,12 +113,12 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
     """
     if schema.WEIGHT not in run.stored_kinds:
         raise MissingError(f"{run.path} holds no weights; circuits are made of them.")
-    found: dict[str, dict[str, MatrixInfo]] = {}
+    attentions: dict[str, dict[str, MatrixInfo]] = {}
     for name, info in run.matrices.items():
-        found.setdefault(attention_path(name), {})[info.module] = info
+        attentions.setdefault(attention_path(name), {})[info.module] = info
     layers = [
         Attention(path, {module: projections[module] for module in modules})
-        for path, projections in found.items()
+        for path, projections in attentions.items()
         if set(modules) <= set(projections)
     ]
     if not layers:
@@ -146,14 +141,6 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
     return architecture, layers
 
 
-def cached_read(run: Run, architecture: Architecture) -> Read:
-    """`run.read`, keeping as many matrices as fit into a fixed amount of memory."""
-    if isinstance(run, TracedRun):
-        return run.read  # it keeps them itself, and has to see what each cell is made from
-    largest = 8 * architecture.num_heads * architecture.head_dim * architecture.hidden_size
-    return lru_cache(maxsize=max(6, _CACHE_BYTES // largest))(run.read)
-
-
 def coarsest(*dtypes: str) -> str:
     """The dtype with the largest rounding error: one floor holds for factors of mixed dtypes."""
     if len(set(dtypes)) == 1:
@@ -165,15 +152,15 @@ def _circuits(
     run: Run, component: str, left: tuple[str, Slice], right: tuple[str, Slice]
 ) -> list[tuple[MatrixInfo, Measurable]]:
     architecture, layers = attention_layers(run, (left[0], right[0]))
-    read, width = cached_read(run, architecture), architecture.hidden_size
-    found = []
+    width = architecture.hidden_size
+    circuits = []
     for each in layers:
         for head in range(architecture.num_heads):
             name = f"{each.path}.{component}.{head}"
             info = MatrixInfo(name, each.layer, component, width, width, head)
-            factors = _factors(read, each, architecture, head, left, right)
-            found.append((info, _reader(run, factors, each)))
-    return found
+            factors = _factors(run.read, each, architecture, head, left, right)
+            circuits.append((info, _reader(run, factors, each)))
+    return circuits
 
 
 def _factors(
@@ -185,13 +172,13 @@ def _factors(
     right: tuple[str, Slice],
 ) -> Factors:
     def factors(step: int, kind: str) -> tuple[Dense, Dense] | None:
-        found = []
+        slices = []
         for module, slice_of in (left, right):
             weight = attention.projection(read, module, step, kind)
             if weight is None:
                 return None
-            found.append(Dense(slice_of(weight.values, architecture, head), weight.dtype))
-        return found[0], found[1]
+            slices.append(Dense(slice_of(weight.values, architecture, head), weight.dtype))
+        return slices[0], slices[1]
 
     return factors
 
@@ -218,8 +205,8 @@ def _reader(run: Run, factors: Factors, attention: Attention) -> Measurable:
 
 def _reference_step(run: Run, attention: Attention, step: int, kind: str) -> int | None:
     # Where one projection has an adapter and the other has none, the cycle is that of the first.
-    found = [reference_step(run, i.name, step, kind) for i in attention.projections.values()]
-    return max((each for each in found if each is not None), default=None)
+    steps = [reference_step(run, i.name, step, kind) for i in attention.projections.values()]
+    return max((each for each in steps if each is not None), default=None)
 
 
 def _product(pair: tuple[Dense, Dense]) -> Factored:

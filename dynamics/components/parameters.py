@@ -23,15 +23,15 @@ def parameters(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
 
 def _reader(run: Run, name: str) -> Measurable:
     def matrix(step: int, kind: str) -> Matrix | Difference | Spectrum | Status:
-        if kind in run.measured_kinds:
+        if kind in run.spectrum_kinds:
             is_first = kind in schema.DIFFERENCES and step == run.steps[0]
             nothing = Status.UNDEFINED if is_first else Status.NOT_RECORDED
-            return run.measured(name, step, kind) or nothing
+            return run.read_spectrum(name, step, kind) or nothing
         if kind == schema.ACCUMULATED_ADAPTER:
             return accumulated_adapter(run, name, step) or Status.NOT_RECORDED
         if kind not in schema.DIFFERENCES:
-            found = run.read(name, step, kind)
-            return Status.NOT_RECORDED if found is None else found
+            stored = run.read(name, step, kind)
+            return Status.NOT_RECORDED if stored is None else stored
         before_step = reference_step(run, name, step, kind)
         if before_step is None:
             return Status.UNDEFINED

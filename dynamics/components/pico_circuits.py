@@ -22,7 +22,7 @@ only `weight` and `base` are defined.
 import numpy as np
 
 from dynamics import schema
-from dynamics.components.circuits import Attention, Read, attention_layers, cached_read, coarsest
+from dynamics.components.circuits import Attention, Read, attention_layers, coarsest
 from dynamics.components.parameters import Measurable
 from dynamics.runs.attention_config import Architecture
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
@@ -38,11 +38,11 @@ def pico_ov_circuit(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
     """
     architecture, layers = attention_layers(run, ("v_proj", "o_proj"))
     rows, cols = architecture.head_dim, architecture.num_heads * architecture.head_dim
-    read, name = cached_read(run, architecture), "pico_ov_circuit"
+    name = "pico_ov_circuit"
     return [
         (
             MatrixInfo(f"{each.path}.{name}", each.layer, name, rows, cols),
-            _reader(read, each, architecture),
+            _reader(run.read, each, architecture),
         )
         for each in layers
     ]

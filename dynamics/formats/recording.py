@@ -53,7 +53,7 @@ class RecordingRun(Run):
         self._index = {int(step): index for index, step in enumerate(self.steps)}
         self._adapted = set(self._recording.parameters(ADAPTER))
         self._spectra = SpectraReader(self._recording)
-        self.measured_kinds = tuple(self._spectra.shapes)
+        self.spectrum_kinds = tuple(self._spectra.shapes)
         measured = (shapes.items() for shapes in self._spectra.shapes.values())
         self.matrices = matrices_of(
             dict(chain.from_iterable(measured))
@@ -64,7 +64,7 @@ class RecordingRun(Run):
                 for name in self._recording.parameters(group)
             }
         )
-        if self.measured_kinds:
+        if self.spectrum_kinds:
             self.stored_kinds = ()  # at most the first weights, which displacements refer to
             return
         weights = self._recording.parameters(WEIGHT)
@@ -91,7 +91,7 @@ class RecordingRun(Run):
             return Dense(weight.values.astype(np.float64) - adapter.product(), weight.dtype)
         return self._dense(_GROUPS[kind], name, index) if kind in _GROUPS else None
 
-    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+    def read_spectrum(self, name: str, step: int, kind: str) -> Spectrum | None:
         """A spectrum that the recorder measured; see `Run.measured`."""
         return self._spectra.read(name, self._index[step], kind)
 

@@ -12,18 +12,16 @@ not measured.
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import numpy as np
 
 from dynamics.errors import DynamicsError, MissingError
 from dynamics.runs import parameter_names
 from dynamics.runs.attention_config import Architecture, language_config, read_architecture
-from dynamics.runs.run import Dense, Event, Matrix, MatrixInfo, Run
+from dynamics.runs.run import Dense, Matrix, MatrixInfo, Run
+from dynamics.runs.run_view import RunView
 
 Q, K, V = "q_proj", "k_proj", "v_proj"
-# Matrices that a split run keeps: the parts of one matrix are measured one after the other.
-_CACHE_BYTES = 128 * 2**20
 # Tensor-parallel blocks of the machine that CodeGen was trained on, which its layout kept.
 _CODEGEN_BLOCKS = 4
 
@@ -147,39 +145,44 @@ class Part(MatrixInfo):
         return replace(matrix, right=matrix.right[:, self.index])
 
 
-class SplitRun(Run):
-    """A run whose fused matrices are read as their parts; all else is that of the run itself."""
+class SplitRun(RunView):
+    """A run whose fused matrices are read as their parts."""
 
     def __init__(self, run: Run, parts: Mapping[str, tuple[Part, ...]]):
-        self._run, self._parts = run, parts
-        self.path, self.format, self.steps = run.path, run.format, run.steps
-        self.stored_kinds, self.attrs = run.stored_kinds, run.attrs
-        self.problems, self.absent_kinds = run.problems, run.absent_kinds
-        self.merges_told_by_events = run.merges_told_by_events
-        self.matrices = {
+        super().__init__(run)
+        self._parts = parts
+        self._matrices = {
             each.name: each
             for name, info in run.matrices.items()
             for each in parts.get(name, (info,))
         }
-        # float32, as most matrices come; lower precisions do not come narrower
-        largest = max(4 * run.matrices[name].rows * run.matrices[name].cols for name in parts)
-        self._read = lru_cache(maxsize=max(1, _CACHE_BYTES // largest))(self._fused)
 
-    def __reduce__(self) -> tuple[type["SplitRun"], tuple[Run, Mapping[str, tuple[Part, ...]]]]:
-        return SplitRun, (self._run, self._parts)  # without what it keeps of the matrices
+    @property
+    def matrices(self) -> dict[str, MatrixInfo]:  # type: ignore[override]
+        """The parts in the place of the fused matrices; see `Run.matrices`."""
+        return self._matrices
+
+    def group_of(self, name: str) -> tuple[str, ...]:
+        """The parts of one fused matrix; see `Run.group_of`."""
+        info = self._matrices.get(name)
+        return tuple(p.name for p in self._parts[info.fused]) if isinstance(info, Part) else (name,)
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """A stored matrix, or a part of one; see `Run.read`."""
-        info = self.matrices.get(name)
+        return self.read_group(name, step, kind)[name]
+
+    def read_group(self, name: str, step: int, kind: str) -> dict[str, Matrix | None]:
+        """All parts of one fused matrix, which is read once; see `Run.read_group`."""
+        info, whole = self._matrices.get(name), self.inner.read(self._stored(name), step, kind)
         if not isinstance(info, Part):
-            return self._run.read(name, step, kind)
-        # With its origin in the key, a matrix that was rewritten meanwhile is read anew.
-        fused = self._read(info.fused, step, kind, self._run.origin(info.fused, step, kind))
-        return None if fused is None else info.of(fused)
+            return {name: whole}
+        return {
+            part.name: None if whole is None else part.of(whole) for part in self._parts[info.fused]
+        }
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """Where a matrix or a part comes from; see `Run.origin`."""
-        origin, info = self._run.origin(self._stored(name), step, kind), self.matrices.get(name)
+        origin, info = self.inner.origin(self._stored(name), step, kind), self._matrices.get(name)
         if origin is None or not isinstance(info, Part):
             return origin
         # Another config can take other outputs of the same stored matrix.
@@ -187,28 +190,10 @@ class SplitRun(Run):
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """How often an adapter was merged into the weight, or the one that it is a part of."""
-        return self._run.merges_between(self._stored(name), before, now)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Every kind that can be measured."""
-        return self._run.kinds
-
-    @property
-    def events(self) -> tuple[Event, ...]:
-        """What happened during the run, in order."""
-        return self._run.events
-
-    @property
-    def scalars(self) -> dict[str, np.ndarray]:
-        """Series along `steps`."""
-        return self._run.scalars
-
-    def _fused(self, name: str, step: int, kind: str, _origin: str | None) -> Matrix | None:
-        return self._run.read(name, step, kind)
+        return self.inner.merges_between(self._stored(name), before, now)
 
     def _stored(self, name: str) -> str:
-        info = self.matrices.get(name)
+        info = self._matrices.get(name)
         return info.fused if isinstance(info, Part) else name
 
 
@@ -221,9 +206,9 @@ def split_fused(run: Run) -> Run:
     """
     parts = {}
     for name, info in run.matrices.items():
-        found = _parts(run, info)
-        if not isinstance(found, str):
-            parts[name] = found
+        split = _parts(run, info)
+        if not isinstance(split, str):
+            parts[name] = split
     return SplitRun(run, parts) if parts else run
 
 
@@ -232,12 +217,12 @@ def kept_whole(run: Run) -> dict[str, str]:
 
     The reasons are sentences. Empty where everything fused can be split, or has been.
     """
-    found = {
+    split = {
         name: _parts(run, info)
         for name, info in run.matrices.items()
         if info.module in parameter_names.FUSED
     }
-    return {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    return {name: reason for name, reason in split.items() if isinstance(reason, str)}
 
 
 def _parts(run: Run, info: MatrixInfo) -> tuple[Part, ...] | str:
@@ -246,6 +231,11 @@ def _parts(run: Run, info: MatrixInfo) -> tuple[Part, ...] | str:
     known = [row for row in ARRANGEMENTS if path.endswith("." + row.suffix)]
     if not known:
         return f"No arrangement of {info.name} is known."
+    if run.spectrum_kinds:
+        return (
+            f"{run.path} holds the singular values of {info.name} as a whole (it was recorded with "
+            "spectra_only=True), and those of its parts do not follow from them."
+        )
     try:
         axis, index = _arranged(run, info, known)
     except DynamicsError as error:

@@ -150,7 +150,7 @@ class Run(ABC):
         format: the name of its layout, e.g. "recording".
         steps: (n,) int64, strictly increasing: optimizer steps done when each record was made.
         stored_kinds: the kinds it holds; `update` and `displacement` are derived from `weight`.
-        measured_kinds: the kinds of which it holds spectra instead of matrices, see `measured`.
+        spectrum_kinds: the kinds that it holds as spectra, not as matrices, see `read_spectrum`.
         matrices: clean name -> MatrixInfo, every two-dimensional parameter.
         attrs: configuration, versions and definitions, JSON-like.
         problems: step -> why nothing can be read there (a damaged checkpoint).
@@ -162,7 +162,7 @@ class Run(ABC):
     format: str
     steps: np.ndarray
     stored_kinds: tuple[str, ...]
-    measured_kinds: tuple[str, ...] = ()
+    spectrum_kinds: tuple[str, ...] = ()
     matrices: dict[str, MatrixInfo]
     attrs: Mapping[str, Any]
     problems: Mapping[int, str] = {}
@@ -180,7 +180,7 @@ class Run(ABC):
             derived += [schema.OPTIMIZER_UPDATE] if (np.diff(self.steps) == 1).any() else []
         if adapted and any(event.kind == schema.MERGE for event in self.events):
             derived.append(schema.ACCUMULATED_ADAPTER)
-        found = {*self.stored_kinds, *self.measured_kinds, *derived}
+        found = {*self.stored_kinds, *self.spectrum_kinds, *derived}
         return tuple(kind for kind in schema.KINDS if kind in found)
 
     @abstractmethod
@@ -191,7 +191,15 @@ class Run(ABC):
             FormatError: its file is damaged.
         """
 
-    def measured(self, name: str, step: int, kind: str) -> Spectrum | None:
+    def group_of(self, name: str) -> tuple[str, ...]:
+        """The matrices that are read in one go with this one, itself among them."""
+        return (name,)
+
+    def read_group(self, name: str, step: int, kind: str) -> dict[str, Matrix | None]:
+        """What `read` gives for each matrix of `group_of(name)`, with the work done once."""
+        return {each: self.read(each, step, kind) for each in self.group_of(name)}
+
+    def read_spectrum(self, name: str, step: int, kind: str) -> Spectrum | None:
         """The spectrum that was measured while the model trained, None where there is none.
 
         All NaN where the matrix held NaN or Inf.
@@ -237,7 +245,7 @@ class Run(ABC):
         Raises:
             MissingError: `purpose` needs matrices, and the run has none.
         """
-        if self.measured_kinds:
+        if self.spectrum_kinds:
             raise MissingError(
                 f"{purpose} needs the matrices, and {self.path} holds their singular values only "
                 "(it was recorded with spectra_only=True): record matrices, or measure checkpoints."

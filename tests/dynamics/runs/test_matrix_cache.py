@@ -10,7 +10,7 @@ import xarray as xr
 import dynamics as dy
 from dynamics.errors import FormatError
 from dynamics.formats.recording import RecordingRun
-from dynamics.runs.matrix_cache import TracedRun
+from dynamics.runs.matrix_cache import CachedRun
 
 SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (24, 16) for i in range(2)}
 STEPS = tuple(range(0, 60, 10))
@@ -67,12 +67,12 @@ def test_what_cannot_be_read_ahead_is_said_of_its_own_step(run, monkeypatch):
 
 
 def test_what_was_read_ahead_for_nothing_is_forgotten(run):
-    traced, (name, *_) = TracedRun(run), SHAPES
-    traced.read(name, 0, "weight")
-    traced.read_ahead(0, 10)
-    traced.read(name, 20, "weight")
-    traced.read_ahead(20, 30)
-    assert {step for _, step, _ in traced._ahead} == {30}
+    cached, (name, *_) = CachedRun(run), SHAPES
+    cached.read(name, 0, "weight")
+    cached.read_ahead(0, 10)
+    cached.read(name, 20, "weight")
+    cached.read_ahead(20, 30)
+    assert {step for _, step, _ in cached._ahead} == {30}
     np.testing.assert_array_equal(
-        traced.read(name, 30, "weight").values, run.read(name, 30, "weight").values
+        cached.read(name, 30, "weight").values, run.read(name, 30, "weight").values
     )
