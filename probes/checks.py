@@ -18,6 +18,7 @@ from torch import nn
 from dynamics.auditing import events
 from dynamics.auditing.report import Severity, Verdict
 from dynamics.recordings import ADAPTER, SPECTRA, factor_path
+from probes.model.optimizers import innermost_optimizer
 from probes.model.parameters import Factors, Tracked, tracked_parameters
 
 
@@ -133,8 +134,7 @@ def optimizer_state_facts(
         optimizer: a torch optimizer, or a wrapper of one such as accelerate's.
         parameters: name -> parameter.
     """
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = innermost_optimizer(optimizer)
     epsilons = {
         parameter: group.get("eps", 0.0)
         for group in optimizer.param_groups

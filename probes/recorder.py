@@ -15,7 +15,8 @@ from dynamics.recordings import Compression, Recording, RecordingWriter, StoreLi
 from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
 from probes.gradients.of_step import StepGradients
-from probes.gradients.optimizer_hooks import OptimizerSteps, unwrapped
+from probes.gradients.optimizer_hooks import OptimizerSteps
+from probes.model.optimizers import innermost_optimizer
 from probes.model.parameters import Selection, tracked_parameters
 from probes.model.provenance import model_config, package_versions
 from probes.model.sharding import meet, refuse_unreadable
@@ -129,7 +130,9 @@ class Recorder:
             )
         given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
         refuse_unreadable(model, given)
-        self._optimizers: list[torch.optim.Optimizer] = [unwrapped(each) for each in given]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            innermost_optimizer(each) for each in given
+        ]
         scalers = (getattr(each, "scaler", None) for each in given)
         self._tracked = tracked_parameters(model, select)
         self._due: Schedule = every if callable(every) else every_n(every)

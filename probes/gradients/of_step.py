@@ -10,6 +10,7 @@ from dynamics.errors import DynamicsError
 from dynamics.recordings import GRADIENT
 from probes.gradients.probed import DEFINITION, ProbedGradients, frozen_weights
 from probes.gradients.unclipped import BEFORE_CLIPPING, UnclippedGradients
+from probes.model.optimizers import optimizer_parameters
 from probes.model.parameters import Tracked
 from probes.model.sharding import data_parallel_group, is_sharded, needed_ranks, whole
 
@@ -133,7 +134,7 @@ class StepGradients:
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[Tracked]:
         """The tracked weights of one optimizer; the last one has those of none, too."""
-        own = {id(parameter) for parameter in _parameters(optimizer)}
+        own = {id(parameter) for parameter in optimizer_parameters(optimizer)}
         others = {id(parameter) for parameter in self._trained()} - own
         last = optimizer is self._optimizers[-1]
         return [
@@ -144,7 +145,7 @@ class StepGradients:
 
     def _trained(self) -> Iterator[nn.Parameter]:
         for optimizer in self._optimizers:
-            yield from _parameters(optimizer)
+            yield from optimizer_parameters(optimizer)
 
     def _refuse_replaced(self) -> None:
         """Sharding replaces parameters: those that were found must be those that train."""
@@ -162,8 +163,3 @@ class StepGradients:
             return float(self._grad_scaler.get_scale())
         scale = getattr(optimizer, "grad_scale", None)
         return 1.0 if scale is None else float(scale)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

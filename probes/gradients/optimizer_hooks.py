@@ -118,16 +118,3 @@ def _is_within_step(optimizer: Any, caller: FrameType) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def wrappers(optimizer: Any) -> list[Any]:
-    """An optimizer and those inside it, as accelerate's and Lightning's hold one, from outside."""
-    found = [optimizer]
-    while hasattr(found[-1], "optimizer"):
-        found.append(found[-1].optimizer)
-    return found
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside all wrappers."""
-    return wrappers(optimizer)[-1]

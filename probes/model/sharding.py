@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dynamics.errors import DynamicsError
-from probes.gradients.optimizer_hooks import unwrapped, wrappers
+from probes.model.optimizers import innermost_optimizer, optimizer_layers
 from probes.model.parameters import Tracked
 
 # How long a recorder waits for those of the other processes before it says who is missing. Ranks
@@ -161,7 +161,7 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
             "and transformers: fsdp_version=2; Lightning: ModelParallelStrategy)."
         )
     for optimizer in optimizers:
-        for layer in (*wrappers(optimizer), *model.modules()):
+        for layer in (*optimizer_layers(optimizer), *model.modules()):
             # Not all of the package: its `deepspeed.ops` are optimizers as any other.
             if type(layer).__module__.startswith("deepspeed.runtime"):
                 raise DynamicsError(
@@ -169,7 +169,7 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
                     "which cannot be recorded: train with DDP or FSDP2, or measure the "
                     "checkpoints of DeepSpeed."
                 )
-        if not isinstance(unwrapped(optimizer), torch.optim.Optimizer):
+        if not isinstance(innermost_optimizer(optimizer), torch.optim.Optimizer):
             raise DynamicsError(
                 f"A recorder takes torch optimizers or wrappers with an `optimizer`; found "
                 f"{type(optimizer).__module__}.{type(optimizer).__name__}."

@@ -17,6 +17,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dynamics.errors import DynamicsError, MissingError
+from probes.model.optimizers import optimizer_parameters
 from probes.relora.config import TrainConfig
 from probes.relora.data.sequences import TokenBlocks
 from probes.relora.data.text import TextData
@@ -132,7 +133,7 @@ def _branch(
     if restart.reset:
         reset_optimizer(optimizer, adapter_parameters(model))
     yield _loss(model, data.validation)
-    trainable = [each for group in optimizer.param_groups for each in group["params"]]
+    trainable = list(optimizer_parameters(optimizer))
     whole = len(data.train) - len(data.train) % config.sequences_per_step
     model.train()
     for done in range(start, start + steps):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dynamics.errors import DynamicsError
+from probes.model.optimizers import innermost_optimizer
 from probes.relora.config import RESET_MODES
 
 
@@ -53,8 +54,7 @@ def reset_optimizer(
         raise DynamicsError(f"No optimizer reset {mode!r}; known: {', '.join(RESET_MODES)}.")
     if not 0 <= ratio <= 1:
         raise DynamicsError(f"ratio is {ratio!r}; it must be between 0 and 1.")
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    optimizer = innermost_optimizer(optimizer)
     if mode == "drop":
         return sum(optimizer.state.pop(parameter, None) is not None for parameter in parameters)
     found = 0
