@@ -1,25 +1,30 @@
-"""What `NumpyBackend` computes: the singular values of a matrix whose numbers are all stored.
+"""Singular values with NumPy and SciPy, of matrices whose entries are all stored.
 
-The rules that decide between the two ways stand in `spectrum.py`; `torch_spectrum.py` does the same
-with torch.
+`spectrum.py` explains the rules; `torch_spectrum.py` follows the same rules with torch.
 """
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
+from dynamics.spectra.arrays import stored_numbers
 from dynamics.spectra.gram import gram, singular_values_from_gram
 
+if TYPE_CHECKING:
+    from dynamics.spectra.arrays import Array
+
 EPS = float(np.finfo(np.float64).eps)
-_BLOCK = 2**21  # numbers of a block of rows, at least
-# The largest relative error of the smallest singular value that a Gram matrix may leave.
+_BLOCK = 2**21  # entries of a block of rows, at least
+# A Gram matrix is used if it gives the smallest singular value with this relative error or less.
 TOLERANCE = 1e-3
-SMALL = 2**15  # entries of a matrix
+SMALL = 2**15  # entries of a matrix for which an SVD costs next to nothing
 
 
 def of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
-    """(s, error) by rules 2 to 4 of `spectrum.py`."""
+    """(s, error) by the rules 2 to 4 of `spectrum.py`; s (k,) float64, descending."""
     rows, cols = matrix.shape
     longest = max(rows, cols)
     if rows * cols > SMALL:
@@ -32,36 +37,46 @@ def of_dense(matrix: Dense | Difference) -> tuple[np.ndarray, float]:
     return s, longest * EPS * float(s[0])
 
 
-def singular_values(matrix: np.ndarray) -> np.ndarray:
-    """All singular values of (m, n) `matrix`, computed in float64: (min(m, n),), descending.
+def singular_values(matrix: "Array") -> np.ndarray:
+    """All singular values of a matrix, computed in float64 on the CPU.
 
-    Each is within max(m, n)·2⁻⁵²·σ₁ of the exact one. LAPACK's gesdd; gesvd where that does not
-    converge. Of a matrix 8 times as tall as wide (or the other way round), such as an embedding,
-    those of the R of its QR decomposition, made from blocks of rows, so that it is never held in
-    float64.
+    LAPACK's gesdd computes them, and gesvd where gesdd does not converge. Where one side is more
+    than 8 times as long as the other, as in an embedding, they are the singular values of R of a QR
+    decomposition. R is made from blocks of rows, so that the whole matrix is never in float64.
+
+    Args:
+        matrix: (m, n), finite: a NumPy array or a torch tensor of any float dtype. Integers and
+            booleans are converted to float64.
+
+    Returns:
+        (min(m, n),) float64, descending. Each is within max(m, n)·2⁻⁵²·σ₁ of the exact one.
 
     Raises:
-        ValueError: the matrix is not two-dimensional or holds NaN or Inf.
+        DynamicsError: `matrix` is not an array, its numbers are not real, it does not have two
+            dimensions, it has no entries, or it holds NaN or Inf.
+
+    Example:
+        >>> dy.singular_values(np.array([[3.0, 0.0], [0.0, -4.0], [0.0, 0.0]]))
+        array([4., 3.])
     """
-    matrix = np.asarray(matrix)
-    if matrix.ndim != 2 or not np.isfinite(matrix).all():
-        raise ValueError(f"Expected a finite (m, n) matrix, found shape {matrix.shape} or NaN/Inf.")
-    matrix = matrix.T if matrix.shape[0] < matrix.shape[1] else matrix
-    m, n = matrix.shape
+    values, _ = stored_numbers(matrix)
+    values = values.T if values.shape[0] < values.shape[1] else values
+    m, n = values.shape
     if m > 8 * n:
-        matrix = _triangle(matrix)
-    matrix = matrix.astype(np.float64, copy=False)
+        values = _triangle(values)
+    values = values.astype(np.float64, copy=False)
     try:
-        return np.linalg.svd(matrix, compute_uv=False)
+        return np.linalg.svd(values, compute_uv=False)
     except np.linalg.LinAlgError:
-        return scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
+        return scipy.linalg.svd(values, compute_uv=False, lapack_driver="gesvd")
 
 
 def _triangle(matrix: np.ndarray) -> np.ndarray:
-    """R (n, n) of a QR decomposition of a tall (m, n) matrix, float64, one block of rows a time.
+    """R (n, n) float64 of a QR decomposition of a tall (m, n) matrix, from blocks of its rows.
 
-    Each step is the QR of the R so far on top of the next block: as stable as one Householder QR
-    (Demmel et al. 2012, "Communication-optimal parallel and sequential QR", section 5).
+    Each step takes the QR of the present R stacked on the next block. This is as stable as one
+    Householder QR (Demmel et al. 2012, "Communication-optimal parallel and sequential QR",
+    section 5).
     """
     m, n = matrix.shape
     height = max(8 * n, _BLOCK // max(n, 1))

@@ -1,45 +1,69 @@
-"""Singular values with the error of their computation and the noise floor of their numbers.
+"""The spectrum of a matrix: singular values, the error of their computation, and the noise floor.
 
-How the singular values of a matrix are computed, and what decides it. The times are of one BLAS
-thread on one machine; their ratios are what counts (`make bench`, docs/performance.md).
+Four rules decide how the singular values are computed. The times are of one BLAS thread on one
+machine; their ratios are what counts (`make bench`, docs/performance.md).
 
-1. A product of known low rank (an adapter, a sum of them, a circuit, differences of circuits) from
-   its factors: QR of each, then an r x r matrix. For adapters 100 to 7000 times faster than a dense
-   SVD, 5 times for ten accumulated ones, and no rounding can give it more rank than r. A difference
-   that adapters made is *not* among these: the stored weights hold the roundings of its merges,
-   which are of full rank.
-2. No more than 2¹⁵ entries: `singular_values`, which costs next to nothing there.
-3. Others: from the float64 Gram matrix (`gram.py`), 2 to 4 times faster than an SVD, if the bound
-   on the error of the smallest singular value is at most `TOLERANCE` of it. All metrics then are
-   within that of their value, and usually much nearer: the larger a singular value, the smaller
-   its error (of an ordinary 384 x 384 weight, the effective rank is within 1e-13).
-4. Where the bound is larger, because the condition number is (above 1.7e5 at m = 384), or the
-   matrix is rank-deficient: `singular_values`, whose error is some u·σ₁ for all alike.
+1. A product of known low rank is measured from its factors: an adapter, a sum of adapters, a
+   circuit, a difference of circuits. A QR decomposition of each factor leaves an r x r matrix. For
+   adapters this is 100 to 7000 times faster than a dense SVD, for ten accumulated ones 5 times, and
+   rounding cannot give the product more rank than r. A difference of two weights that adapters
+   changed is *not* such a product: the stored weights hold the roundings of the merges, and these
+   have full rank.
+2. A matrix of at most 2¹⁵ entries goes to `singular_values`, which costs next to nothing there.
+3. A larger matrix is measured from its float64 Gram matrix (`gram.py`), 2 to 4 times faster than by
+   an SVD, if the bound on the error of the smallest singular value is at most `TOLERANCE` times its
+   value. Then every metric is within `TOLERANCE` of its value, and usually much nearer: the
+   larger a singular value, the smaller its error. The effective rank of an ordinary 384 x 384
+   weight is within 1e-13.
+4. Where the bound is larger, the matrix goes to `singular_values`, whose error is a few u·σ₁ for
+   all singular values. This happens to matrices with a large condition number (above 1.7e5 at
+   m = 384) and to rank-deficient ones.
 
-The routines are those of NumPy's and SciPy's OpenBLAS throughout: the eigenvalues of a 384 x 384
-matrix take 7.5 ms (`gram.eigvalsh`) where NumPy's take 8.3 and torch's (MKL) 12.7, and YᵀY half of
-torch's time. That also makes results independent of torch's build. On a GPU, if one is asked for,
-rules 3 and 4 are torch's (`torch_spectrum.py`).
+All routines come from the OpenBLAS of NumPy and SciPy. The eigenvalues of a 384 x 384 matrix take
+7.5 ms (`gram.eigvalsh`); NumPy's own take 8.3 ms and torch's (MKL) 12.7 ms, and YᵀY takes half of
+torch's time. Results are therefore also independent of torch's build. Only on a GPU, and only if
+one is asked for, rules 3 and 4 are carried out by torch (`torch_spectrum.py`).
 """
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Factored, Spectrum
+from dynamics.spectra.arrays import stored_numbers
 from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.noise import noise_floor, product_noise_bound
 from dynamics.spectra.numpy_spectrum import EPS, singular_values
 
-# To be raised whenever `spectrum` or the noise give other numbers: those kept by a
-# `spectrum_cache` are then measured again.
+if TYPE_CHECKING:
+    from dynamics.spectra.arrays import Array
+
+# Raise this whenever `spectrum` or the noise gives other numbers: spectra in a cache
+# (`analysis.cache`) are then measured again.
 MEASURE_VERSION = 5
 
 
 def singular_values_of_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The min(m, r, n) leading singular values of left @ right, all others being exactly zero.
+    """The leading singular values of left @ right; all others are exactly zero.
 
-    left (m, r), right (r, n). With left = Q₁R₁ and rightᵀ = Q₂R₂ they are those of R₁R₂ᵀ: the
-    (m, n) product is never formed, and rounding cannot give it more rank than r.
+    With left = Q₁R₁ and rightᵀ = Q₂R₂ they are the singular values of R₁R₂ᵀ. The (m, n) product is
+    never formed, and rounding cannot give it more rank than r.
+
+    Args:
+        left: (m, r).
+        right: (r, n).
+
+    Returns:
+        (min(m, r, n),) float64, descending.
+
+    Raises:
+        DynamicsError: a factor holds NaN or Inf.
+
+    Example:
+        >>> left, right = np.array([[3.0], [4.0]]), np.array([[2.0, 0.0]])
+        >>> singular_values_of_product(left, right)  # ‖left‖·‖right‖
+        array([10.])
     """
     r1, r2 = _triangles(left, right)
     return singular_values(r1 @ r2.T)
@@ -53,25 +77,46 @@ def _triangles(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def spectrum(
-    matrix: Dense | Factored | Difference | Spectrum,
+    matrix: "Dense | Factored | Difference | Spectrum | Array",
     *,
     rank_bound: int | None = None,
     backend: Backend | None = None,
 ) -> Spectrum:
-    """The spectrum of a matrix of a run, by the cheapest way that keeps float64 accuracy.
+    """The spectrum of a matrix, in the cheapest way that keeps float64 accuracy.
 
     Args:
-        matrix: what to measure; a spectrum was, and is returned as it is.
-        rank_bound: the rank that the matrix was made with, where its entries do not show it: a
-            stored product B·A of r-column factors is dense, and rounding gives it full rank.
-        backend: what computes; a `NumpyBackend` of its own by default. One backend for several
-            matrices computes what their arrays share only once.
+        matrix: (m, n), finite. An array or tensor: its dtype decides the noise floor, so pass a
+            bfloat16 weight as bfloat16. Integers and booleans are converted to float64; dequantise
+            quantised weights first. Or a matrix of a run (`Dense`, `Factored`, `Difference`). A
+            `Spectrum` is returned as it is.
+        rank_bound: the rank that the matrix was made with, where its entries do not show it. A
+            stored product B·A of factors with r columns is dense, and rounding gives it full rank.
+        backend: what computes, by default a new `NumpyBackend`. Pass one backend for several
+            matrices that share arrays: what they share is then computed once.
+
+    Returns:
+        A `Spectrum`: `s` (min(m, n),) float64, descending, `rows`, `cols`, `rank_bound`, `error`
+        and `noise_floor`. The metrics of `dynamics.METRICS` take it.
 
     Raises:
-        ValueError: the matrix holds NaN or Inf.
+        DynamicsError: `matrix` is not an array, its numbers are not real, its dtype has no rounding
+            model (see `noise`), it does not have two dimensions, it has no entries, or it holds
+            NaN or Inf.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([4.0, 3.0, 0.0]))
+        >>> measured = dy.spectrum(weight)
+        >>> measured.s
+        array([4., 3., 0.])
+        >>> float(dy.METRICS["stable_rank"].function(measured))  # (16 + 9 + 0) / 16
+        1.5625
+        >>> dy.spectrum(weight.bfloat16()).noise_floor / measured.noise_floor  # 16 bits fewer
+        65536.0
     """
     if isinstance(matrix, Spectrum):
         return matrix
+    if not isinstance(matrix, Dense | Factored | Difference):
+        matrix = Dense(*stored_numbers(matrix))
     backend = backend or NumpyBackend()
     rows, cols = matrix.shape
     k = min(rows, cols)
@@ -81,14 +126,13 @@ def spectrum(
         s = np.zeros(k)
         s[: leading.size] = leading
         bound = matrix.rank_bound
-        # Backward error of two QRs and a product is relative to ‖left‖‖right‖, not to s₁.
+        # The backward error of two QRs and a product is relative to ‖left‖‖right‖, not to s₁.
         norms = float(singular_values(r1)[0]), float(singular_values(r2)[0])
         error = max(rows, cols) * EPS * abs(matrix.scale) * norms[0] * norms[1]
         noise = _product_noise(matrix, norms)
     else:
         s, error = backend.singular_values(matrix)
-        known = matrix.rank_bound if isinstance(matrix, Difference) else None
-        bound = known or k
+        bound = (matrix.rank_bound if isinstance(matrix, Difference) else None) or k
         noise = noise_of(matrix, backend)
     bound = bound if rank_bound is None else min(bound, rank_bound)
     return Spectrum(s, rows, cols, bound, error, noise)
