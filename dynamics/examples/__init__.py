@@ -1,4 +1,4 @@
-"""load_example(): results of real runs, kept in the package to try things on."""
+"""load_example(): results of real runs that come with the package, for trying things out."""
 
 import shutil
 import tempfile
@@ -16,13 +16,23 @@ EXAMPLES: dict[str, str] = {
 
 
 def load_example(name: str) -> xr.Dataset:
-    """A comparison that comes with the package, in memory.
+    """Load a comparison that comes with the package, into memory.
 
-    relora_micro: the reference experiment as docs/results.md reports it, several seeds of each
-    method along `run`, with the coordinates `method`, `seed` and `trainable_parameters`.
+    Args:
+        name: "relora_micro", the reference experiment that docs/results.md reports: several seeds
+            of each method along `run`, with the coordinates `method`, `seed` and
+            `trainable_parameters`.
+
+    Returns:
+        The Dataset, as `compare` returns it.
 
     Raises:
-        MissingError: there is no such example.
+        MissingError: there is no example of this name.
+
+    Example:
+        >>> micro = dy.load_example("relora_micro")
+        >>> sorted(set(micro["method"].values.tolist()))
+        ['full_rank', 'lora', 'relora', 'relora:as_published']
     """
     if name not in EXAMPLES:
         raise MissingError(f"No example {name!r}; known: {', '.join(EXAMPLES)}.")

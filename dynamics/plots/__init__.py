@@ -1,4 +1,4 @@
-"""Figures of analyses and comparisons: one file per figure, each function returns its Axes."""
+"""Figures of analyses and comparisons: one file and one function per figure; it returns Axes."""
 
 from dynamics.plots.comparison import plot_comparison
 from dynamics.plots.heatmap import plot_heatmap

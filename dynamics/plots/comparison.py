@@ -1,4 +1,4 @@
-"""A metric of several runs in one picture."""
+"""A metric of several runs in one figure."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.errors import DynamicsError, MissingError
-from dynamics.plots import selection
+from dynamics.plots import shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,33 +20,50 @@ def plot_comparison(
     module: str | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw a metric of several runs over their steps: the mean over layers and its range.
+    """Draw a metric of several runs over their steps.
+
+    Each run is one line, the mean over matrices, in a band from the smallest to the largest
+    matrix. Dotted lines mark merges.
 
     Args:
-        comparison: what `compare` returns.
-        metric: a metric of it.
-        kind: a kind of it. A run that has none of this kind draws no line, and the legend says so.
-        module: the module to show; by default all matrices inside the stack of layers.
-        ax: where to draw; a new figure by default.
+        comparison: a result of `compare` or `difference`.
+        metric: the name of one of its metrics.
+        kind: one of its kinds. A run without this kind gets no line; the legend says so.
+        module: the module to show. By default, all matrices inside the layers are averaged (all
+            matrices, if none is inside a layer).
+        ax: the Axes to draw on; by default, a new figure is made.
 
     Returns:
-        The Axes. Bands span the smallest and largest matrix; dotted lines mark merges.
+        The Axes.
 
     Raises:
         DynamicsError: `comparison` has no dimension `run`.
-        MissingError: an unknown metric, kind or module, or nothing measured.
+        MissingError: the metric, kind or module is unknown, or nothing was measured.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> ax = dy.plot_comparison(both, "stable_rank")
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['full', 'relora']
+        >>> matplotlib.pyplot.close(ax.figure)
     """
     if schema.RUN not in comparison.dims:
-        raise DynamicsError("plot_comparison takes what compare() returns, with a dimension 'run'.")
-    values = selection.chosen(comparison, metric, kind)
+        raise DynamicsError(
+            "plot_comparison takes what compare() returns, with a dimension 'run'; draw one run "
+            "with plot_trajectory."
+        )
+    values = shared.metric_values(comparison, metric, kind)
     if module is None:
         inside = values.sel({schema.MATRIX: values["layer"] != schema.NO_LAYER})
         values = inside if inside.size else values
     else:
         values = values.sel({schema.MATRIX: values["module"] == module})
         if values.size == 0:
-            raise MissingError(f"No {kind} of a module {module!r} was measured.")
-    ax = selection.axes(ax)
+            known = ", ".join(sorted(set(comparison["module"].values.tolist())))
+            raise MissingError(f"No {kind} of a module {module!r} was measured; modules: {known}.")
+    ax = shared.axes_or_new(ax)
     for run in values[schema.RUN].values.tolist():
         of_run = values.sel({schema.RUN: run}).dropna(schema.STEP, how="all")
         if of_run.size == 0:
@@ -56,8 +73,8 @@ def plot_comparison(
         (line,) = ax.plot(steps, mean, marker=".", markersize=5, label=run)
         lowest, highest = of_run.min(schema.MATRIX), of_run.max(schema.MATRIX)
         ax.fill_between(steps, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
-    selection.mark_merges(ax, comparison)
-    selection.finish(ax, values, kind)
+    shared.mark_merges(ax, comparison)
+    shared.style_axes(ax, values, kind)
     ax.set_title(module or "all matrices of the layers", fontsize="medium")
     ax.legend(fontsize="small", frameon=False)
     return ax

@@ -1,4 +1,4 @@
-"""A metric as a map: layers up, steps to the right."""
+"""A metric as a heatmap: layers upwards, steps to the right."""
 
 from typing import TYPE_CHECKING
 
@@ -7,7 +7,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.errors import MissingError
-from dynamics.plots import selection
+from dynamics.plots import shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,35 +21,47 @@ def plot_heatmap(
     module: str | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw a metric of one run, layer × step.
+    """Draw a metric of one run as a heatmap, layer × step.
+
+    There is one column per recorded step; all columns have the same width. Cells without a value
+    are grey.
 
     Args:
-        dataset: what `analyze` returns.
-        metric: a metric of it.
-        kind: a kind of it.
-        module: the module to show; by default the mean over the modules of each layer.
-        ax: where to draw; a new figure by default.
+        dataset: a result of `analyze`.
+        metric: the name of one of its metrics.
+        kind: one of its kinds.
+        module: the module to show. By default, the modules of each layer are averaged.
+        ax: the Axes to draw on; by default, a new figure is made.
 
     Returns:
-        The Axes. Columns stand at the recorded steps, drawn at equal widths; cells without a
-        value are left grey.
+        The Axes.
 
     Raises:
-        MissingError: an unknown metric, kind or module, or nothing measured in the layers.
+        DynamicsError: `dataset` compares several runs.
+        MissingError: the metric, kind or module is unknown, or nothing was measured inside the
+            layers.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> ax = dy.plot_heatmap(dy.analyze("run.zarr"), "stable_rank")
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('optimizer step', 'layer')
+        >>> matplotlib.pyplot.close(ax.figure)
     """
-    values = selection.chosen(selection.one_run(dataset), metric, kind)
-    values = selection.inside_layers(values, kind)
+    values = shared.metric_values(shared.require_one_run(dataset), metric, kind)
+    values = shared.inside_layers(values, kind)
     modules = sorted(set(values["module"].values.tolist()))
     if module is not None:
         if module not in modules:
             raise MissingError(f"No {kind} of a module {module!r}; there are {', '.join(modules)}.")
         values = values.sel({schema.MATRIX: values["module"] == module})
     grid = values.groupby("layer").mean(schema.MATRIX).transpose("layer", schema.STEP)
-    ax = selection.axes(ax)
+    ax = shared.axes_or_new(ax)
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
-    if selection.is_logarithmic(values):
+    if shared.is_logarithmic(values):
         norm: matplotlib.colors.Normalize = matplotlib.colors.LogNorm()
     else:
         norm = matplotlib.colors.Normalize()
@@ -61,5 +73,5 @@ def plot_heatmap(
     ax.set_xlabel("optimizer step")
     ax.set_ylabel("layer")
     ax.set_title(module or f"mean of {', '.join(modules)}", fontsize="small")
-    ax.figure.colorbar(image, ax=ax, label=selection.label(values, kind))
+    ax.figure.colorbar(image, ax=ax, label=shared.label(values, kind))
     return ax

@@ -8,7 +8,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.errors import MissingError
-from dynamics.plots import selection
+from dynamics.plots import shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,42 +22,62 @@ def plot_spectrum(
     steps: Sequence[int] | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """Draw a matrix's singular values on a logarithmic scale, one line per step.
+    """Draw the singular values of one matrix on a logarithmic scale, one line per step.
+
+    The dashed line is the noise floor of the last step that is drawn: singular values below it
+    are rounding. Exact zeros cannot be shown on this scale and are left out.
 
     Args:
-        dataset: what `analyze` returns.
-        matrix: a parameter's name.
-        kind: a kind of it.
-        steps: the steps to draw; at most six, evenly chosen, by default.
-        ax: where to draw; a new figure by default.
+        dataset: a result of `analyze`.
+        matrix: the name of a parameter.
+        kind: one of the dataset's kinds.
+        steps: the steps to draw. By default, at most six, evenly spread over the measured ones.
+        ax: the Axes to draw on; by default, a new figure is made.
 
     Returns:
-        The Axes. Below the dashed line, the last drawn step's noise floor, a singular value is
-        rounding. Exact zeros have no place on the scale and are left out.
+        The Axes.
 
     Raises:
-        MissingError: an unknown matrix, kind or step, or nothing measured.
+        DynamicsError: `dataset` compares several runs.
+        MissingError: the matrix, kind or a step is unknown, or nothing was measured.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> analysis = dy.analyze("run.zarr")
+        >>> ax = dy.plot_spectrum(analysis, analysis["matrix"].values[0])
+        >>> ax.get_ylabel(), ax.get_yscale()
+        ('singular value, weight', 'log')
+        >>> matplotlib.pyplot.close(ax.figure)
     """
-    values = selection.chosen(selection.one_run(dataset), schema.NOISE_FLOOR, kind)
+    values = shared.metric_values(shared.require_one_run(dataset), schema.NOISE_FLOOR, kind)
     if matrix not in values[schema.MATRIX]:
         known = ", ".join(values[schema.MATRIX].values.tolist()[:4])
         raise MissingError(f"No measured {kind} of {matrix!r}; there are {known}, ...")
     floors = values.sel({schema.MATRIX: matrix}).dropna(schema.STEP)
-    measured = floors[schema.STEP].values.tolist()
+    measured_steps = floors[schema.STEP].values.tolist()
     if steps is None:
-        positions = np.unique(np.linspace(0, len(measured) - 1, 6).round().astype(int))
-        steps = [measured[position] for position in positions]
+        positions = np.unique(np.linspace(0, len(measured_steps) - 1, 6).round().astype(int))
+        steps = [measured_steps[position] for position in positions]
     for step in steps:
-        if step not in measured:
-            raise MissingError(f"No {kind} of {matrix} was measured at step {step}.")
-    s = dataset[schema.SINGULAR_VALUE].sel({schema.KIND: kind, schema.MATRIX: matrix})
-    ax = selection.axes(ax)
+        if step not in measured_steps:
+            known = ", ".join(map(str, measured_steps))
+            raise MissingError(
+                f"No {kind} of {matrix} was measured at step {step}; steps: {known}."
+            )
+    spectra = dataset[schema.SINGULAR_VALUE].sel({schema.KIND: kind, schema.MATRIX: matrix})
+    ax = shared.axes_or_new(ax)
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(steps)))
     for step, colour in zip(steps, colours, strict=True):
-        line = s.sel({schema.STEP: step})
-        ax.plot(line[schema.INDEX] + 1, line.where(line > 0), color=colour, label=f"step {step}")
+        spectrum = spectra.sel({schema.STEP: step})
+        ax.plot(
+            spectrum[schema.INDEX] + 1,
+            spectrum.where(spectrum > 0),
+            color=colour,
+            label=f"step {step}",
+        )
     floor = float(floors.sel({schema.STEP: steps[-1]}))
     if floor > 0:
         ax.axhline(floor, color="0.35", linewidth=1, linestyle="--", label="noise floor")

@@ -7,7 +7,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.errors import MissingError
-from dynamics.plots import selection
+from dynamics.plots import shared
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,27 +25,39 @@ def plot_trajectory(
 ) -> "Axes":
     """Draw a metric of one run over its steps.
 
+    Dotted lines mark merges. A dashed line is the rank bound, if all matrices share it.
+
     Args:
-        dataset: what `analyze` returns.
-        metric: a metric of it.
-        kind: a kind of it.
-        by: "module" averages over layers, "layer" over the modules of a layer (embeddings are
-            left out), "matrix" draws every matrix.
-        ax: where to draw; a new figure by default.
+        dataset: a result of `analyze`.
+        metric: the name of one of its metrics.
+        kind: one of its kinds.
+        by: what one line stands for. "module": a module, averaged over the layers. "layer": a
+            layer, averaged over its modules; matrices outside the layers, such as embeddings, are
+            left out. "matrix": a single matrix.
+        ax: the Axes to draw on; by default, a new figure is made.
 
     Returns:
-        The Axes. Dotted lines mark merges, a dashed one the rank bound if all matrices share it.
+        The Axes.
 
     Raises:
-        MissingError: an unknown metric, kind or `by`, or nothing measured.
+        DynamicsError: `dataset` compares several runs.
+        MissingError: the metric, kind or `by` is unknown, or nothing was measured.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> ax = dy.plot_trajectory(dy.analyze("run.zarr"), "stable_rank", by="layer")
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('optimizer step', 'stable rank, weight')
+        >>> matplotlib.pyplot.close(ax.figure)
     """
     if by not in _BY:
         raise MissingError(f"No grouping {by!r}; known: {', '.join(_BY)}.")
-    values = selection.chosen(selection.one_run(dataset), metric, kind)
+    values = shared.metric_values(shared.require_one_run(dataset), metric, kind)
     if by == "layer":
-        values = selection.inside_layers(values, kind)
+        values = shared.inside_layers(values, kind)
     names, groups = _groups(values, by)
-    ax = selection.axes(ax)
+    ax = shared.axes_or_new(ax)
     import matplotlib
 
     if by == "layer":
@@ -56,9 +68,9 @@ def plot_trajectory(
         line = values.sel({schema.MATRIX: groups == name}).mean(schema.MATRIX)
         text = f"layer {name}" if by == "layer" else str(name)
         ax.plot(line[schema.STEP], line, marker=".", markersize=4, color=colour, label=text)
-    selection.draw_bound(ax, dataset, values, kind)
-    selection.mark_merges(ax, dataset)
-    selection.finish(ax, values, kind)
+    shared.draw_bound(ax, dataset, values, kind)
+    shared.mark_merges(ax, dataset)
+    shared.style_axes(ax, values, kind)
     if len(names) <= 16:
         ax.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax

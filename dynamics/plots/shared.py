@@ -1,4 +1,4 @@
-"""What all figures share: picking values out of an analysis, axes, labels, merge marks."""
+"""What the figures share: values of one metric, axes, labels, marks of merges and bounds."""
 
 import json
 from typing import TYPE_CHECKING
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _LOGARITHMIC = {"condition_number", "condition_number_raw"}
 
 
-def chosen(dataset: xr.Dataset, metric: str, kind: str) -> xr.DataArray:
-    """One metric of one kind with the matrices that have any value, (..., step, matrix).
+def metric_values(dataset: xr.Dataset, metric: str, kind: str) -> xr.DataArray:
+    """One metric of one kind, (..., step, matrix); matrices without any value are left out.
 
     Raises:
-        MissingError: no such metric or kind, or it has no number to draw.
+        MissingError: the metric or kind is unknown, or there is no finite number to draw.
     """
     metrics = [str(name) for name, each in dataset.items() if _is_metric(each)]
     if metric not in metrics:
@@ -29,10 +29,13 @@ def chosen(dataset: xr.Dataset, metric: str, kind: str) -> xr.DataArray:
         raise MissingError(f"No kind {kind!r} in this analysis; it has {known}.")
     values = dataset[metric].sel({schema.KIND: kind}).dropna(schema.MATRIX, how="all")
     if values.size == 0:
-        raise MissingError(f"No {kind} was measured in this analysis; its status says why.")
+        raise MissingError(f"No {kind} was measured in this analysis; dataset['status'] says why.")
     if not np.isfinite(values).any():
-        raise MissingError(f"{metric} of {kind} is infinite everywhere; there is nothing to draw.")
-    if "baseline" in dataset.attrs:  # differences: see `difference`
+        raise MissingError(
+            f"{metric} of {kind} is infinite everywhere, so there is nothing to draw; choose "
+            "another metric."
+        )
+    if "baseline" in dataset.attrs:  # the dataset comes from `difference`
         values = values.assign_attrs(baseline=dataset.attrs["baseline"])
     return values
 
@@ -41,16 +44,23 @@ def inside_layers(values: xr.DataArray, kind: str) -> xr.DataArray:
     """The matrices that belong to a layer.
 
     Raises:
-        MissingError: there are none.
+        MissingError: no matrix belongs to a layer.
     """
     values = values.sel({schema.MATRIX: values["layer"] != schema.NO_LAYER})
     if values.size == 0:
-        raise MissingError(f"No {kind} inside the stack of layers was measured.")
+        raise MissingError(
+            f"No {kind} inside the stack of layers was measured; plot_trajectory with by='matrix' "
+            "draws all matrices."
+        )
     return values
 
 
-def one_run(dataset: xr.Dataset) -> xr.Dataset:
-    """The dataset itself; DynamicsError if it compares runs."""
+def require_one_run(dataset: xr.Dataset) -> xr.Dataset:
+    """The dataset itself.
+
+    Raises:
+        DynamicsError: it compares several runs.
+    """
     if schema.RUN in dataset.dims:
         labels = ", ".join(dataset[schema.RUN].values.tolist())
         raise DynamicsError(
@@ -59,7 +69,7 @@ def one_run(dataset: xr.Dataset) -> xr.Dataset:
     return dataset
 
 
-def axes(ax: "Axes | None") -> "Axes":
+def axes_or_new(ax: "Axes | None") -> "Axes":
     """`ax`, or the axes of a new figure."""
     if ax is not None:
         return ax
@@ -69,18 +79,21 @@ def axes(ax: "Axes | None") -> "Axes":
 
 
 def label(values: xr.DataArray, kind: str) -> str:
-    """The metric's long name and the kind: "effective rank, weight"; of a difference, from what."""
+    """The metric's long name and the kind: "effective rank, weight".
+
+    For a difference, the baseline follows: "effective rank, weight, less full".
+    """
     text = f"{values.attrs.get('long_name', values.name)}, {kind}"
     return f"{text}, less {values.attrs['baseline']}" if "baseline" in values.attrs else text
 
 
 def is_logarithmic(values: xr.DataArray) -> bool:
-    """Whether a logarithmic scale shows the metric best; differences may be negative."""
+    """Whether to use a logarithmic scale; never for differences, which may be negative."""
     return values.name in _LOGARITHMIC and "baseline" not in values.attrs
 
 
-def finish(ax: "Axes", values: xr.DataArray, kind: str) -> None:
-    """Axis labels, a logarithmic scale where the metric asks for one, a quiet frame."""
+def style_axes(ax: "Axes", values: xr.DataArray, kind: str) -> None:
+    """Set axis labels, a logarithmic scale where `is_logarithmic`, a light grid and frame."""
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(label(values, kind))
     if is_logarithmic(values):
@@ -90,20 +103,21 @@ def finish(ax: "Axes", values: xr.DataArray, kind: str) -> None:
 
 
 def mark_merges(ax: "Axes", dataset: xr.Dataset) -> None:
-    """A thin dotted line at every merge of the run, or of any run of a comparison."""
-    found = json.loads(dataset.attrs.get("events", "[]"))
-    events = found if isinstance(found, list) else [each for run in found.values() for each in run]
+    """Draw a thin dotted line at every merge of the run, or of any run of a comparison."""
+    events = json.loads(dataset.attrs.get("events", "[]"))
+    if isinstance(events, dict):  # a comparison: run -> its events
+        events = [event for of_run in events.values() for event in of_run]
     for step in sorted({each["step"] for each in events if each["kind"] == schema.MERGE}):
         ax.axvline(step, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
 
 
 def draw_bound(ax: "Axes", dataset: xr.Dataset, values: xr.DataArray, kind: str) -> None:
-    """The rank bound as a dashed line, where a rank is drawn and all its matrices share one."""
+    """Draw the rank bound as a dashed line, if a rank is shown and all its matrices share it."""
     if values.name not in ("effective_rank", "numerical_rank") or "rank_bound" not in dataset:
         return
     if "baseline" in values.attrs:
         return
-    bounds = chosen(dataset, "rank_bound", kind).sel({schema.MATRIX: values[schema.MATRIX]})
+    bounds = metric_values(dataset, "rank_bound", kind).sel({schema.MATRIX: values[schema.MATRIX]})
     if float(bounds.min()) == float(bounds.max()):
         ax.axhline(float(bounds.max()), color="0.35", linewidth=1, linestyle="--", zorder=0)
         ax.annotate(
