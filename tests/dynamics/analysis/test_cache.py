@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -238,6 +239,58 @@ def test_adapters_are_measured_again_when_their_base_changes(again, tmp_path, ti
     # from 2; and the displacement, whose two weights are what they were, but were merged twice.
     assert again(run)[0] == 5
     assert again(run)[0] == 0
+
+
+def test_merges_are_counted_again_when_a_damaged_checkpoint_between_them_is_repaired(
+    again, tmp_path, tiny_llama
+):
+    """Its base is whole all along: what the count was made from must not look the same."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    run = tmp_path / "adapters"
+    base = tiny_llama(3)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])
+    model = peft.get_peft_model(tiny_llama(3), config)
+    for step in (1, 2, 3):
+        model.save_pretrained(run / f"checkpoint-{step}")
+        base.save_pretrained(run / f"checkpoint-{step}/base")
+        with torch.no_grad():  # as a merge does
+            base.get_parameter(Q0).mul_(1.5)
+    file = run / "checkpoint-2/adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    settle(run)
+    options = {"kinds": ["displacement"], "select": Q0}
+    merges = []
+    for content in (whole[:100], whole):
+        file.write_bytes(content)
+        settle(run)
+        with nullcontext() if content == whole else pytest.warns(dy.UnmeasuredWarning):
+            again(run, **options)
+        merges.append(dy.open_run(run).merges_between(Q0, 1, 3))
+    assert merges == [1, 2]
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "adapter_model.safetensors"])
+def test_nothing_in_a_checkpoint_that_cannot_be_read_has_an_origin(
+    damaged, checkpoints, tmp_path, tiny_llama
+):
+    run, kinds = checkpoints, ["weight"]
+    if damaged.startswith("adapter"):
+        peft = pytest.importorskip("peft")
+        run, kinds = tmp_path / "adapters", ["weight", "base", "adapter"]
+        model = peft.get_peft_model(tiny_llama(3), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        for step in (2, 4):
+            model.save_pretrained(run / f"checkpoint-{step}")
+            tiny_llama(3).save_pretrained(run / f"checkpoint-{step}/base")
+        settle(run)
+    opened = dy.open_run(run)
+    assert all(opened.origin(Q0, 4, kind) not in (None, origins.ABSENT) for kind in kinds)
+    (run / "checkpoint-4" / damaged).write_bytes(b"")
+    settle(run)
+    opened = dy.open_run(run)
+    assert set(opened.problems) == {4}
+    assert [opened.origin(Q0, 4, kind) for kind in kinds] == [None] * len(kinds)
+    assert opened.origin(Q0, 2, "weight") is not None
 
 
 def test_a_rewound_recording_is_measured_again_from_there(again, recording):
