@@ -1,1 +1,1 @@
-"""Where matrices point: subspaces of updates, adapters and gradients."""
+"""Where matrices point: the subspaces of updates, adapters and gradients."""

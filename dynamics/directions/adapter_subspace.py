@@ -1,34 +1,33 @@
-"""How much of a gradient an adapter can follow: the part of it in the adapter's tangent space.
+"""How much of a gradient an adapter can follow: the part in the adapter's tangent space.
 
-An adapter moves the weight by s·(dB·A + B·dA) to first order. The matrices of that form are the
-tangent space {B X + Y A} of the products B·A; a gradient outside of it cannot be followed by any
-small change of the factors, whatever the optimizer.
+To first order, an adapter moves the weight by s·(dB·A + B·dA). The matrices of this form are the
+tangent space {B X + Y A} of the products B·A. No small change of the factors can follow the part of
+a gradient outside of it, whatever the optimizer does.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from dynamics.spectra.numpy_spectrum import singular_values
-
-_EPS = float(np.finfo(np.float64).eps)
+from dynamics.spectra.numpy_spectrum import EPS, singular_values
 
 
 @dataclass(frozen=True)
 class Expressibility:
     """Shares of a gradient's energy ‖G‖_F² that changes of an adapter's factors can express.
 
-    Each is between 0 and 1, and NaN where G is zero. They say what can be reached, not what the
-    optimizer does: a direction of B or A counts alike however small its singular value.
+    Each share is between 0 and 1; all but `random_share` are NaN where G is zero. The shares say
+    what can be reached, not what the optimizer does: every direction of B or A counts fully,
+    however small its singular value.
 
     Attributes:
-        share: ‖P(G)‖_F² / ‖G‖_F² with P the projection onto {L X + Y R}: both factors change.
-        left_share: ‖Q_L Q_Lᵀ G‖_F² / ‖G‖_F²: L stays, R changes.
-        right_share: ‖G Q_R Q_Rᵀ‖_F² / ‖G‖_F²: R stays, L changes.
-        best_share: Σ_{i<=2r} sᵢ² / Σ sᵢ², the largest share for any two factors of rank r.
-        best_one_sided_share: Σ_{i<=r} sᵢ² / Σ sᵢ², the largest left_share or right_share.
-        random_share: 1 − (1 − r_L/m)(1 − r_R/n), the expected share of random subspaces of the
-            dimensions that these have, whatever G is.
+        share: both factors change: ‖P(G)‖_F² / ‖G‖_F² with the projection P onto {L X + Y R}.
+        left_share: L stays, R changes: ‖Q_L Q_Lᵀ G‖_F² / ‖G‖_F².
+        right_share: R stays, L changes: ‖G Q_R Q_Rᵀ‖_F² / ‖G‖_F².
+        best_share: the largest share of any two factors of rank r, Σ_{i<=2r} sᵢ² / Σ sᵢ².
+        best_one_sided_share: the largest left_share or right_share, Σ_{i<=r} sᵢ² / Σ sᵢ².
+        random_share: 1 − (1 − r_L/m)(1 − r_R/n), the expected share of random subspaces of
+            dimensions r_L and r_R, whatever G is.
         left_rank: r_L, the dimension of the column space of L.
         right_rank: r_R, the dimension of the row space of R.
     """
@@ -44,31 +43,42 @@ class Expressibility:
 
 
 def expressibility(gradient: np.ndarray, left: np.ndarray, right: np.ndarray) -> Expressibility:
-    """What changes of the factors of left @ right can express of a gradient.
+    """The shares of a gradient that changes of the factors of left @ right can express.
 
-    With Q_L (m, r_L) and Q_R (n, r_R) orthonormal bases of the column space of `left` and the
-    row space of `right`, the orthogonal projection onto {L X + Y R} is
+    Let Q_L (m, r_L) and Q_R (n, r_R) be orthonormal bases of the column space of `left` and of the
+    row space of `right`. The orthogonal projection onto {L X + Y R} is
 
         P(G) = Q_L Q_Lᵀ G + G Q_R Q_Rᵀ − Q_L Q_Lᵀ G Q_R Q_Rᵀ
 
-    and its two orthogonal parts Q_L Q_Lᵀ G and (I − Q_L Q_Lᵀ) G Q_R Q_Rᵀ give its norm. A zero
-    factor has an empty space: after a reset with B = 0 only G Q_A Q_Aᵀ is left.
+    Its norm follows from its two orthogonal parts Q_L Q_Lᵀ G and (I − Q_L Q_Lᵀ) G Q_R Q_Rᵀ. A zero
+    factor has an empty space: after a reset with B = 0, only G Q_A Q_Aᵀ is left.
 
-    The best share. G − P(G) = (I − P_L) G (I − P_R) differs from G by a matrix of rank <= 2r, so
-    that its energy is at least Σ_{i>2r} sᵢ² (Eckart & Young 1936), and L on the left singular
-    vectors 1 ... r with R on the right ones r+1 ... 2r reaches it. L and R on the *same* triplets
-    1 ... r, the factors of the truncated gradient, overlap and reach Σ_{i<=r} sᵢ² only.
+    The best share: G − P(G) = (I − P_L) G (I − P_R) differs from G by a matrix of rank <= 2r, so
+    its energy is at least Σ_{i>2r} sᵢ² (Eckart & Young 1936). It is exactly that where L spans the
+    left singular vectors 1 ... r and R the right singular vectors r+1 ... 2r. The factors of the
+    truncated gradient do not get there: L and R then belong to the *same* triplets 1 ... r, they
+    overlap, and the share is only Σ_{i<=r} sᵢ² / Σ sᵢ².
 
-    The tangent space of the matrices of rank r: Vandereycken 2013, "Low-rank matrix completion
-    by Riemannian optimization", proposition 2.1.
+    The tangent space of the matrices of rank r is that of Vandereycken 2013, "Low-rank matrix
+    completion by Riemannian optimization", proposition 2.1.
 
     Args:
-        gradient: G, (m, n).
-        left: L, (m, r); B of a LoRA layer whose weight is (out, in).
-        right: R, (r, n); A of such a layer. LoRA's scaling changes no share.
+        gradient: G, (m, n), computed with in float64.
+        left: L, (m, r): B of a LoRA layer whose weight is stored (out, in).
+        right: R, (r, n): A of such a layer. LoRA's scaling changes no share.
 
     Raises:
-        ValueError: the shapes do not fit, or a number is not finite.
+        ValueError: the shapes do not fit, or a number is NaN or Inf.
+
+    Example:
+        The gradient diag(2, 1) and factors of rank 1 that both have its leading direction:
+
+        >>> e1 = np.array([[1.0], [0.0]])
+        >>> shares = expressibility(np.diag([2.0, 1.0]), left=e1, right=e1.T)
+        >>> round(shares.share, 12), shares.best_share  # 4/5; two directions would be all
+        (0.8, 1.0)
+        >>> shares.random_share  # 1 - (1 - 1/2)(1 - 1/2)
+        0.75
     """
     gradient, left, right = (np.asarray(x, dtype=np.float64) for x in (gradient, left, right))
     (m, n), r = gradient.shape, left.shape[1]
@@ -106,16 +116,25 @@ def expressibility(gradient: np.ndarray, left: np.ndarray, right: np.ndarray) ->
 
 
 def column_space(matrix: np.ndarray) -> np.ndarray:
-    """An orthonormal basis (m, rank) of the column space of (m, r) `matrix`.
+    """An orthonormal basis of the column space of a matrix.
 
-    The left singular vectors above max(m, r)·2⁻⁵²·s₁, the rounding of their computation in
-    float64. The zero matrix has an empty basis, (m, 0).
+    Args:
+        matrix: (m, r), computed with in float64.
+
+    Returns:
+        (m, rank) float64: the left singular vectors whose singular values exceed
+        max(m, r)·2⁻⁵²·s₁, the rounding of their computation. The zero matrix has an empty basis,
+        (m, 0).
 
     Raises:
         ValueError: the matrix holds NaN or Inf.
+
+    Example:
+        >>> column_space(np.array([[1.0, 2.0], [1.0, 2.0], [0.0, 0.0]])).shape
+        (3, 1)
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if not np.isfinite(matrix).all():
         raise ValueError(f"Expected finite factors, found NaN or Inf in one of {matrix.shape}.")
     u, s, _ = np.linalg.svd(matrix, full_matrices=False)
-    return u[:, s > max(matrix.shape) * _EPS * s.max(initial=0.0)]
+    return u[:, s > max(matrix.shape) * EPS * s.max(initial=0.0)]

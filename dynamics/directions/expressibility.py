@@ -1,4 +1,4 @@
-"""How much of the gradient that reaches each adapted weight its adapter could express."""
+"""How much of each gradient of an adapted weight the adapter can express, over a recording."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -30,12 +30,12 @@ _LONG_NAMES = {
 
 
 class FactorsOf(IntEnum):
-    """Which factors a gradient was compared with; the record's own are those after its step."""
+    """Which factors a gradient was compared with. A record's own are those after its step."""
 
-    NONE = 0  # no gradient, no adapter, or NaN in one of them
-    BEFORE = 1  # the record one step before: the factors that the gradient was taken at
-    RESET = 2  # a merge and reset came between: B was zero and A is the record's
-    AFTER = 3  # the record's own, one optimizer step later than the gradient
+    NONE = 0  # there is no gradient or no adapter, or one of them holds NaN or Inf
+    BEFORE = 1  # those of the record one step before: the gradient was taken at these
+    RESET = 2  # a merge and a reset came in between: B = 0, and A of the record itself
+    AFTER = 3  # those of the record itself, one optimizer step later than the gradient
 
 
 def gradient_expressibility(
@@ -44,32 +44,43 @@ def gradient_expressibility(
     steps: Iterable[int] | None = None,
     select: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
-    """The shares of each gradient that its adapter can express, over the steps of a recording.
+    """The share of each gradient that its adapter can express, over the steps of a recording.
 
-    The gradient of record t was taken at the weights after t − 1 steps, and the factors of
-    record t are those after t steps. `factors` says what was compared:
+    The gradient of record t was taken at the weights after t − 1 steps, but the factors in record t
+    are those after t steps. The variable `factors` says which factors were used:
 
-    - `before`: record t − 1 exists and nothing was merged in between; its factors are exactly
-      those of the gradient. Record pairs of steps for it, e.g. every=lambda t: t % 100 in (0, 99).
-    - `reset`: a merge stands at t − 1. ReLoRA resets B to zero and forgets its Adam state; dL/dA
-      is then zero, and the record's A spans what the gradient's A did (weight decay only scales
-      it). Exact too.
-    - `after`: else the record's own factors. One step has moved them towards this gradient, so
-      that the share is a little high where a step is large beside the factors, as soon after a
-      reset.
+    - `before`: record t − 1 exists, and nothing was merged in between. Its factors are exactly
+      those at which the gradient was taken. To have such records, record pairs of steps, for
+      example with every=lambda t: t % 100 in (0, 99).
+    - `reset`: a merge stands at t − 1. ReLoRA sets B to zero and deletes its Adam state, so dL/dA
+      is zero in step t. The A of record t then spans the same space as the A of the gradient
+      (weight decay only scales it). This is exact, too.
+    - `after`: otherwise, the factors of record t. One step has moved them towards this gradient.
+      The share is therefore a little too high where one step is large compared with the factors,
+      as it is soon after a reset.
 
     Args:
         run: a recording that holds adapters and the gradients of their weights, or its path.
-        steps: of the run; all that have a gradient by default.
-        select: globs over parameter names.
+        steps: steps of the run; by default all that have a gradient.
+        select: globs over parameter names ("*_proj" matches with or without ".weight").
 
     Returns:
-        A Dataset with dims (step, matrix): the attributes of
-        `metrics.adapter_subspace.Expressibility` as variables, with left and right factor as
-        the weight is stored: B and A for (out, in), Aᵀ and Bᵀ for (in, out); and `factors`.
+        A Dataset with dims (step, matrix). Its variables are the attributes of
+        `directions.adapter_subspace.Expressibility`, NaN where `factors` is `none`, and `factors`.
+        Left and right factor are those of the weight as it is stored: B and A where it is stored
+        (out, in), Aᵀ and Bᵀ where it is stored (in, out).
 
     Raises:
-        MissingError: the run has no adapters or no gradients, or nothing is selected.
+        MissingError: the run has no adapters or no gradients, it holds only spectra, it lacks one
+            of the steps, or `select` matches no adapted matrix.
+        FormatError: `run` cannot be opened, or one of its files is damaged.
+
+    Example:
+        >>> shares = dy.gradient_expressibility("run.zarr", select="*.0.*q_proj")
+        >>> shares["share"].dims
+        ('step', 'matrix')
+        >>> bool((shares["share"] <= shares["best_share"] + 1e-12).all())
+        True
     """
     run = run if isinstance(run, Run) else open_run(run)
     run.require_matrices("The expressibility of gradients")
@@ -94,9 +105,9 @@ def gradient_expressibility(
     factors = np.zeros(shape, dtype=np.int8)
     for m, info in enumerate(chosen):
         for t, step in enumerate(wanted):
-            measured, factors[t, m] = _measured(run, info.name, step)
-            if measured is not None:
-                for name, value in dataclasses.asdict(measured).items():
+            shares, factors[t, m] = _shares(run, info.name, step)
+            if shares is not None:
+                for name, value in dataclasses.asdict(shares).items():
                     values[name][t, m] = value
     used = (
         np.ones(len(wanted), dtype=bool)
@@ -131,7 +142,7 @@ def _is_adapted(run: Run, name: str) -> bool:
     return any(run.read(name, step, schema.ADAPTER) is not None for step in run.steps.tolist())
 
 
-def _measured(run: Run, name: str, step: int) -> tuple[Expressibility | None, FactorsOf]:
+def _shares(run: Run, name: str, step: int) -> tuple[Expressibility | None, FactorsOf]:
     gradient = run.read(name, step, schema.GRADIENT)
     adapter, which = _factors(run, name, step)
     if gradient is None or adapter is None or not (is_finite(gradient) and is_finite(adapter)):
@@ -141,7 +152,7 @@ def _measured(run: Run, name: str, step: int) -> tuple[Expressibility | None, Fa
 
 
 def _factors(run: Run, name: str, step: int) -> tuple[Factored | None, FactorsOf]:
-    """The factors that the gradient of record `step` was taken at, as nearly as they are known."""
+    """The best known factors for the gradient of record `step`, and which they are."""
     merged = run.merges_between(name, step - 1, step) > 0
     if not merged and step - 1 in run.steps:
         before = run.read(name, step - 1, schema.ADAPTER)

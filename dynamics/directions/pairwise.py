@@ -1,6 +1,6 @@
-"""Metrics of two matrices: how their directions lie to each other.
+"""Metrics of two matrices: how their directions lie relative to each other.
 
-Subspaces are given by orthonormal bases, (n, k), as `leading_subspaces` returns them.
+A subspace is given by an orthonormal basis, (n, k), as `leading_subspaces` returns it.
 """
 
 from typing import NamedTuple
@@ -28,10 +28,21 @@ class Subspaces(NamedTuple):
 
 
 def leading_subspaces(matrix: Dense | Factored | Difference, k: int) -> Subspaces:
-    """The k leading singular triplets, or as many as are above the matrix's noise floor.
+    """The k leading singular triplets of a matrix, in float64.
 
-    Computed in float64. A factored matrix L·R stays factored: with L = Q₁R₁ and Rᵀ = Q₂R₂ its
-    triplets are those of the small R₁R₂ᵀ, rotated by Q₁ and Q₂.
+    There are fewer than k where fewer singular values exceed the matrix's noise floor and the error
+    of their computation. A product L·R of factors is not multiplied out: with L = Q₁R₁ and
+    Rᵀ = Q₂R₂ its triplets are those of the small R₁R₂ᵀ, rotated by Q₁ and Q₂.
+
+    Args:
+        matrix: (m, n), finite.
+        k: directions, at most.
+
+    Example:
+        >>> from dynamics.runs.run import Dense
+        >>> matrix = Dense(np.diag([5.0, 3.0, 1e-9]), "float32")
+        >>> leading_subspaces(matrix, k=3).s  # float32 cannot hold 1e-9 beside 5
+        array([5., 3.])
     """
     if isinstance(matrix, Factored):
         q1, r1 = np.linalg.qr(matrix.scale * matrix.left.astype(np.float64))
@@ -47,10 +58,21 @@ def leading_subspaces(matrix: Dense | Factored | Difference, k: int) -> Subspace
 
 
 def principal_angle_cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Cos θᵢ of the principal angles between two subspaces, descending, (min(j, k),).
+    """The cosines of the principal angles between two subspaces: 1 shared, 0 orthogonal.
 
-    The singular values of one.T @ other for orthonormal `one` (n, j) and `other` (n, k); 1 is a
-    shared direction, 0 an orthogonal one. Björck & Golub 1973, theorem 1.
+    They are the singular values of one.T @ other (Björck & Golub 1973, theorem 1).
+
+    Args:
+        one: (n, j), orthonormal.
+        other: (n, k), orthonormal.
+
+    Returns:
+        (min(j, k),), descending; empty where a subspace is.
+
+    Example:
+        >>> identity = np.eye(3)
+        >>> principal_angle_cosines(identity[:, :2], identity[:, 1:])  # they share one direction
+        array([1., 0.])
     """
     if min(one.shape[1], other.shape[1]) == 0:
         return np.empty(0)
@@ -58,10 +80,22 @@ def principal_angle_cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def subspace_overlap(one: np.ndarray, other: np.ndarray) -> float:
-    """‖one.T @ other‖_F² / min(j, k): the mean cos² of the principal angles, 0 to 1.
+    """‖one.T @ other‖_F² / min(j, k): the mean cos² of the principal angles, between 0 and 1.
 
-    The φ of LoRA's subspace analysis (Hu et al. 2021, arXiv 2106.09685, equation 4). NaN where a
-    subspace is empty. Two random subspaces of dimensions j and k in n have max(j, k)/n on average.
+    This is φ of LoRA's subspace analysis (Hu et al. 2021, arXiv 2106.09685, equation 4). Two random
+    subspaces of dimensions j and k in n dimensions have max(j, k)/n on average.
+
+    Args:
+        one: (n, j), orthonormal.
+        other: (n, k), orthonormal.
+
+    Returns:
+        The overlap; NaN where a subspace is empty.
+
+    Example:
+        >>> identity = np.eye(3)
+        >>> subspace_overlap(identity[:, :2], identity[:, 1:])  # (1² + 0²) / 2
+        0.5
     """
     cosines = principal_angle_cosines(one, other)
     return float(np.mean(cosines**2)) if cosines.size else float("nan")
@@ -70,9 +104,21 @@ def subspace_overlap(one: np.ndarray, other: np.ndarray) -> float:
 def energy_in_subspaces(
     matrix: Dense | Factored | Difference, left: np.ndarray, right: np.ndarray
 ) -> float:
-    """‖left.T @ W @ right‖_F² / ‖W‖_F²: the share of W within two subspaces, 0 to 1.
+    """‖left.T @ W @ right‖_F² / ‖W‖_F²: the share of W within two subspaces, between 0 and 1.
 
-    left (m, j) and right (n, k) orthonormal. NaN for the zero matrix.
+    Args:
+        matrix: W, (m, n).
+        left: (m, j), orthonormal.
+        right: (n, k), orthonormal.
+
+    Returns:
+        The share; NaN for the zero matrix.
+
+    Example:
+        >>> from dynamics.runs.run import Dense
+        >>> matrix, identity = Dense(np.diag([3.0, 1.0]), "float64"), np.eye(2)
+        >>> energy_in_subspaces(matrix, identity[:, :1], identity)  # 3² / (3² + 1²)
+        0.9
     """
     if isinstance(matrix, Factored):
         scaled = matrix.scale * matrix.left.astype(np.float64)
@@ -85,13 +131,21 @@ def energy_in_subspaces(
 
 
 def alignment(one: Dense | Factored | Difference, other: Dense | Factored | Difference) -> float:
-    """⟨X, Y⟩_F / (‖X‖_F ‖Y‖_F), the cosine of the angle between two matrices, -1 to 1.
+    """⟨X, Y⟩_F / (‖X‖_F ‖Y‖_F): the cosine of the angle between two matrices, between -1 and 1.
 
-    NaN where one is zero. Two factored matrices are never multiplied out:
-    ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂) ∘ (R₁R₂ᵀ).
+    Two products of factors are not multiplied out: ⟨L₁R₁, L₂R₂⟩ = Σ (L₁ᵀL₂) ∘ (R₁R₂ᵀ).
+
+    Returns:
+        The cosine; NaN where one matrix is zero.
 
     Raises:
         ValueError: their shapes differ.
+
+    Example:
+        >>> from dynamics.runs.run import Dense
+        >>> one, other = (Dense(np.diag(d), "float64") for d in ([1.0, 0.0], [3.0, 4.0]))
+        >>> alignment(one, other)  # 3 / (1 · 5)
+        0.6
     """
     if one.shape != other.shape:
         raise ValueError(f"Expected matrices of one shape, found {one.shape} and {other.shape}.")

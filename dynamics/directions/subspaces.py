@@ -1,11 +1,12 @@
-"""Where updates point: along the weights they change, along earlier cycles, along another run.
+"""Where updates point, compared with the weights they change, earlier cycles, or another run.
 
-`subspace_overlaps` looks at one run, `run_alignment` at two. Both return a Dataset with the
+`subspace_overlaps` is about one run, `run_alignment` about two. Both return a Dataset with the
 dimensions `kind, step, matrix` of an analysis.
 """
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -21,6 +22,7 @@ from dynamics.directions.pairwise import (
     subspace_overlap,
 )
 from dynamics.errors import MissingError
+from dynamics.formats import open_run
 from dynamics.runs.differences import Difference, is_finite, reference_step
 from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.parameter_names import matches
@@ -51,33 +53,53 @@ _LONG_NAMES = {
 
 
 def subspace_overlaps(
-    run: Run,
+    run: Run | str | Path,
     *,
     k: int = 16,
     kinds: Iterable[str] | None = None,
     select: str | Sequence[str] | None = None,
 ) -> xr.Dataset:
-    """How the updates of a run lie to the weights they change, and cycles to the cycle before.
+    """How updates overlap with the weights they change, and each cycle with the cycle before.
 
-    Subspaces are spanned by the k leading singular directions above the noise floor, or as many
-    as there are; overlaps are mean cos² of the principal angles (`subspace_overlap`).
-
-    - `left_overlap_with_weight`, `right_overlap_with_weight`, `energy_in_weight`: an update
-      against the weight it started from.
-    - `left_overlap_with_last_cycle`, `right_overlap_with_last_cycle` (kind `adapter`): the
-      adapter against the adapter of the cycle before, as it was merged. Random subspaces of
-      dimension r in n overlap by r/n; a reset that explores new directions stays near that.
+    A subspace is spanned by the k leading singular directions above the noise floor, or by fewer
+    where fewer are above it. An overlap is the mean cos² of the principal angles
+    (`directions.pairwise.subspace_overlap`; Hu et al. 2021, arXiv 2106.09685, equation 4).
 
     Args:
-        run: the run.
+        run: a run, or its path.
         k: directions.
         kinds: of adapter, update, displacement, cycle_update, optimizer_update; by default those
             that the run has.
-        select: globs over parameter names.
+        select: globs over parameter names ("*_proj" matches with or without ".weight").
+
+    Returns:
+        A Dataset with dims (kind, step, matrix), NaN where nothing could be compared:
+
+        - `left_overlap_with_weight`, `right_overlap_with_weight`: the overlap of an update with the
+          weight from which it started.
+        - `energy_in_weight`: the share of the update's energy within that weight's leading
+          subspaces.
+        - `left_overlap_with_last_cycle`, `right_overlap_with_last_cycle` (kind `adapter`): the
+          overlap of the adapter with the adapter that was merged last. Random subspaces of
+          dimension r in n dimensions overlap by r/n; a reset that explores new directions stays
+          near this value.
+
+        Variables for which the run has no values at all are left out.
 
     Raises:
-        MissingError: a kind that is none of these, or nothing is selected.
+        MissingError: one of `kinds` is none of the above or the run lacks it, `select` matches
+            nothing, or the run holds only spectra.
+        FormatError: `run` cannot be opened, or one of its files is damaged.
+
+    Example:
+        >>> overlaps = dy.subspace_overlaps("run.zarr", k=2, kinds=["adapter"], select="*q_proj")
+        >>> overlaps["left_overlap_with_weight"].dims
+        ('kind', 'step', 'matrix')
+        >>> cycles = overlaps["left_overlap_with_last_cycle"].dropna("step", how="all")
+        >>> cycles["step"].values.tolist()  # the merge came after step 4
+        [6, 8]
     """
+    run = run if isinstance(run, Run) else open_run(run)
     chosen = _chosen_kinds(run, kinds)
     merges = sorted({each.step for each in run.events if each.kind == schema.MERGE})
     cells: Cells = {}
@@ -110,8 +132,8 @@ def subspace_overlaps(
 
 
 def run_alignment(
-    one: Run,
-    other: Run,
+    one: Run | str | Path,
+    other: Run | str | Path,
     *,
     kind: str = schema.DISPLACEMENT,
     k: int = 16,
@@ -119,13 +141,39 @@ def run_alignment(
 ) -> xr.Dataset:
     """How far two runs move their weights in the same directions.
 
-    At the steps that both recorded, for the matrices that both have: `alignment`, the cosine
-    between the two matrices, and `left_overlap` and `right_overlap` of their k leading
-    directions above the noise floor, with `subspace_dimension`, the smaller one's.
+    They are compared at the steps that both recorded, for the matrices that both have in the same
+    shape.
+
+    Args:
+        one: a run, or its path.
+        other: likewise.
+        kind: of the matrices that are compared.
+        k: directions.
+        select: globs over parameter names ("*_proj" matches with or without ".weight").
+
+    Returns:
+        A Dataset with dims (kind, step, matrix), NaN where a run has no such matrix or it is not
+        finite:
+
+        - `alignment`: the cosine between the two matrices, between -1 and 1; NaN for zero ones.
+        - `left_overlap`, `right_overlap`: the overlap of their k leading directions above the noise
+          floor, the mean cos² of the principal angles; NaN where one has none.
+        - `subspace_dimension`: the dimension of the smaller of the two subspaces.
 
     Raises:
-        MissingError: the runs have no step or no matrix of one shape in common, or lack the kind.
+        MissingError: the runs have no step or no matrix of one shape in common, one of them lacks
+            the kind or holds only spectra, or `select` matches nothing.
+        FormatError: a run cannot be opened, or one of its files is damaged.
+
+    Example:
+        >>> both = dy.run_alignment("full/run.zarr", "relora/run.zarr", k=2)
+        >>> sorted(both.data_vars)
+        ['alignment', 'left_overlap', 'right_overlap', 'subspace_dimension']
+        >>> itself = dy.run_alignment("full/run.zarr", "full/run.zarr")["alignment"]
+        >>> bool((abs(itself.dropna("step", how="all") - 1) < 1e-12).all())
+        True
     """
+    one, other = (run if isinstance(run, Run) else open_run(run) for run in (one, other))
     for run in (one, other):
         if kind not in run.kinds:
             raise MissingError(f"{run.path} has no {kind}; it has {', '.join(run.kinds)}.")
@@ -164,23 +212,23 @@ def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
 def _selected(run: Run, select: str | Sequence[str] | None) -> list[tuple[MatrixInfo, Measurable]]:
     run.require_matrices("The overlap of subspaces")
     offered = parameters(CachedRun(run))  # which keeps what several kinds read
-    found = [each for each in offered if select is None or matches(each[0].name, select)]
-    if not found:
+    chosen = [each for each in offered if select is None or matches(each[0].name, select)]
+    if not chosen:
         raise MissingError(f"No matrix of {run.path} matches {select!r}.")
-    return found
+    return chosen
 
 
 def _start(run: Run, name: str, step: int, kind: str) -> int:
-    """The step of the weight that an update changes; the first step changes the weight it is."""
+    """The step of the weight from which an update started; `step` itself where none is earlier."""
     like = schema.CYCLE_UPDATE if kind == schema.ADAPTER else kind
-    found = reference_step(run, name, step, like)
-    return step if found is None else found
+    start = reference_step(run, name, step, like)
+    return step if start is None else start
 
 
 def _measurable(read: Measurable, step: int, kind: str) -> Matrix | Difference | None:
-    found = read(step, kind)
-    assert not isinstance(found, Spectrum), "refused by require_matrices"
-    return None if isinstance(found, Status) or not is_finite(found) else found
+    matrix = read(step, kind)
+    assert not isinstance(matrix, Spectrum), "refused by require_matrices"
+    return None if isinstance(matrix, Status) or not is_finite(matrix) else matrix
 
 
 def _leading(read: Measurable, k: int, step: int, kind: str) -> Subspaces | None:
