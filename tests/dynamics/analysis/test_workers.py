@@ -23,7 +23,7 @@ from zarr.storage import MemoryStore
 
 import dynamics as dy
 from dynamics.analysis.analyze import StoppedError, measure
-from dynamics.analysis.selection import selected
+from dynamics.analysis.selection import selection_of
 from dynamics.analysis.workers import _results
 from dynamics.formats.recording import RecordingRun
 
@@ -143,6 +143,22 @@ def test_processes_that_are_killed_cost_their_tasks_and_nothing_else(recording, 
     assert not multiprocessing.active_children()
 
 
+def test_ctrl_c_reaches_the_workers_and_none_of_them_ends_by_it(recording, serial):
+    """A terminal sends it to the whole group. It is the parent's to end them, all at once."""
+    workers, interrupted = set(), []
+
+    def interrupt(done, total, _name):
+        workers.update(each.pid for each in multiprocessing.active_children())
+        if not interrupted and done > total // 3:  # both have begun to work
+            interrupted.extend(workers)
+            for pid in interrupted:
+                os.kill(pid, signal.SIGINT)
+
+    xr.testing.assert_identical(dy.analyze(recording, workers=2, progress=interrupt), serial)
+    assert len(interrupted) == 2
+    assert workers == set(interrupted), "others were started in their place"
+
+
 def die_in_the_middle_of_an_answer():
     for number in range(3, 256):
         with suppress(OSError):
@@ -165,7 +181,7 @@ def test_an_analysis_with_workers_can_be_stopped_and_goes_on(recording, serial, 
     cache, end = tmp_path / "spectra.cache", []
     with pytest.raises(StoppedError):
         measure(
-            selected(dy.open_run(recording)),
+            selection_of(dy.open_run(recording)),
             cache=cache,
             workers=2,
             progress=lambda *_: end.append(1),
