@@ -44,7 +44,8 @@ def plot_heatmap(
     Example:
         >>> import matplotlib
         >>> matplotlib.use("Agg")
-        >>> ax = dy.plot_heatmap(dy.analyze("run.zarr"), "stable_rank")
+        >>> analysis = dy.analyze("run.zarr", kinds=["weight"])
+        >>> ax = dy.plot_heatmap(analysis, "stable_rank")
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('optimizer step', 'layer')
         >>> matplotlib.pyplot.close(ax.figure)

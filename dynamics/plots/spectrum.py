@@ -44,7 +44,7 @@ def plot_spectrum(
     Example:
         >>> import matplotlib
         >>> matplotlib.use("Agg")
-        >>> analysis = dy.analyze("run.zarr")
+        >>> analysis = dy.analyze("run.zarr", kinds=["weight"])
         >>> ax = dy.plot_spectrum(analysis, analysis["matrix"].values[0])
         >>> ax.get_ylabel(), ax.get_yscale()
         ('singular value, weight', 'log')

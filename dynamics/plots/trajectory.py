@@ -46,7 +46,8 @@ def plot_trajectory(
     Example:
         >>> import matplotlib
         >>> matplotlib.use("Agg")
-        >>> ax = dy.plot_trajectory(dy.analyze("run.zarr"), "stable_rank", by="layer")
+        >>> analysis = dy.analyze("run.zarr", kinds=["weight"])
+        >>> ax = dy.plot_trajectory(analysis, "stable_rank", by="layer")
         >>> ax.get_xlabel(), ax.get_ylabel()
         ('optimizer step', 'stable rank, weight')
         >>> matplotlib.pyplot.close(ax.figure)
