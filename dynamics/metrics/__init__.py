@@ -1,4 +1,4 @@
-"""The table of metrics. Adding one is a function in `spectral.py` and a row here."""
+"""The table of metrics. To add one, write a function in `spectral.py` and a row in `METRICS`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -47,7 +47,20 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of a spectrum, and what the result says about it."""
+    """One number of a spectrum, and how a result describes it.
+
+    Attributes:
+        function: computes the number from a `Spectrum`. One `Spectrum` can hold several matrices of
+            one shape along leading axes; the function then returns one number for each.
+        long_name: what plots and files call it.
+        reference: the paper that defines it.
+        units: "1" for a number without a unit.
+
+    Example:
+        >>> norm = Metric(lambda x: np.sqrt((x.s**2).sum(-1)), "Frobenius norm", units="weight")
+        >>> float(norm.function(dy.spectrum(np.diag([3.0, 4.0]))))
+        5.0
+    """
 
     function: Callable[[Spectrum], ArrayLike]
     long_name: str
@@ -116,10 +129,14 @@ METRICS: dict[str, Metric] = {
 
 
 def select_metrics(names: Iterable[str] | None) -> dict[str, Metric]:
-    """The rows of the table for these names, in the order asked for; all for None.
+    """The rows of the table with these names, in the order of the names; all rows for None.
 
     Raises:
-        MissingError: a name is not in the table; the message lists the known ones.
+        MissingError: a name is not in the table.
+
+    Example:
+        >>> list(select_metrics(["stable_rank", "effective_rank"]))
+        ['stable_rank', 'effective_rank']
     """
     if names is None:
         return dict(METRICS)
