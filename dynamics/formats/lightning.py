@@ -1,8 +1,8 @@
 """Lightning checkpoints: .ckpt files, or .ckpt directories of its FSDP and DeepSpeed strategies.
 
-Each holds `global_step` (optimizer steps done) and the LightningModule's state dict, whose names
-begin with the attribute that the model is kept in. Source: lightning/pytorch/trainer/connectors/
-checkpoint_connector.py and strategies/{fsdp,model_parallel,deepspeed}.py.
+Each holds `global_step` (optimizer steps done) and the state dict of the LightningModule. The
+names in it begin with the attribute that holds the model. Source: lightning/pytorch/trainer/
+connectors/checkpoint_connector.py and strategies/{fsdp,model_parallel,deepspeed}.py.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.deepspeed import deepspeed_tensors, has_model_states
-from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
 from dynamics.formats.shared.steps import by_step, step_in_name, step_inside
-from dynamics.formats.storage.dcp_tensors import METADATA, distributed_tensors
+from dynamics.formats.storage.dcp_tensors import dcp_tensors, has_shards
+from dynamics.formats.storage.deepspeed_tensors import deepspeed_tensors, has_model_states
 from dynamics.formats.storage.files import children
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
@@ -22,23 +22,22 @@ from dynamics.formats.storage.unpickling import json_like
 
 _SUFFIX = ".ckpt"
 _VERSION = "pytorch-lightning_version"
-# What the strategies put beside shards: all of the checkpoint but weights and optimizer.
+# Beside shards, the strategies put the checkpoint without its weights and optimizer here.
 _META = "meta.pt"
 _DEEPSPEED = "checkpoint"
 # lightning_logs/version_N/checkpoints, or project/run/checkpoints of its loggers.
 _DEEPEST, _MOST_DIRECTORIES = 3, 100
 
 
-class LightningRun(WeightsRun):
+class LightningFormat(FullCheckpointsFormat):
     """A directory of .ckpt, one .ckpt, or a directory with one such directory below."""
 
-    format = "lightning"
+    name = "lightning"
     description = ".ckpt files, or lightning_logs/version_N/ with them (Lightning)"
     single_files = True
 
-    @staticmethod
-    def recognises(path: Path) -> bool:
-        """Whether there are .ckpt, of which the first is Lightning's or cannot be read."""
+    def recognises(self, path: Path) -> bool:
+        """Whether there are .ckpt, and the first is Lightning's or cannot be read."""
         holders = _holders(path)
         if not holders:
             return False
@@ -51,9 +50,8 @@ class LightningRun(WeightsRun):
             return True
         return isinstance(saved, Mapping) and "state_dict" in saved
 
-    @staticmethod
-    def checkpoints(path: Path, root: Path) -> dict[int, Checkpoint]:
-        """See `WeightsRun.checkpoints`; the files' pickles are read, as they hold the step."""
+    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
+        """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""
         holders = _holders(path)
         if len(holders) != 1:
             listed = ", ".join(str(each).removeprefix(str(path)).strip("/") for each in holders[:6])
@@ -61,10 +59,10 @@ class LightningRun(WeightsRun):
                 f"{path} holds {len(holders)} directories with {_SUFFIX} files"
                 + (f" ({listed}); give one of them." if holders else ".")
             )
-        found: dict[Path, Checkpoint] = {}
+        opened: dict[Path, FullCheckpoint] = {}
         steps: dict[int, list[Path]] = {}
         for file in _checkpoints_in(holders[0]):
-            step, found[file] = _checkpoint(file, root)
+            step, opened[file] = _checkpoint(file, root)
             steps.setdefault(step, []).append(file)
         # Lightning's save_last writes the newest checkpoint a second time.
         chosen = [
@@ -72,7 +70,7 @@ class LightningRun(WeightsRun):
             for step, files in steps.items()
             for file in ([each for each in files if not _is_last(each)] or files[:1])
         ]
-        return {step: found[file] for step, file in by_step(chosen, holders[0]).items()}
+        return {step: opened[file] for step, file in by_step(chosen, holders[0]).items()}
 
 
 def _is_last(file: Path) -> bool:
@@ -82,12 +80,8 @@ def _is_last(file: Path) -> bool:
 def _is_checkpoint(path: Path) -> bool:
     if path.suffix != _SUFFIX or not path.is_dir():
         return path.suffix == _SUFFIX
-    # .metadata is written last: shards without it are a save that did not finish, and a problem.
-    return _has_shards(path) or has_model_states(path / _DEEPSPEED)
-
-
-def _has_shards(path: Path) -> bool:
-    return any(each.name == METADATA or each.suffix == ".distcp" for each in children(path))
+    # Shards without .metadata count too: their save did not finish, a problem of that step.
+    return has_shards(path) or has_model_states(path / _DEEPSPEED)
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
@@ -100,31 +94,31 @@ def _checkpoints_in(path: Path) -> list[Path]:
 def _holders(path: Path) -> list[Path]:
     """The directories with .ckpt, at or below `path`; `path` itself where it is a .ckpt.
 
-    Below one of them no others are looked for, and nowhere deeper than loggers put them.
+    The search goes no further below such a directory, and no deeper than loggers put them.
     """
-    found: list[Path] = []
+    holders: list[Path] = []
     level = [path]
     for _ in range(1 + _DEEPEST):
         below: list[Path] = []
         for directory in level[:_MOST_DIRECTORIES]:
             if _checkpoints_in(directory):
-                found.append(directory)
+                holders.append(directory)
             elif directory.is_dir():
                 inside = (each for each in children(directory) if not each.name.startswith("."))
                 below += [each for each in inside if each.is_dir()]
         level = below
-    return found
+    return holders
 
 
-def _checkpoint(path: Path, root: Path) -> tuple[int, Checkpoint]:
+def _checkpoint(path: Path, root: Path) -> tuple[int, FullCheckpoint]:
     tensors: Any
     try:
         if not path.is_dir():
             saved = torch_file(path, root)
-            tensors = partial(_whole, saved, path)
-        elif _has_shards(path):
+            tensors = partial(_state_dict, saved, path)
+        elif has_shards(path):
             saved = torch_file(path / _META, root)
-            tensors = partial(distributed_tensors, path, root)
+            tensors = partial(dcp_tensors, path, root)
         else:
             states = (each for each in children(path / _DEEPSPEED) if "model_states" in each.name)
             saved = torch_file(next(states), root)
@@ -133,24 +127,23 @@ def _checkpoint(path: Path, root: Path) -> tuple[int, Checkpoint]:
         step = step_in_name(path.stem)
         if step is None:
             raise
-        return step, Checkpoint(path, partial(_refuse, problem))
+        return step, FullCheckpoint.unreadable(path, problem)
     step = step_inside(saved.get("global_step")) if isinstance(saved, Mapping) else None
     if step is None:
-        raise FormatError(f"{path} tells no global_step, so it is no checkpoint of Lightning.")
+        raise FormatError(
+            f"{path} has no number global_step, so it is not a checkpoint of Lightning; move it "
+            "elsewhere, or give its format (--format)."
+        )
     epoch = step_inside(saved.get("epoch"))
     scalars = {} if epoch is None else {"epoch": float(epoch)}
-    return step, Checkpoint(path, tensors, partial(_attrs, saved), scalars.copy)
+    return step, FullCheckpoint(path, tensors, partial(_attrs, saved), scalars.copy)
 
 
-def _whole(saved: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+def _state_dict(saved: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
     return tensors_of(saved.get("state_dict"), f"{path}: 'state_dict'")
 
 
 def _attrs(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters as the config: save_hyperparameters() keeps the model's sizes there."""
+    """The hyperparameters are the config: save_hyperparameters() stores the model's sizes there."""
     given = {"config": saved.get("hyper_parameters"), "lightning_version": saved.get(_VERSION)}
     return {key: json_like(value) for key, value in given.items() if json_like(value)}
-
-
-def _refuse(problem: FormatError) -> Any:
-    raise problem

@@ -1,7 +1,7 @@
 """nanoGPT checkpoints: ckpt.pt with the model, its sizes and the iteration (karpathy/nanoGPT).
 
-train.py overwrites one ckpt.pt; who keeps several gives each a name of its own, so that all `.pt`
-files of a directory are looked at. A checkpoint is saved before its iteration's optimizer step:
+train.py overwrites one ckpt.pt. To keep several, a user gives each its own name, so all `.pt` files
+of a directory are read. A checkpoint is saved before the optimizer step of its iteration:
 `iter_num` is the number of steps done.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
 from dynamics.formats.shared.steps import by_step, step_in_name, step_inside
 from dynamics.formats.storage.files import children
 from dynamics.formats.storage.tensors import StoredTensor
@@ -22,15 +22,14 @@ _OWN = "ckpt.pt"
 _KEYS = {"model", "model_args", "iter_num"}
 
 
-class NanoGPTRun(WeightsRun):
+class NanoGPTFormat(FullCheckpointsFormat):
     """A nanoGPT `out_dir`, or one of its files."""
 
-    format = "nanogpt"
+    name = "nanogpt"
     description = "ckpt.pt, or several .pt of its kind (nanoGPT)"
     single_files = True
 
-    @staticmethod
-    def recognises(path: Path) -> bool:
+    def recognises(self, path: Path) -> bool:
         """Whether ckpt.pt, or the first .pt, has what nanoGPT's train.py saves."""
         files = _files(path)
         if not files:
@@ -41,10 +40,9 @@ class NanoGPTRun(WeightsRun):
         except FormatError:
             return False
 
-    @staticmethod
-    def checkpoints(path: Path, root: Path) -> dict[int, Checkpoint]:
-        """See `WeightsRun.checkpoints`; the files' pickles are read, as they hold the step."""
-        found: dict[Path, Checkpoint] = {}
+    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
+        """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""
+        opened: dict[Path, FullCheckpoint] = {}
         steps: list[tuple[int, Path]] = []
         for file in _files(path):
             try:
@@ -53,22 +51,22 @@ class NanoGPTRun(WeightsRun):
                 step = step_in_name(file.stem)
                 if step is None:
                     raise
-                found[file] = Checkpoint(file, partial(_refuse, problem))
+                opened[file] = FullCheckpoint.unreadable(file, problem)
             else:
                 step = step_inside(saved["iter_num"]) if _is_nanogpt(saved) else None
                 if step is None:
                     raise FormatError(
-                        f"{file} is no checkpoint of nanoGPT with the keys {sorted(_KEYS)}; "
-                        "move it elsewhere."
+                        f"{file} is not a checkpoint of nanoGPT, which has the keys "
+                        f"{sorted(_KEYS)}; move it elsewhere."
                     )
-                found[file] = Checkpoint(
+                opened[file] = FullCheckpoint(
                     file,
                     partial(tensors_of, saved["model"], f"{file}: 'model'"),
                     partial(_attrs, saved),
                     partial(_scalars, saved),
                 )
             steps.append((step, file))
-        return {step: found[file] for step, file in by_step(steps, path).items()}
+        return {step: opened[file] for step, file in by_step(steps, path).items()}
 
 
 def _files(path: Path) -> list[Path]:
@@ -82,17 +80,13 @@ def _is_nanogpt(saved: Any) -> bool:
     return isinstance(saved, Mapping) and set(saved) >= _KEYS
 
 
-def _refuse(problem: FormatError) -> Any:
-    raise problem
-
-
 def _attrs(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {"config": json_like(saved["model_args"]), "training": json_like(saved.get("config"))}
 
 
 def _scalars(saved: Mapping[str, Any]) -> dict[str, float]:
     loss = saved.get("best_val_loss")
-    if isinstance(loss, StoredTensor) and loss.shape == ():  # a mean of torch's, kept as it is
+    if isinstance(loss, StoredTensor) and loss.shape == ():  # a tensor of one number
         loss = float(loss.read())
     if isinstance(loss, bool) or not isinstance(loss, int | float):
         return {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import Checkpoint, WeightsRun
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
 from dynamics.formats.shared.steps import by_step, step_in_name
 from dynamics.formats.storage.files import children
 from dynamics.formats.storage.npz_files import npz_tensors
@@ -18,52 +18,52 @@ from dynamics.formats.storage.unpickling import Inert
 
 _PICKLED = (".pt", ".pth", ".bin")
 _SUFFIXES = (*_PICKLED, ".safetensors", ".npz")
-# What trainers save beside a model.
+# Trainers save these files beside a model.
 _NO_MODEL = re.compile(
     r"(?:^|[-_.])(?:optimizer|optim|scheduler|sampler|scaler|rng|random_states|training_args)"
     r"(?:[-_.\d]|$)",
     re.IGNORECASE,
 )
-# Parts of one model: Hugging Face's shards, those of Llama as Meta released it.
+# Parts of one model: Hugging Face's shards, and those of Llama as Meta released it.
 _PART = re.compile(r".*-\d{5}-of-\d{5}|consolidated\.\d\d")
 _MODELS = ("model", "state_dict", "model_state_dict", "module")
 
 
-class PlainFilesRun(WeightsRun):
+class PlainFilesFormat(FullCheckpointsFormat):
     """A directory of state dicts with a step in their names, or one of them."""
 
-    format = "files"
+    name = "files"
     description = "files like model_step100.safetensors, .pt, .pth, .bin or .npz with a state dict"
     single_files = True
 
-    @staticmethod
-    def recognises(path: Path) -> bool:
-        """Whether there are files that by their names can be state dicts."""
+    def recognises(self, path: Path) -> bool:
+        """Whether there are files whose names are those of state dicts."""
         return bool(_files(path))
 
-    @staticmethod
-    def checkpoints(path: Path, root: Path) -> dict[int, Checkpoint]:
-        """See `WeightsRun.checkpoints`."""
+    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
+        """See `FullCheckpointsFormat.checkpoints`."""
         files = _files(path)
         if not files:
-            raise FormatError(f"{path} is or holds no file {', '.join(_SUFFIXES)} with a model.")
+            raise FormatError(
+                f"{path} holds no file with a model; its name would end in {', '.join(_SUFFIXES)}."
+            )
         parts = [file for file in files if _PART.fullmatch(file.stem)]
         if parts and len(files) > 1:
             raise FormatError(
-                f"{path} holds {parts[0].name}, a part of a model, without the index that puts "
-                "its parts together; copy it there, or save the model in one file."
+                f"{path} holds {parts[0].name}, a part of a model, but not the index that puts "
+                "the parts together; copy the index there, or save the model in one file."
             )
         steps = []
         for file in files:
             step = None if _PART.fullmatch(file.stem) else step_in_name(file.stem)
             if step is None and len(files) > 1:
                 raise FormatError(
-                    f"{path} holds {len(files)} files, and the name of {file.name} has no step; "
+                    f"{path} holds {len(files)} files, and the name {file.name} contains no step; "
                     "rename it like model_step100, move it elsewhere, or give it alone."
                 )
             steps.append((step or 0, file))
         return {
-            step: Checkpoint(file, partial(file_tensors, file, root))
+            step: FullCheckpoint(file, partial(file_tensors, file, root))
             for step, file in by_step(steps, path).items()
         }
 
@@ -103,12 +103,12 @@ def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
     if not at_top:
         listed = ", ".join(repr(str(key)[:40]) for key in list(saved)[:8]) or "nothing"
         raise FormatError(
-            f"{path} has no tensors at its top, nor a state dict under {', '.join(_MODELS)}; it "
-            f"has {listed}: save the model's state dict alone."
+            f"{path} has no tensors at its top and no state dict under {', '.join(_MODELS)}; it "
+            f"has {listed}. Save the model's state dict alone."
         )
     return tensors_of(_top(saved), str(path))
 
 
 def _top(saved: Mapping[Any, Any]) -> dict[Any, Any]:
-    """The entries without what is nested: an optimizer's state beside a model's tensors."""
+    """The entries that are not nested: without the optimizer's state beside a model's tensors."""
     return {key: value for key, value in saved.items() if not isinstance(value, Mapping)}

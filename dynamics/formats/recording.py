@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynamics import schema
+from dynamics.formats.format import Format, OpenOptions
 from dynamics.formats.shared.evaluations import with_evaluations
 from dynamics.formats.storage.files import is_remote
 from dynamics.recordings import (
@@ -30,19 +31,35 @@ from dynamics.runs.run import Dense, Event, Factored, Matrix, Run, Spectrum, mat
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 
 
-class RecordingRun(Run):
-    """One recording, as its last commit shows it when it is opened."""
+class RecordingFormat(Format):
+    """A recording in a directory or behind a URL."""
 
-    format = "recording"
-    merges_told_by_events = True
+    name = "recording"
     description = "a recording made by probes.Recorder (a Zarr store)"
 
-    @staticmethod
-    def recognises(path: Path) -> bool:
+    def recognises(self, path: Path) -> bool:
         """Whether `path` is the root of a Zarr v3 store, or an Icechunk repository on this disk."""
         if (path / "zarr.json").is_file():
             return True
         return not is_remote(path) and is_repository_folder(path)
+
+    def open(self, path: Path, options: OpenOptions) -> Run:
+        """See `Format.open`."""
+        return RecordingRun(path)
+
+
+class RecordingRun(Run):
+    """One recording, as its last commit shows it when it is opened.
+
+    Args:
+        path: a path, a zarr Store, or an Icechunk repository.
+
+    Raises:
+        FormatError: there is no recording, or it is damaged or of a newer version.
+    """
+
+    format = RecordingFormat.name
+    merges_told_by_events = True
 
     def __init__(self, path: StoreLike):
         self.path = told(path)

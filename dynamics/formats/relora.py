@@ -1,13 +1,14 @@
 """Checkpoints of the original ReLoRA (Guitaricet/relora): model_N/ with base and factors.
 
-`torchrun_main.py` saves `model_{update_step}/` after that many optimizer steps and before a merge
-of the same step: transformers' save_pretrained of the model with lora_A and lora_B beside each
-adapted weight (`peft_pretraining/relora.py`), relora_config.json, training_state.json and
-optimizer.pt. The full-rank runs of the same script lack relora_config.json and the factors.
+`torchrun_main.py` saves `model_{update_step}/` after that many optimizer steps, and before a merge
+of the same step. It holds transformers' save_pretrained of the model, with lora_A and lora_B beside
+each weight that has an adapter (`peft_pretraining/relora.py`), relora_config.json,
+training_state.json and optimizer.pt. The full-rank runs of the same script have neither
+relora_config.json nor factors.
 
-relora_config.json tells neither whether the scaling is trained nor whether there is a base weight
-(its writer leaves both at their defaults), so both are told by the stored tensors: a trained
-scaling is stored as `scaling`, and s is its tanh; without a base weight W is s·B·A.
+relora_config.json does not say whether the scaling is trained, nor whether there is a base weight:
+its writer leaves both fields at their defaults. The stored tensors show both. A trained scaling is
+stored as `scaling`, and s is its tanh. Without a base weight, W is s·B·A.
 """
 
 import re
@@ -15,12 +16,15 @@ from functools import partial
 from pathlib import Path
 
 from dynamics.errors import FormatError
-from dynamics.formats.checkpoints import model_attrs, numbered_directories
-from dynamics.formats.shared.adapted_checkpoints import AdaptedCheckpoint, AdaptedRun
-from dynamics.formats.shared.full_checkpoints import cleaned, untied
-from dynamics.formats.shared.lora_factors import adapters_of, check_fits, paired
+from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
+from dynamics.formats.shared.hugging_face_files import model_attrs
+from dynamics.formats.shared.lora_checkpoints import LoRACheckpoint, LoRACheckpointsRun
+from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
+from dynamics.formats.shared.steps import numbered_directories
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
+from dynamics.runs.run import Run
 
 _CONFIG = "relora_config.json"
 _STATE = "training_state.json"
@@ -29,14 +33,13 @@ _PART = re.compile(r"(?P<path>.+)\.(?:lora_(?P<part>[AB])\.weight|scaling)")
 _RENAMED = {"tokens_seen": "tokens"}
 
 
-class ReLoRARun(AdaptedRun):
+class ReLoRAFormat(Format):
     """A `--save_dir` of the original ReLoRA, or one of its model_N/."""
 
-    format = "relora"
+    name = "relora"
     description = "model_N/ with relora_config.json or training_state.json (Guitaricet/relora)"
 
-    @staticmethod
-    def recognises(path: Path) -> bool:
+    def recognises(self, path: Path) -> bool:
         """Whether a model_N/ below (or at) `path` has what its trainer saves beside a model."""
         return any(
             (directory / file).is_file()
@@ -44,50 +47,59 @@ class ReLoRARun(AdaptedRun):
             for file in (_CONFIG, _STATE)
         )
 
-    def __init__(self, path: Path):
+    def open(self, path: Path, options: OpenOptions) -> Run:
+        """See `Format.open`."""
         directories = numbered_directories(path, _NAME)
         if not directories:
-            raise FormatError(f"{path} holds no model_N/ of the original ReLoRA.")
+            raise FormatError(f"{path} holds no directory model_N/ of the original ReLoRA.")
         root = root_of(path)
-        super().__init__(path, {step: partial(_open, at, root) for step, at in directories.items()})
-        self._restarts = self._scalars.get("n_lora_restarts")
+        return ReLoRARun(
+            path, self.name, {step: partial(_open, at, root) for step, at in directories.items()}
+        )
+
+
+class ReLoRARun(LoRACheckpointsRun):
+    """A run of the original ReLoRA, whose training_state.json counts the merges."""
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """The restarts that training_state.json counted, if the base changed at all.
 
-        Where it counts none, as after a resumption that began to count anew, see `AdaptedRun`.
+        A resumed run may count from 0 again. Where the count does not grow, the changes of the base
+        are counted, as `LoRACheckpointsRun` does.
         """
         changed = super().merges_between(name, before, now)
-        if not changed or self._restarts is None:
+        restarts = self.scalars.get("n_lora_restarts")
+        if not changed or restarts is None:
             return changed
-        counted = [self._restarts[self.steps == step].max(initial=0) for step in (before, now)]
+        counted = [restarts[self.steps == step].max(initial=0) for step in (before, now)]
         difference = counted[1] - counted[0]
         return max(changed, int(difference)) if difference > 0 else changed
 
 
-def _open(directory: Path, root: Path) -> AdaptedCheckpoint:
+def _open(directory: Path, root: Path) -> LoRACheckpoint:
     if not has_model(directory):
         raise FormatError(f"{directory} holds no model.safetensors or pytorch_model.bin.")
     attrs = model_attrs(directory, root)
-    tensors = cleaned(model_tensors(directory, root), directory)
-    parts, weights = paired(tensors, _PART, directory)
+    tensors = with_clean_names(model_tensors(directory, root), directory)
+    parts, weights = pair_factors(tensors, _PART, directory)
     path = directory / _CONFIG
     config = read_json(contained(path, root)) if path.is_file() else {}
     if config.get("quantize"):
         raise FormatError(
             f"{directory} holds weights quantised to {config['quantize']!r}, which cannot be read; "
-            "save it dequantised."
+            "save them dequantised."
         )
     if parts and not config:
-        raise FormatError(f"{directory} holds LoRA factors but no {_CONFIG} with their lora_alpha.")
+        raise FormatError(
+            f"{directory} holds LoRA factors but no {_CONFIG} with their lora_alpha; copy it there."
+        )
     adapters = adapters_of(parts, config, path)
     check_fits(adapters, weights, directory, directory)
     if config:
         attrs["relora_config"] = config
-    return AdaptedCheckpoint(
-        directory,
+    return LoRACheckpoint(
         adapters,
-        untied(weights, attrs),
+        without_tied_names(weights, attrs),
         attrs=attrs,
         scalars=_scalars(directory / _STATE, root),
     )

@@ -9,14 +9,14 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.peft.config import CONFIG
-from dynamics.formats.shared.full_checkpoints import cleaned, untied
+from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.storage.files import contained, is_remote, read_json, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
 
-# The model inside a Hugging Face model with a head (`base_model_prefix`): what a model saved
-# without its head has not in its names.
+# The model inside a Hugging Face model with a head (`base_model_prefix`). The names of a model that
+# was saved without its head lack this prefix.
 _PREFIXES = ("model.", "transformer.", "gpt_neox.", "bert.", "roberta.", "model.decoder.")
 # axolotl's ReLoRA, in a checkpoint: the weights without adapters, and the adapter just merged.
 _RELORA, _MERGED = "relora", "adapter"
@@ -25,36 +25,36 @@ _FACTOR = re.compile(r".+\.lora_(?:embedding_)?[AB](?:\..+)?")
 
 
 @dataclass(frozen=True)
-class Base:
-    """A base model that was found.
+class BaseModel:
+    """The base model of one checkpoint.
 
     Attributes:
-        directory: where.
-        is_merged: whether it holds the weights after the merge of the very adapter it is found
-            for, which then must not be added once more.
+        directory: where it lies.
+        is_merged: whether the adapter of this checkpoint is merged into it already, so that it
+            must not be added again.
     """
 
     directory: Path
     is_merged: bool = False
 
 
-class Bases:
+class BaseModels:
     """Finds the base model of each checkpoint of a run.
 
-    In this order: the one that was given; `base/` in the checkpoint; what axolotl's ReLoRA stored;
-    `base/` in the run; what adapter_config.json names, a directory or a model in the local Hugging
-    Face cache. Nothing is downloaded.
+    The places, in this order: the base model that the user gave; `base/` in the checkpoint; what
+    axolotl's ReLoRA stored; `base/` in the run; what adapter_config.json names, a directory or a
+    model in the local Hugging Face cache. Nothing is downloaded.
 
     axolotl (src/axolotl/monkeypatch/relora.py) merges at the beginning of the step after N, into
-    the model in memory, and leaves the merged adapter in `checkpoint-N/adapter/`, so that
-    `checkpoint-N` itself is the state before the merge. Its `relora/` holds, in a checkpoint that
-    is no such merge, the weights without adapters; in one that is (quantised training only), the
-    weights after the merge, in half precision: they are then W itself.
+    the model in memory. It leaves the merged adapter in `checkpoint-N/adapter/`, so `checkpoint-N`
+    itself is the state before the merge. Usually `checkpoint-N/relora/` holds the weights without
+    adapters. In a checkpoint with a merge (quantised training only), it holds the weights after the
+    merge, in half precision: these are W itself.
 
     Args:
         run: the directory of the run.
         directories: step -> checkpoint.
-        given: the base model that the user gave.
+        given: the base model that the user gave, or None.
 
     Raises:
         FormatError: `given` holds no model.
@@ -62,65 +62,69 @@ class Bases:
 
     def __init__(self, run: Path, directories: Mapping[int, Path], given: Path | None):
         if given is not None and not has_model(given):
-            raise FormatError(f"The base model {given} holds no model.safetensors.")
+            raise FormatError(
+                f"The base model {given} holds no model.safetensors; give another directory with "
+                "base= (--base)."
+            )
         self._run = run
         self._given = given
         self._directories = directories
         self._merges = [s for s, at in directories.items() if (at / _MERGED / CONFIG).is_file()]
         self._stored = {s: at / _RELORA for s, at in directories.items() if has_model(at / _RELORA)}
 
-    def of(self, step: int, config: Mapping[str, Any], merges: float = 0) -> Base | None:
-        """The base model of a checkpoint with this adapter_config.json; None: nowhere.
+    def of(self, step: int, config: Mapping[str, Any], merges: float = 0) -> BaseModel | None:
+        """The base model of a checkpoint; None where it is in none of the places.
 
         Args:
-            step: the checkpoint's.
+            step: of the checkpoint.
             config: its adapter_config.json.
-            merges: how often axolotl logged to have merged before.
+            merges: how many merges axolotl had logged by then.
         """
         if self._given is None and not has_model(self._directories[step] / "base"):
             if step in self._stored:
-                return Base(self._stored[step], is_merged=step in self._merges)
+                return BaseModel(self._stored[step], is_merged=step in self._merges)
             same = [each for each in self._stored if self._is_base_of(each, step)]
             if same:
-                return Base(self._stored[same[-1]])
+                return BaseModel(self._stored[same[-1]])
             if self._cycle(step) is not None or merges > 0:
-                return None  # the model that training began with is no longer its base
+                return None  # after a merge, the model that training began with is not the base
         for candidate in self._candidates(step, config):
             if has_model(candidate):
-                return Base(candidate)
+                return BaseModel(candidate)
         return None
 
     def why_none(self, step: int, config: Mapping[str, Any], merges: float = 0) -> str:
-        """What to tell the user where `of` gives None."""
+        """What to say to the user where `of` returns None."""
         directory = self._directories[step]
-        go_on = (
-            "Give it with base= (--base DIR), or measure the adapter alone with "
+        remedy = (
+            "Give the base model with base= (--base DIR), or measure the adapter alone with "
             "kinds=['adapter'] (--kinds adapter)."
         )
         if self._cycle(step) is not None or merges > 0:
             return (
-                f"{directory} holds an adapter only, saved after a merge; no checkpoint between "
-                f"that merge and the next has the weights without adapters in {_RELORA}/. {go_on}"
+                f"{directory} holds only an adapter that was saved after a merge; no checkpoint "
+                "between that merge and the next has the weights without adapters in "
+                f"{_RELORA}/. {remedy}"
             )
         return (
             f"{directory} holds an adapter only; its base model is in neither "
             f"{directory / 'base'} nor {self._run / 'base'}, and "
-            f"{config.get('base_model_name_or_path')!r} is no local directory with "
-            f"model.safetensors, nor a model in the local Hugging Face cache. {go_on}"
+            f"{config.get('base_model_name_or_path')!r} is neither a local directory with "
+            f"model.safetensors nor a model in the local Hugging Face cache. {remedy}"
         )
 
     def model_config(
-        self, step: int, found: Base | None, config: Mapping[str, Any]
+        self, step: int, base: BaseModel | None, config: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """config.json of the base model, or of where it came from; empty where there is none."""
-        at = [found.directory] if found else []
+        """config.json of the base model, or of a place where it may be; empty without any."""
+        at = [base.directory] if base else []
         for directory in (*at, *self._candidates(step, config)):
             if (directory / "config.json").is_file():
                 return read_json(contained(directory / "config.json", self.root(directory)))
         return {}
 
     def root(self, directory: Path) -> Path:
-        """The directory that the files of a base model may not lead out of."""
+        """The directory that no file of a base model in `directory` may lead out of."""
         alike = is_remote(directory) == is_remote(self._run)
         inside = alike and directory.is_relative_to(self._run)
         return root_of(self._run if inside else directory)
@@ -139,63 +143,65 @@ class Bases:
                 yield cached
 
     def _cycle(self, step: int) -> int | None:
-        """The last merge before `step`."""
+        """The step of the last merge before `step`; None before the first."""
         return max((merge for merge in self._merges if merge < step), default=None)
 
     def _is_base_of(self, stored: int, step: int) -> bool:
         cycle = self._cycle(step)
         if stored in self._merges:
             return stored == cycle
-        # Before the first merge that is known, an earlier one may have been deleted in between.
+        # Before the first known merge, the checkpoint of an earlier merge may have been deleted.
         return self._cycle(stored) == cycle and (cycle is not None or stored < step)
 
 
 def base_tensors(
-    found: Base, root: Path, adapted: set[str], config: Mapping[str, Any]
+    base: BaseModel, root: Path, adapted: set[str], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Clean name -> tensor of a base model, in the spelling of the names that were adapted.
+    """Clean name -> tensor of a base model; names are spelled as those of the adapters.
 
     Args:
-        found: where it is.
+        base: where it lies.
         root: the directory that its files may not lead out of.
-        adapted: clean names that an adapter belongs to.
-        config: the model's config.json.
+        adapted: clean names of the parameters that have an adapter.
+        config: the config.json of the model.
 
     Raises:
-        FormatError: it is damaged, or lacks a weight that was adapted.
+        FormatError: the model is damaged, or lacks a weight that has an adapter.
     """
-    stored = model_tensors(found.directory, root)
-    every = cleaned(
+    stored = model_tensors(base.directory, root)
+    weights = with_clean_names(
         {name: each for name, each in stored.items() if not _FACTOR.fullmatch(name)},
-        found.directory,
+        base.directory,
     )
-    every = _as_adapted(every, adapted)
-    once = untied(every, {"config": config})
-    for name in adapted - set(once):
-        weight = every.get(name) or _output_embedding(name, once, config)
+    weights = _spelled_like(adapted, weights)
+    tensors = without_tied_names(weights, {"config": config})
+    for name in adapted - set(tensors):
+        weight = weights.get(name) or _output_embedding(name, tensors, config)
         if weight is None:
-            raise FormatError(f"{found.directory} has no {name}; it is not the adapter's base.")
-        once[name] = weight
-    return once
+            raise FormatError(
+                f"{base.directory} has no {name}, so it is not the base of this adapter; give "
+                "another with base= (--base)."
+            )
+        tensors[name] = weight
+    return tensors
 
 
 def _output_embedding(
     name: str, base: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Tensor | None:
-    """The input embedding where `name` is an output embedding that the base ties to it."""
+    """The input embedding, where `name` is an output embedding that the base ties to it."""
     inputs = [each for each in base if parameter_names.module_of(each) == "embed_tokens"]
-    # config.json leaves the flag out where it is transformers' default for the model.
+    # config.json has no flag where the flag has transformers' default value for the model.
     tied = config.get("tie_word_embeddings") is not False
     if parameter_names.module_of(name) == "lm_head" and tied and len(inputs) == 1:
         return base[inputs[0]]
     return None
 
 
-def _as_adapted(base: dict[str, Tensor], adapted: set[str]) -> dict[str, Tensor]:
-    """`base`, with the one common prefix added or taken away that makes all adapted names match."""
-    wanted = {
-        name for name in adapted if parameter_names.module_of(name) != "lm_head"
-    }  # has no prefix
+def _spelled_like(adapted: set[str], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`base`, with the one known prefix added or removed that makes all adapted names match."""
+    # The output embedding has no prefix.
+    wanted = {name for name in adapted if parameter_names.module_of(name) != "lm_head"}
     if wanted <= set(base):
         return base
     spellings = [{prefix + name: each for name, each in base.items()} for prefix in _PREFIXES]
@@ -207,11 +213,11 @@ def _as_adapted(base: dict[str, Tensor], adapted: set[str]) -> dict[str, Tensor]
 
 
 def cached_snapshot(name: str, revision: Any = None) -> Path | None:
-    """The snapshot of a model in the local Hugging Face cache, None where it has none.
+    """The snapshot of a model in the local Hugging Face cache; None where it is not there.
 
     Args:
         name: "organisation/model".
-        revision: a branch, tag or commit; "main" without.
+        revision: a branch, tag or commit; "main" by default.
     """
     if not _HUB_NAME.fullmatch(name) or ".." in name:
         return None
@@ -230,7 +236,7 @@ def cached_snapshot(name: str, revision: Any = None) -> Path | None:
 
 
 def _hub_cache() -> Path:
-    """Where huggingface_hub keeps models: by HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME."""
+    """Where huggingface_hub keeps models: see HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME."""
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if os.environ.get(variable):
             return Path(os.environ[variable]).expanduser()

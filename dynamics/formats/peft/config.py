@@ -1,4 +1,4 @@
-"""adapter_config.json: where PEFT keeps an adapter, its scaling, and what is more than s·B·A."""
+"""adapter_config.json: where an adapter lies, its scaling, and whether W is W_base + s·B·A."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from dynamics.formats.storage.files import children
 CONFIG = "adapter_config.json"
 # The name of the adapter that PEFT saves without a sub-directory.
 _DEFAULT = "default"
-# Fields of an adapter_config.json with which a model computes something else than W + s·B·A.
+# With one of these fields in adapter_config.json, a model computes something else than W + s·B·A.
 _VARIANTS = {
     "use_dora": "DoRA",
     "kasa_config": "KaSA",
@@ -24,7 +24,7 @@ _VARIANTS = {
     "layer_replication": "LoRA (layer_replication)",
     "trainable_token_indices": "LoRA (trainable_token_indices)",
 }
-# Beginnings of `init_lora_weights` that change the base weight before training.
+# With an `init_lora_weights` that begins so, the base weight changes before training.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -34,37 +34,43 @@ def has_adapter(directory: Path) -> bool:
 
 
 def adapter_directory(directory: Path, adapter: str | None) -> Path:
-    """Where in a checkpoint the adapter lies.
+    """The directory of the adapter in a checkpoint.
 
-    PEFT saves the adapter called "default" in the directory itself and others in sub-directories
-    of their names. Without a name it is the one in the directory itself, else the only other.
+    PEFT saves the adapter called "default" in the directory itself, and other adapters in
+    sub-directories of their names.
+
+    Args:
+        directory: the checkpoint.
+        adapter: the adapter's name. None: the one in the directory itself, or else the only one.
 
     Raises:
-        FormatError: there is none, none of that name, or several to choose from.
+        FormatError: there is no adapter, none of that name, or several to choose from.
     """
     at_root, others = (directory / CONFIG).is_file(), _named_adapters(directory)
-    found = {**({_DEFAULT: directory} if at_root else {}), **others}
+    adapters = {**({_DEFAULT: directory} if at_root else {}), **others}
     if adapter is None and (at_root or len(others) == 1):
-        return next(iter(found.values()))
-    if adapter in found:
-        return found[adapter]
-    listed = ", ".join(found)
+        return next(iter(adapters.values()))
+    if adapter in adapters:
+        return adapters[adapter]
+    listed = ", ".join(adapters)
     if adapter is not None:
         raise FormatError(f"{directory} has no adapter {adapter!r}; it has {listed or 'none'}.")
-    if not found:
+    if not adapters:
         raise FormatError(f"{directory} has no {CONFIG}.")
     raise FormatError(
         f"{directory} holds several adapters: {listed}; choose one with adapter= "
-        f"(adapter={min(found)!r}), or open its directory."
+        f"(adapter={min(adapters)!r}), or open its directory."
     )
 
 
 def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """The LoRA scaling s of a module: alpha/r, or alpha/sqrt(r) where `use_rslora` is set.
 
-    `alpha_pattern` overrides `lora_alpha` for module paths that end in one of its keys (regular
-    expressions), as PEFT's `get_pattern_key` matches them. `rank` is that of the stored factors,
-    which `rank_pattern` decided when they were made.
+    Args:
+        config: adapter_config.json. Its `alpha_pattern` replaces `lora_alpha` for modules whose
+            path ends in one of its keys (regular expressions), as in PEFT's `get_pattern_key`.
+        module: the module's path.
+        rank: r of the stored factors; `rank_pattern` had its effect when they were made.
 
     Raises:
         FormatError: the config has no usable alpha.
@@ -75,12 +81,12 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
         raise FormatError(f"{CONFIG} has alpha_pattern {patterns!r}, expected an object.")
     for pattern, value in patterns.items():
         try:
-            found = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
+            match = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
         except re.error as error:
             raise FormatError(
-                f"{CONFIG} has the alpha_pattern {pattern!r}, no regular expression: {error}."
+                f"{CONFIG} has the alpha_pattern {pattern!r}, not a regular expression: {error}."
             ) from error
-        if found:
+        if match:
             alpha = value
             break
     if not isinstance(alpha, int | float):
@@ -89,10 +95,11 @@ def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def check_is_plain(config: Mapping[str, Any], directory: Path) -> None:
-    """Refuse what is not W_base + s·B·A: other adapters than LoRA, variants of it, no alpha.
+    """Check that the effective weight is W_base + s·B·A.
 
     Raises:
-        FormatError: naming what it is.
+        FormatError: it is not (another adapter than LoRA, a variant of LoRA), or there is no alpha;
+            the message names what it is.
     """
     variants = [name for field, name in _VARIANTS.items() if config.get(field)]
     if config.get("peft_type") != "LORA" or variants:

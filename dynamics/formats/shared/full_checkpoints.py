@@ -1,36 +1,39 @@
-"""Runs of full checkpoints: every step has the weights of the whole model, by name.
+"""Formats whose checkpoints are complete: every step has the weights of the whole model, by name.
 
-What such formats share: names are cleaned, a tied weight is measured once, a checkpoint that
-cannot be read is a problem of its step. A format says which checkpoints there are (`checkpoints`).
+Such a format only says which checkpoints there are (`FullCheckpointsFormat.checkpoints`). The rest
+is here: names lose the prefixes of wrappers, a tied weight is measured once, and a checkpoint that
+cannot be read is a problem of its step.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from dynamics import schema
 from dynamics.errors import FormatError
+from dynamics.formats.format import Format, OpenOptions
 from dynamics.formats.shared.evaluations import with_evaluations
 from dynamics.formats.storage.files import root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
 from dynamics.runs.attention_config import tied_aliases
+from dynamics.runs.origins import ABSENT
 from dynamics.runs.run import Dense, Run, matrices_of
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint, not opened yet.
+class FullCheckpoint:
+    """One checkpoint of a whole model, not opened yet.
 
     Attributes:
         where: its path, for messages.
-        tensors: gives stored name -> tensor; raises FormatError where it is damaged.
-        attrs: gives what the checkpoint tells of its model: {"config": ...}; likewise.
-        scalars: gives what was logged: name -> value; likewise.
+        tensors: returns stored name -> tensor; raises FormatError where the checkpoint is damaged.
+        attrs: returns what the checkpoint says of its model, {"config": ...}; likewise.
+        scalars: returns what was logged, name -> value; likewise.
     """
 
     where: Path
@@ -38,49 +41,66 @@ class Checkpoint:
     attrs: Callable[[], Mapping[str, Any]] = dict
     scalars: Callable[[], Mapping[str, float]] = dict
 
+    @classmethod
+    def unreadable(cls, where: Path, problem: FormatError) -> "FullCheckpoint":
+        """A checkpoint of which only the step is known; reading it raises `problem`."""
 
-class WeightsRun(Run):
-    """A run of full checkpoints; a format derives from it and names them.
+        def fail() -> NoReturn:
+            raise problem
 
-    Raises:
-        FormatError: no checkpoint can be read, or none holds matrices.
-    """
+        return cls(where, fail)
 
-    description: str
-    single_files = False  # whether a run of this format may be one file
-    stored_kinds = (schema.WEIGHT,)
 
-    @staticmethod
+class FullCheckpointsFormat(Format):
+    """A format whose checkpoints are complete; it says which there are."""
+
     @abstractmethod
-    def recognises(path: Path) -> bool:
-        """Whether a run of this format lies at `path`."""
-
-    @staticmethod
-    @abstractmethod
-    def checkpoints(path: Path, root: Path) -> dict[int, Checkpoint]:
+    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
         """Step -> checkpoint, none of them opened.
 
         Args:
-            path: the run's.
+            path: where the run lies.
             root: the directory that no file may lead out of.
 
         Raises:
             FormatError: two checkpoints claim the same step.
         """
 
-    def __init__(self, path: Path):
+    def open(self, path: Path, options: OpenOptions) -> Run:
+        """See `Format.open`."""
+        return FullCheckpointsRun(path, self.name, self.checkpoints(path, root_of(path)))
+
+
+class FullCheckpointsRun(Run):
+    """A run of complete checkpoints.
+
+    Args:
+        path: where it lies.
+        format: the name of its format.
+        checkpoints: step -> checkpoint.
+
+    Raises:
+        FormatError: no checkpoint can be read, or none holds matrices.
+    """
+
+    stored_kinds = (schema.WEIGHT,)
+
+    def __init__(self, path: Path, format: str, checkpoints: Mapping[int, FullCheckpoint]):
         self.path = str(path)
-        found = dict(sorted(self.checkpoints(path, root_of(path)).items()))
-        self.steps = np.array(list(found), dtype=np.int64)
+        self.format = format
+        self.steps = np.array(sorted(checkpoints), dtype=np.int64)
         self.problems: dict[int, str] = {}
         self.attrs: dict[str, Any] = {}
         self._tensors: dict[int, dict[str, Tensor]] = {}
         self._scalars: dict[str, np.ndarray] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for position, (step, checkpoint) in enumerate(found.items()):
+        for position, step in enumerate(self.steps.tolist()):
+            checkpoint = checkpoints[step]
             try:
                 attrs = checkpoint.attrs()
-                tensors = untied(cleaned(checkpoint.tensors(), checkpoint.where), attrs)
+                tensors = without_tied_names(
+                    with_clean_names(checkpoint.tensors(), checkpoint.where), attrs
+                )
                 scalars = checkpoint.scalars()
             except FormatError as problem:
                 self.problems[step] = str(problem)
@@ -89,7 +109,7 @@ class WeightsRun(Run):
             self.attrs = self.attrs or dict(attrs)
             shapes |= {name: tensor.shape for name, tensor in tensors.items()}
             for name, value in scalars.items():
-                series = self._scalars.setdefault(name, np.full(len(found), np.nan))
+                series = self._scalars.setdefault(name, np.full(len(self.steps), np.nan))
                 series[position] = value
         self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
         self.matrices = matrices_of(shapes)
@@ -110,44 +130,46 @@ class WeightsRun(Run):
         if kind != schema.WEIGHT or step in self.problems:
             return None
         tensor = self._tensors[step].get(name)
-        return "absent" if tensor is None else tensor.origin
+        return ABSENT if tensor is None else tensor.origin
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """What the checkpoints' logs and evaluation.jsonl say, along the steps."""
+        """Along the steps: what the checkpoints logged, and what evaluation.jsonl holds."""
         return self._scalars
 
 
-def cleaned(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
-    """Clean name -> tensor.
+def with_clean_names(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:
+    """Clean name -> tensor: names without the prefixes that wrappers (DDP, compile) add.
 
     Raises:
-        FormatError: two stored names are the same parameter without their wrappers' prefixes.
+        FormatError: two stored names become one, and they are different tensors.
     """
-    found: dict[str, Tensor] = {}
-    stored: dict[str, str] = {}
+    by_clean_name: dict[str, Tensor] = {}
+    stored_names: dict[str, str] = {}
     for name, tensor in tensors.items():
         clean = parameter_names.clean_name(name)
-        if clean in found and found[clean].place != tensor.place:
+        if clean in by_clean_name and by_clean_name[clean].place != tensor.place:
             raise FormatError(
-                f"{where} holds both {stored[clean]} and {name}, which are {clean} without their "
-                "wrappers' prefixes; save one of the two models alone."
+                f"{where} holds both {stored_names[clean]} and {name}; without the prefixes of "
+                f"wrappers both are {clean}. Save one of the two models alone."
             )
-        found[clean], stored[clean] = tensor, name
-    return found
+        by_clean_name[clean], stored_names[clean] = tensor, name
+    return by_clean_name
 
 
-def untied(tensors: Mapping[str, Tensor], attrs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors without second names of the same numbers: a tied output embedding.
+def without_tied_names(
+    tensors: Mapping[str, Tensor], attrs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors, each under one name only: a tied output embedding is left out.
 
-    It is one where the file says so, by a place that two names share, or the model's config.
+    Two names are tied where they share a place in the file, or where the model's config says so.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     aliases = tied_aliases(shapes, attrs.get("config"))
     tensors = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     places: dict[object, str] = {}
     for name, tensor in tensors.items():
-        # Of two names the input embedding's stays, as in files that leave the other one out.
+        # The input embedding's name is kept, as in files that leave the output embedding out.
         if tensor.place not in places or parameter_names.module_of(name) == "embed_tokens":
             places[tensor.place] = name
     return {name: tensors[name] for name in tensors if places[tensors[name].place] == name}

@@ -1,7 +1,4 @@
-"""LoRA adapters in files: factors paired by parameter, their scaling, and whether they fit.
-
-What PEFT, ReLoRA and relora-pico have in common, whoever wrote the files.
-"""
+"""LoRA adapters in files: pairs of factors, their scaling, and whether they fit the base model."""
 
 import math
 import re
@@ -22,7 +19,7 @@ class Adapter:
     Attributes:
         a: (r, in).
         b: (out, r).
-        scale: s; or, where it was trained, the tensor of one number whose tanh is s (ReLoRA).
+        scale: s; where s was trained (ReLoRA), a tensor with one number whose tanh is s.
         transposed: whether the parameter is stored as (in, out): embeddings, GPT-2's Conv1D.
     """
 
@@ -33,7 +30,7 @@ class Adapter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of s·B·A in the orientation of the parameter, from the files' headers."""
+        """Shape of s·B·A in the orientation of the parameter, from the files' headers."""
         out_in = self.b.shape[0], self.a.shape[1]
         return out_in[::-1] if self.transposed else out_in
 
@@ -53,39 +50,39 @@ class Adapter:
         scale = self.scale
         parts = [self.a.origin, self.b.origin]
         parts.append(repr(scale) if isinstance(scale, float | int) else scale.origin)
-        return joined([*parts, str(self.transposed)])
+        return joined_origin([*parts, str(self.transposed)])
 
 
-def paired(
+def pair_factors(
     tensors: Mapping[str, Tensor], pattern: re.Pattern[str], where: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(Clean name of a parameter -> its parts by letter: "A", "B", "s"; the other tensors).
 
-    Factors that are no matrices, those of convolutions, are left out, as their weights are.
+    Factors of convolutions are not matrices; they are left out, as the weights of convolutions are.
 
     Args:
         tensors: clean name -> tensor.
-        pattern: matches the names of the parts, with the groups `path` and `part`, which is A or
-            B; without one it is s, a trained scaling.
+        pattern: matches the name of a part. Group `path` is the parameter's module; group `part`
+            is A or B, or None for s, a trained scaling.
         where: for messages.
 
     Raises:
-        FormatError: a factor lacks its partner, or they have different ranks.
+        FormatError: a factor lacks its partner, or the two have different ranks.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
-    matched = {name: pattern.fullmatch(name) for name in tensors}
-    adapted = {each["path"] for each in matched.values() if each and each["part"]}
+    matches = {name: pattern.fullmatch(name) for name in tensors}
+    with_factors = {each["path"] for each in matches.values() if each and each["part"]}
     for name, tensor in tensors.items():
-        found = matched[name]
-        if found and found["path"] in adapted:
-            parts.setdefault(found["path"] + ".weight", {})[found["part"] or "s"] = tensor
+        match = matches[name]
+        if match and match["path"] in with_factors:
+            parts.setdefault(match["path"] + ".weight", {})[match["part"] or "s"] = tensor
         else:
             others[name] = tensor
     for name, each in parts.items():
         if not {"A", "B"} <= set(each):
             raise FormatError(
-                f"{where} holds lora_{min(each)} of {name} only; copy the checkpoint anew."
+                f"{where} holds lora_{min(each)} of {name} only; copy the checkpoint again."
             )
     matrices = {
         name: each
@@ -96,7 +93,8 @@ def paired(
         if each["A"].shape[0] != each["B"].shape[1] or not each["A"].shape[0]:
             raise FormatError(
                 f"{where} holds lora_A of {name} in shape {each['A'].shape} and lora_B in shape "
-                f"{each['B'].shape}, which have no rank in common; they are no pair."
+                f"{each['B'].shape}, which have no rank in common: they are not a pair. Copy the "
+                "checkpoint again."
             )
     return matrices, others
 
@@ -104,12 +102,12 @@ def paired(
 def adapters_of(
     parts: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], where: Path
 ) -> dict[str, Adapter]:
-    """Clean name -> adapter with s = lora_alpha/r, or the trained one that lies beside it.
+    """Clean name -> adapter with s = lora_alpha/r, or with the trained s that lies beside it.
 
     Raises:
-        FormatError: the config has no lora_alpha, or another rank than the factors.
+        FormatError: the config has no lora_alpha, or its rank is not that of the factors.
     """
-    found: dict[str, Adapter] = {}
+    adapters: dict[str, Adapter] = {}
     for name, each in parts.items():
         alpha, rank = config.get("lora_alpha"), each["A"].shape[0]
         trained = each.get("s")
@@ -118,36 +116,36 @@ def adapters_of(
         if config.get("r", rank) != rank:
             raise FormatError(
                 f"{where} has rank r = {config['r']!r}, but {name} has factors of rank {rank}; "
-                "it is not their config."
+                "it is not the config of these factors."
             )
         scale = trained if trained is not None else float(alpha or 0) / rank
-        found[name] = Adapter(each["A"], each["B"], scale)
-    return found
+        adapters[name] = Adapter(each["A"], each["B"], scale)
+    return adapters
 
 
 def check_fits(
     adapters: Mapping[str, Adapter], base: Mapping[str, Tensor], where: Path, adapter_at: Path
 ) -> None:
-    """Refuse adapters that have another shape than their parameters in the base model.
+    """Check that every adapter has the shape of its parameter in the base model.
 
     Raises:
-        FormatError: naming the first that does not fit.
+        FormatError: one has not; the message names the first of them.
     """
     for name, adapter in adapters.items():
-        found = base[name].shape if name in base else adapter.shape
-        if found != adapter.shape:
-            turned = found == adapter.shape[::-1]
+        shape = base[name].shape if name in base else adapter.shape
+        if shape != adapter.shape:
+            turned = shape == adapter.shape[::-1]
             reason = (
-                "fan_in_fan_out does not suit all of its layers"
+                "fan_in_fan_out is wrong for some of its layers"
                 if turned
                 else "it is not the base of this adapter"
             )
             raise FormatError(
-                f"{where} has {name} in shape {found}, the adapter in {adapter_at} fits "
+                f"{where} has {name} in shape {shape}, but the adapter in {adapter_at} fits "
                 f"{adapter.shape}; {reason}."
             )
 
 
-def joined(parts: list[str | None]) -> str | None:
-    """One origin of several; None where one of them is."""
+def joined_origin(parts: list[str | None]) -> str | None:
+    """One origin made of several; None where one of them is None."""
     return None if None in parts else "\n".join(str(each) for each in parts)

@@ -18,6 +18,7 @@ import numpy as np
 
 from dynamics.errors import FormatError
 from dynamics.formats.storage.files import (
+    children,
     contained,
     one_line,
     origin_of,
@@ -42,7 +43,15 @@ _MODELS = {"model", "state_dict", "model_state_dict", "module"}
 _NO_MODEL = re.compile(r"optim|scheduler|dataloader|train_state|(?:^|_)rng|scaler", re.IGNORECASE)
 
 
-def distributed_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
+def has_shards(directory: Path) -> bool:
+    """Whether a directory holds a distributed checkpoint, or one whose save did not finish.
+
+    `.metadata` is written last; without it only .distcp files are there.
+    """
+    return any(each.name == METADATA or each.suffix == ".distcp" for each in children(directory))
+
+
+def dcp_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
     """Name -> tensor of the model in a directory with .metadata.
 
     Raises:

@@ -6,7 +6,6 @@ import pytest
 
 import dynamics as dy
 from dynamics import schema
-from dynamics.formats.checkpoints import CheckpointsRun
 from tests.dynamics.formats.checking import assert_bits, assert_problem, assert_refused
 
 torch = pytest.importorskip("torch")
@@ -37,7 +36,7 @@ def test_values_are_the_models_parameters_exactly(tiny_llama, tmp_path, dtype, s
     assert sharded == (shard_size == "8KB")
 
     run = dy.open_run(tmp_path)
-    assert isinstance(run, CheckpointsRun)
+    assert run.format == "checkpoints"
     assert run.steps.tolist() == [7]
     expected = two_dimensional(model)
     assert set(run.matrices) == set(expected)
@@ -204,7 +203,7 @@ def test_a_missing_shard_of_pickled_weights_is_named(pickled):
     shards = sorted((directory / "checkpoint-1").glob("*-of-*.bin"))
     if not shards:
         (directory / "checkpoint-1/pytorch_model.bin").unlink()
-        assert_refused(directory, "Nothing recognised")
+        assert_refused(directory, "holds no run of a known format")
     else:
         shards[0].unlink()
         assert_refused(directory, f"lacks the shard {shards[0].name}")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import dynamics as dy
-from dynamics.formats.hub_cache import HubCacheRun
 from tests.dynamics.formats.checking import assert_bits, assert_problem, assert_refused
 from tests.dynamics.formats.writers.hub_cache import Cache
 
@@ -54,7 +53,7 @@ def test_every_revision_with_a_step_is_one(cache, options):
     assert "refs/convert/step_15" in repository.refs
 
     run = dy.open_run(made.repository, split_fused=False)
-    assert isinstance(run, HubCacheRun)
+    assert run.format == "hub_cache"
     assert run.steps.tolist() == sorted(expected)
     assert dict(run.problems) == {}
     assert run.attrs["config"]["hidden_size"] == 16

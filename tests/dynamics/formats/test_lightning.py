@@ -5,6 +5,7 @@ import torch
 
 import dynamics as dy
 from dynamics.runs.attention_config import read_architecture
+from dynamics.runs.parameter_names import clean_name
 from dynamics.schema import Status
 from tests.dynamics.formats.checking import Touch, assert_bits, assert_problem, assert_refused
 from tests.dynamics.formats.sharded_training import matrices, torchrun
@@ -37,7 +38,7 @@ def copied(trained, tmp_path):
 
 def named(state_dict):
     """The matrices as a run names them."""
-    return {dy.names.clean_name(name): each for name, each in matrices(state_dict).items()}
+    return {clean_name(name): each for name, each in matrices(state_dict).items()}
 
 
 # What is read -----------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def test_a_damaged_file_whose_name_has_no_step_is_named(copied):
 
 def test_ckpt_files_that_are_not_lightnings_are_not_recognised(tmp_path):
     torch.save({"weights": torch.ones(3, 3)}, tmp_path / "model.ckpt")
-    assert_refused(tmp_path, "Nothing recognised")
+    assert_refused(tmp_path, "holds no run of a known format")
     assert_refused(tmp_path, "tells no global_step", format="lightning")
 
 

@@ -95,7 +95,7 @@ def test_what_trainers_save_beside_a_model_is_passed_over(tmp_path):
         torch.save({"state": torch.ones(3, 3)}, tmp_path / name)
     assert_bits(dy.open_run(tmp_path), 5, matrices(weights()))
     (tmp_path / "model_5.pt").unlink()
-    assert_refused(tmp_path, "Nothing recognised")
+    assert_refused(tmp_path, "holds no run of a known format")
 
 
 def test_a_model_of_hugging_face_goes_first(tmp_path):
@@ -125,7 +125,7 @@ def test_files_whose_step_is_not_clear_are_refused(tmp_path, names, match):
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    assert_refused(tmp_path / "notes.txt", r"notes\.txt is a file and no checkpoint")
+    assert_refused(tmp_path / "notes.txt", r"notes\.txt is a file, but not a checkpoint")
     torch.save(weights(), tmp_path / "a.pt")
     assert_refused(tmp_path / "a.pt", "a run of format 'dcp' is a directory", format="dcp")
 

@@ -1,7 +1,7 @@
 """Runs of models with LoRA adapters: W = W_base + s·B·A.
 
-What PEFT, ReLoRA and relora-pico share: the kinds weight, base and adapter, and merges, seen in
-bases that change. A format says where the tensors are and what s is.
+PEFT, ReLoRA and relora-pico share this: the kinds weight, base and adapter, and merges, which show
+as a base that changed. A format says where the tensors lie and what s is.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ import numpy as np
 from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.formats.shared.evaluations import with_evaluations
-from dynamics.formats.shared.lora_factors import Adapter, joined
+from dynamics.formats.shared.lora_factors import Adapter, joined_origin
 from dynamics.formats.storage.files import root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs.origins import ABSENT
@@ -23,22 +23,20 @@ from dynamics.runs.run import Dense, Matrix, Run, matrices_of
 
 
 @dataclass(frozen=True)
-class AdaptedCheckpoint:
+class LoRACheckpoint:
     """One checkpoint: where its adapters, its other weights and its gradients lie.
 
     Attributes:
-        where: its path, for messages.
         adapters: clean name -> adapter.
         base: clean name -> tensor of the model without adapters; None where it was not found. A
-            parameter that has an adapter and is not in it consists of the adapter alone.
-        is_merged: whether the adapters were merged into `base` already, which then holds weights.
+            parameter that has an adapter but is not in `base` consists of the adapter alone.
+        is_merged: whether the adapters were merged into `base` already: `base` then holds weights.
         gradients: clean name -> tensor.
         no_base: why there is no base and what to do, for messages.
-        attrs: what the checkpoint tells of its model: {"config": ...}.
-        scalars: what was logged.
+        attrs: what the checkpoint says of its model: {"config": ...}.
+        scalars: name -> value that was logged.
     """
 
-    where: Path
     adapters: Mapping[str, Adapter]
     base: Mapping[str, Tensor] | None
     is_merged: bool = False
@@ -56,10 +54,10 @@ class AdaptedCheckpoint:
     @property
     def kinds(self) -> set[str]:
         """The kinds that are stored here."""
-        found = {schema.ADAPTER} if self.adapters else set()
+        kinds = {schema.ADAPTER} if self.adapters else set()
         if self.base is not None:
-            found |= {schema.WEIGHT, *((schema.BASE,) if self.adapters else ())}
-        return found | ({schema.GRADIENT} if self.gradients else set())
+            kinds |= {schema.WEIGHT, *((schema.BASE,) if self.adapters else ())}
+        return kinds | ({schema.GRADIENT} if self.gradients else set())
 
     def read(self, name: str, kind: str) -> Matrix | None:
         """See `Run.read`."""
@@ -89,28 +87,33 @@ class AdaptedCheckpoint:
             parts.append(_origin(adapter))
         if kind in (schema.WEIGHT, schema.BASE):
             parts.append(_origin(base))
-        return joined(parts)
+        return joined_origin(parts)
 
 
-class AdaptedRun(Run):
-    """A run of checkpoints with adapters; a format derives from it and opens the checkpoints.
+class LoRACheckpointsRun(Run):
+    """A run of checkpoints with LoRA adapters.
 
     Args:
-        path: the run's.
-        checkpoints: step -> what opens its checkpoint, or raises FormatError where it is damaged.
+        path: where it lies.
+        format: the name of its format.
+        checkpoints: step -> function that opens its checkpoint, or raises FormatError where it is
+            damaged.
 
     Raises:
         FormatError: no checkpoint can be read, or none holds matrices.
     """
 
-    def __init__(self, path: Path, checkpoints: Mapping[int, Callable[[], AdaptedCheckpoint]]):
+    def __init__(
+        self, path: Path, format: str, checkpoints: Mapping[int, Callable[[], LoRACheckpoint]]
+    ):
         self.path = str(path)
+        self.format = format
         self.steps = np.array(sorted(checkpoints), dtype=np.int64)
         self.problems: dict[int, str] = {}
         self.attrs: dict[str, Any] = {}
         self.absent_kinds: dict[str, str] = {}
-        self._checkpoints: dict[int, AdaptedCheckpoint] = {}
-        self._changed: dict[tuple[str, int, int], bool] = {}
+        self._checkpoints: dict[int, LoRACheckpoint] = {}
+        self._base_changes: dict[tuple[str, int, int], bool] = {}
         self._scalars: dict[str, np.ndarray] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         kinds: set[str] = set()
@@ -133,9 +136,9 @@ class AdaptedRun(Run):
         self.stored_kinds = tuple(
             kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
         )
-        if self.absent_kinds:  # of the base's parameters, none can be measured at every step
-            adapted = {name for each in self._checkpoints.values() for name in each.adapters}
-            shapes = {name: shape for name, shape in shapes.items() if name in adapted}
+        if self.absent_kinds:  # parameters without adapter cannot be measured at every step
+            with_adapter = {name for each in self._checkpoints.values() for name in each.adapters}
+            shapes = {name: shape for name, shape in shapes.items() if name in with_adapter}
         self.matrices = matrices_of(shapes)
         if not self.matrices:
             raise FormatError(next(iter(self.problems.values()), f"{path} holds no matrices."))
@@ -152,25 +155,27 @@ class AdaptedRun(Run):
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """What the checkpoints' logs and evaluation.jsonl say, along the steps."""
+        """Along the steps: what the checkpoints logged, and what evaluation.jsonl holds."""
         return self._scalars
 
     def merges_between(self, name: str, before: int, now: int) -> int:
-        """How often the frozen base of an adapted weight changed from a checkpoint to the next.
+        """How often the frozen base of a weight with an adapter changed between checkpoints.
 
-        At least one merge each time; several between two checkpoints count as one. A checkpoint
-        that cannot be read is passed over.
+        Each change is one merge or more; several merges between two neighbouring checkpoints count
+        as one. Checkpoints that cannot be read are skipped.
         """
-        known = [int(s) for s in self.steps if before <= s <= now and int(s) in self._checkpoints]
-        return sum(self._base_changed(name, *pair) for pair in pairwise(known))
+        readable = [
+            int(s) for s in self.steps if before <= s <= now and int(s) in self._checkpoints
+        ]
+        return sum(self._base_changed(name, *pair) for pair in pairwise(readable))
 
     def _base_changed(self, name: str, before: int, now: int) -> bool:
         key = (name, before, now)
-        if key not in self._changed:
+        if key not in self._base_changes:
             one, other = self._checkpoints[before], self._checkpoints[now]
             bases = [(each.base or {}).get(name) for each in (one, other)]
-            self._changed[key] = name in other.adapters and _differ(*bases)
-        return self._changed[key]
+            self._base_changes[key] = name in other.adapters and _differ(*bases)
+        return self._base_changes[key]
 
 
 def _dense(tensor: Tensor | None) -> Dense | None:

@@ -1,0 +1,86 @@
+"""What a format is: how its directories are recognised, and how one is opened as a run.
+
+A new format is a subclass of `Format` in a file of its own, one line of `FORMATS` in
+`dynamics/formats/__init__.py`, and one test. Most formats store complete checkpoints. They derive
+from `FullCheckpointsFormat` in `shared/full_checkpoints.py` and only say where each step lies.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from dynamics.errors import DynamicsError, FormatError
+from dynamics.runs.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenOptions:
+    """What a user may say about a run beside its path. None means: not said.
+
+    Attributes:
+        base: the directory of the base model that adapters belong to.
+        adapter: the name of one of several adapters in each checkpoint.
+    """
+
+    base: Path | None = None
+    adapter: str | None = None
+
+
+# Option -> what it is called in messages.
+_OPTION_NAMES = {"base": "base model", "adapter": "name of an adapter"}
+
+
+class Format(ABC):
+    """One layout of files on a disk or behind a URL, from which a run can be read.
+
+    Attributes:
+        name: what `format=`, `--format` and results call it, for example "peft".
+        description: the files that it is recognised by; `dynamics list formats` prints it.
+        options: the fields of `OpenOptions` that it takes.
+        single_files: whether a run of this format may be one file instead of a directory.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    single_files: ClassVar[bool] = False
+
+    @abstractmethod
+    def recognises(self, path: Path) -> bool:
+        """Whether a run of this format lies at `path`. Reads a few small files at most.
+
+        Args:
+            path: an existing directory; an existing file only where `single_files` is set.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, options: OpenOptions) -> Run:
+        """The run at `path`. No tensor is read yet.
+
+        Args:
+            path: existing, and accepted by `check_takes`.
+            options: what the user said; only the fields in `self.options` are set.
+
+        Raises:
+            FormatError: nothing at `path` can be read as this format.
+        """
+
+    def check_takes(self, path: Path, options: OpenOptions) -> None:
+        """Refuse a single file, or an option, that this format has no use for.
+
+        Raises:
+            FormatError: `path` is a file, and the format reads directories only.
+            DynamicsError: an option is set that the format does not take.
+        """
+        if not self.single_files and not path.is_dir():
+            raise FormatError(
+                f"{path} is a file, but a run of format {self.name!r} is a directory; "
+                "give the directory."
+            )
+        for option, value in vars(options).items():
+            if value is not None and option not in self.options:
+                raise DynamicsError(
+                    f"{path} is of format {self.name!r}, which takes no {_OPTION_NAMES[option]}; "
+                    f"leave {option}= (--{option}) out."
+                )
