@@ -28,5 +28,6 @@ def short_config(**changes) -> TrainConfig:
         evaluate_every=6,
         record_every=3,
         save_every=6,
+        validation_sequences=16,
     )
     return replace(config, **changes)
