@@ -11,6 +11,8 @@ from probes.relora import micro
 from probes.relora.demo import run_demo
 from tests.short_run import MERGES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recordings(short_demo):

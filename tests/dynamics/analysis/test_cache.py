@@ -398,6 +398,7 @@ analysis.analyze(sys.argv[1], cache=sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_analysis_continues_where_it_was(again, recording, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLOW, recording, tmp_path / "spectra.cache"])
     done, end = 0, time.monotonic() + 60

@@ -73,6 +73,7 @@ def record(writer, step):
     )
 
 
+@pytest.mark.slow
 def test_a_recording_in_progress_is_followed_from_before_it_exists(start, log, tmp_path):
     process = start("run.zarr")
     until(lambda: log() == ["waiting: run.zarr does not exist."])
@@ -96,6 +97,7 @@ def test_a_recording_in_progress_is_followed_from_before_it_exists(start, log, t
     ]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_followed_and_a_half_written_one_is_waited_for(
     start, log, tmp_path, llama_checkpoints
 ):
@@ -118,6 +120,7 @@ def test_checkpoints_are_followed_and_a_half_written_one_is_waited_for(
     xr.testing.assert_identical(dy.load(result), dy.analyze(run))
 
 
+@pytest.mark.slow
 def test_what_is_still_unreadable_in_the_end_is_a_warning(start, log, tmp_path, llama_checkpoints):
     run = shutil.copytree(llama_checkpoints, tmp_path / "run")
     file = run / "checkpoint-6/model.safetensors"
@@ -130,6 +133,7 @@ def test_what_is_still_unreadable_in_the_end_is_a_warning(start, log, tmp_path, 
     assert log()[-1].startswith(f"warning: {file} (1000 bytes)")
 
 
+@pytest.mark.slow
 def test_stopped_before_there_was_anything(start, log, tmp_path):
     process = start("nowhere")
     until(lambda: len(log()) == 1)
@@ -334,6 +338,7 @@ def test_strict_saves_nothing(command, llama_checkpoints, tmp_path):
     assert not os.path.exists("run.analysis.zarr")
 
 
+@pytest.mark.slow
 def test_a_followed_checkpoint_that_is_deleted_stops_the_command_and_keeps_the_result(
     start, log, llama_checkpoints, tmp_path
 ):

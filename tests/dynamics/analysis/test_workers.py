@@ -65,6 +65,7 @@ def once(action):
 # Processes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_serial_result(recording, serial, tmp_path):
     xr.testing.assert_identical(dy.analyze(recording, workers=2), serial)
     cache = tmp_path / "spectra.cache"
@@ -79,6 +80,7 @@ def test_they_do_for_checkpoints_and_circuits(llama_checkpoints, components):
     xr.testing.assert_identical(one, two)
 
 
+@pytest.mark.slow
 def test_they_do_for_fused_matrices(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -91,6 +93,7 @@ def test_they_do_for_fused_matrices(tmp_path):
     xr.testing.assert_identical(one, two)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_listed_in_the_same_order_and_strictness_raises(
     llama_checkpoints, tmp_path
 ):
@@ -111,6 +114,7 @@ def test_what_is_wrong_is_listed_in_the_same_order_and_strictness_raises(
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_what_serial_analyses_measured_workers_do_not_and_the_other_way_round(
     recording, serial, tmp_path, monkeypatch
 ):
@@ -129,6 +133,7 @@ def test_what_serial_analyses_measured_workers_do_not_and_the_other_way_round(
     xr.testing.assert_identical(dy.analyze(recording, cache=second, workers=2), serial)
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_cost_their_tasks_and_nothing_else(recording, serial):
     killed = []
 
@@ -143,6 +148,7 @@ def test_processes_that_are_killed_cost_their_tasks_and_nothing_else(recording, 
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_workers_and_none_of_them_ends_by_it(recording, serial):
     """A terminal sends it to the whole group. It is the parent's to end them, all at once."""
     workers, interrupted = set(), []
@@ -172,11 +178,13 @@ class Poisonous(RecordingRun):
         return die_in_the_middle_of_an_answer, ()
 
 
+@pytest.mark.slow
 def test_processes_that_die_again_and_again_are_an_error(recording):
     with pytest.raises(dy.DynamicsError, match=r"died 4 times while .*up_proj.*fewer workers"):
         dy.analyze(Poisonous(recording), workers=2)
 
 
+@pytest.mark.slow
 def test_an_analysis_with_workers_can_be_stopped_and_goes_on(recording, serial, tmp_path):
     cache, end = tmp_path / "spectra.cache", []
     with pytest.raises(StoppedError):
@@ -207,11 +215,13 @@ def test_what_cannot_be_sent_to_workers_is_refused(write_recording):
 # A Dask cluster -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cluster_gives_the_serial_result(recording, serial, cluster, tmp_path):
     found = dy.analyze(recording, scheduler=cluster.scheduler_address, cache=tmp_path / "c.cache")
     xr.testing.assert_identical(found, serial)
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_cluster_that_is_killed_in_the_middle_is_replaced(recording, serial, cluster):
     from distributed import Client
 
@@ -234,6 +244,7 @@ def test_a_worker_of_a_cluster_that_is_killed_in_the_middle_is_replaced(recordin
         assert len(after) == 2
 
 
+@pytest.mark.slow
 def test_the_job_of_the_docs_gives_the_serial_result(recording, serial, tmp_path):
     pytest.importorskip("distributed")
     docs = Path(__file__).parents[3] / "docs/performance.md"

@@ -7,6 +7,8 @@ from dynamics.auditing import Severity
 from tests.dynamics.auditing import defects
 from tests.short_run import MERGES
 
+pytestmark = pytest.mark.slow
+
 ADAPTED = 14  # seven modules in each of two layers
 
 

@@ -110,6 +110,7 @@ def process(*arguments, cwd):
     )
 
 
+@pytest.mark.slow
 def test_the_process_measures_and_draws(recording, here):
     done = process("analyze", recording, cwd=here)
     assert (done.returncode, done.stderr) == (0, "")
@@ -120,6 +121,7 @@ def test_the_process_measures_and_draws(recording, here):
     assert picture.read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_the_process_says_what_is_wrong_in_one_line(tmp_path, here):
     done = process("analyze", tmp_path / "nowhere", cwd=here)
     assert done.returncode == 2

@@ -48,6 +48,7 @@ def model_and_optimizer():
 # What is read -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shards_of_two_processes_are_put_together(sharded):
     names = {path.name for path in (sharded / "checkpoint/step-1").iterdir()}
     assert names == {".metadata", "__0_0.distcp", "__1_0.distcp"}
@@ -61,6 +62,7 @@ def test_shards_of_two_processes_are_put_together(sharded):
     assert dy.open_run(sharded / "checkpoint/step-2").steps.tolist() == [2]
 
 
+@pytest.mark.slow
 def test_opening_reads_no_shard_and_a_matrix_reads_its_own(copied):
     whole = {file: file.read_bytes() for file in copied.glob("step-*/*.distcp")}
     for file, content in whole.items():
@@ -71,6 +73,7 @@ def test_opening_reads_no_shard_and_a_matrix_reads_its_own(copied):
     assert run.read("layers.0.weight", 1, "weight") is not None
 
 
+@pytest.mark.slow
 def test_analyze_measures_the_assembled_matrices(sharded):
     analysis = dy.analyze(sharded, metrics=["frobenius_norm"])
     expected = torch.load(sharded / "expected.pt")
@@ -142,11 +145,13 @@ def test_the_format_may_be_forced(tmp_path):
 # What is refused --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_directories_of_one_step_are_refused(copied):
     shutil.copytree(copied / "step-2", copied / "step_2")
     assert_refused(copied, "step-2 and step_2, both of step 2")
 
 
+@pytest.mark.slow
 def test_a_missing_shard_is_named_and_the_other_step_measured(copied):
     (copied / "step-2/__1_0.distcp").unlink()
     run = dy.open_run(copied)
@@ -154,17 +159,20 @@ def test_a_missing_shard_is_named_and_the_other_step_measured(copied):
     assert run.read("layers.0.weight", 1, "weight") is not None
 
 
+@pytest.mark.slow
 def test_a_truncated_shard_is_named(copied):
     file = copied / "step-2/__1_0.distcp"
     file.write_bytes(file.read_bytes()[:100])
     assert_problem(dy.open_run(copied), 2, r"__1_0.distcp ends before the part of ")
 
 
+@pytest.mark.slow
 def test_a_save_that_did_not_finish_is_named(copied):
     (copied / "step-2/.metadata").unlink()
     assert_problem(dy.open_run(copied), 2, "did not finish")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [b"", b"garbage", pickle.dumps([1]), None])
 def test_damaged_metadata_is_named(copied, garbage):
     file = copied / "step-2/.metadata"
@@ -172,6 +180,7 @@ def test_damaged_metadata_is_named(copied, garbage):
     assert_problem(dy.open_run(copied), 2, r"step-2/.metadata is no readable metadata")
 
 
+@pytest.mark.slow
 def test_a_damaged_chunk_is_unreadable(copied):
     file = copied / "step-2/__1_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))
@@ -224,6 +233,7 @@ def without_tensors(content):
     content.state_dict_metadata = 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -242,6 +252,7 @@ def test_metadata_that_promises_what_is_not_there_is_refused(copied, change, mat
     assert_problem(dy.open_run(copied), 2, match)
 
 
+@pytest.mark.slow
 def test_a_chunk_of_another_shape_is_refused_when_it_is_read(copied):
     def exchanged(content):
         places = content.storage_data
@@ -263,6 +274,7 @@ def test_two_models_are_refused_by_their_names(tmp_path):
     assert_refused(tmp_path, r"tensors in a\.model, b\.model, where one model was expected")
 
 
+@pytest.mark.slow
 def test_nothing_in_metadata_is_run(copied, tmp_path):
     marker = tmp_path / "marker"
     rewritten(copied / "step-2", lambda content: setattr(content, "version", Touch(marker)))

@@ -37,6 +37,7 @@ def untrained(folder, step):
     return {name: module[name] for name in ("frozen.weight", "table")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("name", DEEPSPEED)
 def test_values_are_those_that_deepspeeds_own_script_recovers(saved, name, processes):
@@ -53,6 +54,7 @@ def test_values_are_those_that_deepspeeds_own_script_recovers(saved, name, proce
         assert_bits(run, step, expected)
 
 
+@pytest.mark.slow
 def test_masters_are_float32_and_what_is_not_trained_keeps_its_dtype(saved):
     for name in ("bf16_1", "bf16_2", "bf16_3"):
         run = dy.open_run(saved[2] / name)
@@ -62,6 +64,7 @@ def test_masters_are_float32_and_what_is_not_trained_keeps_its_dtype(saved):
     assert dy.open_run(saved[2] / "bf16_0").read("layers.0.weight", 2, "weight").dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_analyze_sees_the_masters_updates(saved):
     analysis = dy.analyze(saved[2] / "bf16_3", metrics=["frobenius_norm"])
     first, last = (matrices(torch.load(saved[2] / f"bf16_3/expected_{step}.pt")) for step in (1, 2))
@@ -74,6 +77,7 @@ def test_analyze_sees_the_masters_updates(saved):
     assert int(analysis["layer"].sel(matrix=name)) == 1
 
 
+@pytest.mark.slow
 def test_one_step_a_tag_and_a_trainers_checkpoints_are_opened(copied, tmp_path):
     folder = copied("bf16_2")
     expected = dy.open_run(folder).read("layers.0.weight", 2, "weight").values
@@ -106,6 +110,7 @@ def test_one_step_a_tag_and_a_trainers_checkpoints_are_opened(copied, tmp_path):
     assert (run.read("layers.0.weight", 2, "weight").values == expected).all()
 
 
+@pytest.mark.slow
 def test_the_engines_save_for_lightnings_strategy_is_a_run_of_lightning(saved):
     run = dy.open_run(saved[2] / "lightning")
     assert (run.format, run.steps.tolist()) == ("lightning", [2])
@@ -115,6 +120,7 @@ def test_the_engines_save_for_lightnings_strategy_is_a_run_of_lightning(saved):
     assert_bits(run, 2, expected)
 
 
+@pytest.mark.slow
 def test_without_optimizer_states_the_modules_weights_count_unless_they_are_partitioned(copied):
     folder = copied("bf16_1")
     for file in folder.glob("global_step*/*optim_states.pt"):
@@ -126,6 +132,7 @@ def test_without_optimizer_states_the_modules_weights_count_unless_they_are_part
     assert_refused(folder, "lacks the files .*optim_states.*stage 3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16_2", "bf16_3"])
 def test_a_missing_rank_is_named_and_the_other_step_measured(copied, name):
     folder = copied(name)
@@ -135,12 +142,14 @@ def test_a_missing_rank_is_named_and_the_other_step_measured(copied, name):
     assert run.read("layers.0.weight", 1, "weight") is not None
 
 
+@pytest.mark.slow
 def test_missing_model_states_are_named(copied):
     folder = copied("bf16_3")
     (folder / "global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
     assert_problem(dy.open_run(folder), 2, "lacks zero_pp_rank_1_mp_rank_00_model_states.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16_2", "bf16_3"])
 @pytest.mark.parametrize("change", ["shorter", "longer"])
 def test_partitions_that_do_not_fit_the_shapes_are_refused(copied, name, change):
@@ -154,6 +163,7 @@ def test_partitions_that_do_not_fit_the_shapes_are_refused(copied, name, change)
     assert_problem(dy.open_run(folder), 2, "numbers in its partitions where its parameters take")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -169,6 +179,7 @@ def test_a_model_spread_over_ranks_is_refused_by_name(copied, name):
     assert_refused(folder, f"{name}, a part of a model")
 
 
+@pytest.mark.slow
 def test_two_saves_in_one_directory_are_refused(copied):
     folder = copied("bf16_2")
     file = folder / "global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -176,6 +187,7 @@ def test_two_saves_in_one_directory_are_refused(copied):
     assert_problem(dy.open_run(folder), 2, "both of rank 0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [b"", b"garbage", None])
 def test_damaged_files_are_named(copied, garbage):
     folder = copied("bf16_2")
@@ -184,6 +196,7 @@ def test_damaged_files_are_named(copied, garbage):
     assert_problem(dy.open_run(folder), 2, "rank_1_mp_rank_00_optim_states.pt .*no readable file")
 
 
+@pytest.mark.slow
 def test_a_file_without_deepspeeds_states_is_refused(copied):
     folder = copied("bf16_2")
     torch.save(
@@ -194,6 +207,7 @@ def test_a_file_without_deepspeeds_states_is_refused(copied):
     assert_refused(folder, "holds no states as DeepSpeed saves them")
 
 
+@pytest.mark.slow
 def test_nothing_in_a_file_is_run(copied, tmp_path):
     folder, marker = copied("bf16_2"), tmp_path / "marker"
     file = folder / "global_step2/mp_rank_00_model_states.pt"

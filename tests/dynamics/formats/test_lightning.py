@@ -80,6 +80,7 @@ def test_analyze_knows_the_layers_behind_the_attribute(trained):
     assert int(analysis["layer"].sel(matrix=name)) == 1
 
 
+@pytest.mark.slow
 def test_shards_of_a_strategy_are_put_together(sharded):
     run = dy.open_run(sharded)
     assert (run.format, run.steps.tolist()) == ("lightning", [2, 4])

@@ -68,6 +68,7 @@ def pickled(checkpoints, folder, tiny_llama):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "sharded", "pickled", "peft", "recording"])
 def test_a_run_on_s3_gives_what_it_gives_on_a_disk(
     s3, tiny_llama, llama_checkpoints, write_recording, tmp_path, kind
@@ -96,6 +97,7 @@ def test_a_run_on_s3_gives_what_it_gives_on_a_disk(
     same_but_for_the_path(found, expected)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_web_server_gives_what_it_gives_on_a_disk(
     web_server, llama_checkpoints, write_recording
 ):
@@ -106,6 +108,7 @@ def test_a_run_on_a_web_server_gives_what_it_gives_on_a_disk(
         same_but_for_the_path(dy.analyze(f"{url}/{name}/"), dy.analyze(folder / name))
 
 
+@pytest.mark.slow
 def test_of_a_large_remote_file_only_the_matrix_asked_for_is_fetched(web_server):
     folder, url, sent = web_server
     (folder / "large").mkdir()
@@ -120,6 +123,7 @@ def test_of_a_large_remote_file_only_the_matrix_asked_for_is_fetched(web_server)
     assert sent[0] - opening == 2**20
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_arrives_later_is_seen(s3, tiny_llama, tmp_path):
     for step in (1, 2):
         tiny_llama(step).save_pretrained(tmp_path / f"checkpoint-{step}")
@@ -127,6 +131,7 @@ def test_a_checkpoint_that_arrives_later_is_seen(s3, tiny_llama, tmp_path):
         assert dy.open_run("s3://bucket/grows").steps[-1] == step
 
 
+@pytest.mark.slow
 def test_a_rewritten_remote_file_has_another_origin(s3, tiny_llama, tmp_path):
     origins = []
     for seed in (0, 0, 1):
@@ -141,6 +146,7 @@ def test_a_rewritten_remote_file_has_another_origin(s3, tiny_llama, tmp_path):
     assert origins[0] == origins[1] != origins[2]  # an ETag is a checksum: content, not time
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "says"),
     [
@@ -156,6 +162,7 @@ def test_a_url_that_gives_nothing_is_one_line(s3, url, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_is_one_line(s3, monkeypatch):
     import s3fs
 
@@ -167,6 +174,7 @@ def test_a_server_that_refuses_is_one_line(s3, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 def test_a_remote_file_cut_off_is_a_problem_of_its_checkpoint(s3, llama_checkpoints):
     s3.put(str(llama_checkpoints), "bucket/cut", recursive=True)
     path = "bucket/cut/checkpoint-4/model.safetensors"

@@ -9,6 +9,8 @@ import dynamics as dy
 from dynamics.errors import FormatError, OutputExistsError, RecordingHeldError
 from dynamics.recordings import Recording, RecordingWriter, verify
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 
 

@@ -120,6 +120,7 @@ def test_a_made_up_pickle_neither_runs_nor_takes_memory(data):
     assert called == []
 
 
+@pytest.mark.slow
 def test_no_module_is_imported_for_a_name_in_a_pickle(tmp_path):
     file = tmp_path / "weights.pt"
     data = b"\x80\x02cantigravity\nfly\n)R."

@@ -57,6 +57,7 @@ def pretend(path, **changes):
     (path / LOCK).write_text(json.dumps(document))
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_told_in_one_line_who_holds_the_recording(held_elsewhere):
     path, process = held_elsewhere
     before = sorted(path.rglob("*"))
@@ -71,6 +72,7 @@ def test_a_second_writer_is_told_in_one_line_who_holds_the_recording(held_elsewh
     assert Recording(path).steps.tolist() == [0]
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_taken_over(held_elsewhere):
     path, process = held_elsewhere
     process.send_signal(signal.SIGKILL)
@@ -81,6 +83,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(held_elsewhere):
     assert Recording(path).steps.tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_killed_process_that_nobody_waited_for_is_dead_too(held_elsewhere):
     path, process = held_elsewhere
     process.send_signal(signal.SIGKILL)
@@ -190,6 +193,7 @@ def open_at_once(path, start, results):
         start.wait()
 
 
+@pytest.mark.slow
 def test_of_two_writers_that_begin_in_the_same_moment_one_is_refused(tmp_path):
     context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
     start, results = context.Barrier(2), context.Queue()

@@ -519,6 +519,7 @@ def test_a_writer_whose_append_failed_may_try_again_without_leftovers():
     assert recording.read(G, 1) is None
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_for_real_leaves_whole_records(tmp_path):
     import signal
     import subprocess

@@ -96,25 +96,30 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("stack", TWO_PROCESSES)
 def test_two_processes_record_what_one_with_all_the_data_does(folder, stack, case):
     check(folder / f"{stack}-{case}.zarr", case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", TWO_PROCESSES)
 def test_before_clipping_it_is_averaged_over_the_ranks(folder, stack):
     check(folder / f"{stack}-unclipped.zarr", stacks_ranks.UNCLIPPED, clipped=False)
 
 
+@pytest.mark.slow
 def test_under_ddp_rank_0_alone_may_record(folder):
     check(folder / "alone_in_ddp.zarr", Case())
 
 
+@pytest.mark.slow
 def test_lightning_in_two_processes_records_what_one_does(folder):
     check(folder / "lightning.zarr", Case(accumulate=2, clip=True))
 
 
+@pytest.mark.slow
 def test_adapters_of_a_sharded_model_are_those_of_the_whole_one(folder):
     sharded, whole = (Recording(folder / f"adapted-{name}.zarr") for name in ("sharded", "whole"))
     assert sharded.paths == whole.paths
@@ -125,6 +130,7 @@ def test_adapters_of_a_sharded_model_are_those_of_the_whole_one(folder):
             assert relative_error(sharded.read(path, index), whole.read(path, index)) < 1e-6
 
 
+@pytest.mark.slow
 def test_spectra_of_a_sharded_model_are_those_of_the_whole_one(folder):
     sharded, whole = (
         dy.analyze(folder / f"adapted-{name}-spectra.zarr") for name in ("sharded", "whole")

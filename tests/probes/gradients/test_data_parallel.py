@@ -13,6 +13,8 @@ from tests.probes.adapted import adapted_model, frozen_matrices, relative_error,
 from tests.probes.frameworks.trainer import trained_by_trainer
 from tests.probes.gradients import data_parallel_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -284,6 +284,7 @@ with pytest.raises(DynamicsError, match="DeepSpeed's DeepSpeedEngine keeps gradi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("deepspeed") is None or shutil.which("g++") is None,
     reason="needs deepspeed and g++, with which it builds its CPU kernels",

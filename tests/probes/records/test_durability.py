@@ -15,6 +15,8 @@ import xarray as xr
 import dynamics as dy
 from tests.probes import training
 
+pytestmark = pytest.mark.slow
+
 LAST = 200
 
 

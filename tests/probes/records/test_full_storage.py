@@ -158,6 +158,7 @@ def steps(model, optimizer, first, last):
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limited", "reason"),
     [(full_disk, "No space left on device"), (no_large_files, "File too large")],

@@ -158,6 +158,7 @@ def test_a_folder_that_is_no_repository_any_more_is_one_line(repository, tmp_pat
     assert len(str(refused.value)) < 400
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, truth):
     moment, resume_at, path = random.Random(3), None, tmp_path / "killed"
     icechunk.Repository.create(local(path))
@@ -191,6 +192,7 @@ def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, truth):
         resume_at = len(steps) - 2
 
 
+@pytest.mark.slow
 def test_a_repository_on_an_object_store(s3, truth):
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     storage = icechunk.s3_storage(

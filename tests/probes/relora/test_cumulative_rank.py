@@ -11,6 +11,8 @@ from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora import train
 from tests.probes.relora.conftest import random_data, tiny_config
 
+pytestmark = pytest.mark.slow
+
 RANK, CYCLE, STEPS = 2, 4, 16
 
 

@@ -23,6 +23,8 @@ from probes.relora.__main__ import app
 from tests.probes.relora.evaluation.scored_texts import PAIRS, SEQUENCE_LENGTH, write_pairs
 from tests.short_run import TEXT
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 STEPS = 24
 SETTINGS = {

@@ -13,6 +13,8 @@ from probes.relora.training.restart import lora_layers
 from tests.probes.adapted import relative_error
 from tests.probes.relora.conftest import random_data, tiny_config
 
+pytestmark = pytest.mark.slow
+
 MERGE_AT = 4
 
 

@@ -12,6 +12,8 @@ from probes.relora.experiment import run_experiment
 from probes.relora.restart_ablation import restart_losses
 from tests.short_run import TEXT, short_config
 
+pytestmark = pytest.mark.slow
+
 STEP, FURTHER = 12, 6
 
 

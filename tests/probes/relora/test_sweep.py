@@ -126,6 +126,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return runs, folder / "out", said, expected, comparison
 
 
+@pytest.mark.slow
 def test_a_sweep_skips_what_is_finished_and_resumes_what_is_not(swept: Any) -> None:
     runs, output, said, expected, _ = swept
     assert said[:3] == [
@@ -139,6 +140,7 @@ def test_a_sweep_skips_what_is_finished_and_resumes_what_is_not(swept: Any) -> N
         torch.testing.assert_close(resumed[name], each)
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_its_runs_compared(swept: Any) -> None:
     runs, output, _, _, comparison = swept
     stored = dy.load(output / "comparison.zarr")
@@ -153,6 +155,7 @@ def test_a_sweep_ends_with_its_runs_compared(swept: Any) -> None:
         np.testing.assert_array_equal(again[name], comparison[name])
 
 
+@pytest.mark.slow
 def test_kinds_that_no_run_has_are_refused(swept: Any) -> None:
     runs, output, _, _, _ = swept
     either = compare_runs(runs, output, kinds=["gradient", "adapter"], steps=[12])
@@ -162,6 +165,7 @@ def test_kinds_that_no_run_has_are_refused(swept: Any) -> None:
             compare_runs(runs, output, kinds=kinds, steps=[12])
 
 
+@pytest.mark.slow
 def test_statistics_over_seeds_take_a_run_as_one_measurement(swept: Any) -> None:
     _, _, _, _, comparison = swept
     ranks = comparison["effective_rank"].sel(kind="displacement", step=12)
@@ -180,6 +184,7 @@ def test_statistics_over_seeds_take_a_run_as_one_measurement(swept: Any) -> None
     assert losses["mean"].item() == pytest.approx(float(comparison["loss"].sel(step=12).mean()))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_sweep_is_refused(swept: Any) -> None:
     runs, output, _, _, _ = swept
     other = [replace(run, config=replace(run.config, learning_rate=0.5)) for run in runs]
@@ -189,6 +194,7 @@ def test_a_folder_of_another_sweep_is_refused(swept: Any) -> None:
         run_sweep(runs[:1], "micro", output)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_the_others_are_kept(swept: Any, tmp_path: Path) -> None:
     _, output, _, _, _ = swept
     (tmp_path / "short.txt").write_text("too short")

@@ -17,6 +17,8 @@ from probes.relora.evaluation.trained_models import as_transformers
 from tests.probes.relora.evaluation.scored_texts import SEQUENCE_LENGTH, TEXTS, write_pairs
 from tests.short_run import TEXT, short_config
 
+pytestmark = pytest.mark.slow
+
 # With dropout, whose masks any other use of the random state would change.
 CONFIG = short_config(
     method="relora", sequence_length=SEQUENCE_LENGTH, batch_size=4, lora_dropout=0.2, max_steps=12

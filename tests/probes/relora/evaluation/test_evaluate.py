@@ -59,6 +59,7 @@ def silent(line):
     pass
 
 
+@pytest.mark.slow
 def test_the_model_of_a_checkpoint_computes_with_the_effective_weights(trained):
     effective = dy.open_run(trained)
     for step in STEPS:
@@ -75,6 +76,7 @@ def test_the_model_of_a_checkpoint_computes_with_the_effective_weights(trained):
             torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_results_are_scalars_of_the_checkpoints_and_of_the_recording(run, blimp):
     found = evaluate(run, [blimp, PerplexityEvaluation(TEXTS)], say=silent)
     assert [each.step for each in found] == STEPS * 2
@@ -93,6 +95,7 @@ def test_results_are_scalars_of_the_checkpoints_and_of_the_recording(run, blimp)
         assert np.isnan(scalars["blimp"][elsewhere]).all()
 
 
+@pytest.mark.slow
 def test_results_stand_beside_the_ranks_of_an_analysis(run, blimp):
     evaluate(run, [blimp], say=silent)
     dataset = dy.analyze(run / "run.zarr", kinds=["weight"], metrics=["effective_rank"])
@@ -101,6 +104,7 @@ def test_results_stand_beside_the_ranks_of_an_analysis(run, blimp):
     assert {"blimp_binding", "blimp_morphology", "blimp_ties", "loss"} <= set(dataset)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_computed_again(run, blimp):
     first = evaluate(run, [blimp], steps=[6, 12], say=silent)
     said = []
@@ -112,6 +116,7 @@ def test_what_is_there_is_not_computed_again(run, blimp):
     assert (run / EVALUATIONS).read_bytes() == content
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_killed_while_it_wrote_goes_on(run, blimp):
     evaluate(run, [blimp], say=silent)
     path = run / EVALUATIONS
@@ -125,6 +130,7 @@ def test_an_evaluation_that_was_killed_while_it_wrote_goes_on(run, blimp):
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_other_weights_at_the_same_step_are_evaluated_anew(run):
     perplexity = PerplexityEvaluation(TEXTS)
     first = evaluate(run, [perplexity], steps=[6, 24], say=silent)
@@ -135,6 +141,7 @@ def test_other_weights_at_the_same_step_are_evaluated_anew(run):
     assert dy.open_run(run).scalars["perplexity"][-1] == first[0].scalars["perplexity"]
 
 
+@pytest.mark.slow
 def test_a_series_does_not_mix_two_ways_to_evaluate(run, blimp):
     evaluate(run, [blimp], say=silent)
     one_pair = BlimpEvaluation([replace(each, pairs=each.pairs[:1]) for each in blimp.paradigms])
@@ -147,6 +154,7 @@ def test_a_series_does_not_mix_two_ways_to_evaluate(run, blimp):
     assert len({each.key(tokenizer) for each in (blimp, one_pair, with_space)}) == 3
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_the_one_that_the_trainer_logged(run, text):
     found = evaluate(run, [validation_loss(run, text)], say=silent)
     logged = dy.open_run(run).scalars["eval_loss"]
@@ -154,6 +162,7 @@ def test_the_validation_loss_is_the_one_that_the_trainer_logged(run, text):
     np.testing.assert_allclose(losses, logged, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_other_text_than_the_run_was_trained_on_is_refused(run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.txt").write_text(TEXT[:70_000])
@@ -164,6 +173,7 @@ def test_other_text_than_the_run_was_trained_on_is_refused(run, tmp_path):
         validation_loss(run)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_refused(run, blimp, tmp_path):
     with pytest.raises(
         MissingError, match=r"No complete checkpoint of step 7 in .*: 6, 12, 18, 24"
@@ -181,6 +191,7 @@ def test_what_cannot_be_evaluated_is_refused(run, blimp, tmp_path):
         evaluate(run, [blimp])
 
 
+@pytest.mark.slow
 def test_a_damaged_line_is_named(run, blimp):
     evaluate(run, [blimp], say=silent)
     path = run / EVALUATIONS
@@ -190,6 +201,7 @@ def test_a_damaged_line_is_named(run, blimp):
             dy.open_run(opened).scalars  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_and_shows_ties(run, text, tmp_path):
     write_pairs(tmp_path / "blimp")
     arguments = [
@@ -207,6 +219,7 @@ def test_the_command_evaluates_and_shows_ties(run, text, tmp_path):
     assert {row["step"] for row in map(json.loads, (run / EVALUATIONS).open())} == {6, 24}
 
 
+@pytest.mark.slow
 def test_the_command_refuses_what_says_nothing(run):
     for arguments, message in (
         ([], "Nothing to evaluate"),
@@ -217,6 +230,7 @@ def test_the_command_refuses_what_says_nothing(run):
             CliRunner().invoke(app, ["evaluate", str(run), *arguments], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_the_command_takes_several_runs(run, tmp_path):
     write_pairs(tmp_path / "blimp")
     other = shutil.copytree(run, tmp_path / "other")

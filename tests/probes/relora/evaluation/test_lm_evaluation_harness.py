@@ -19,6 +19,8 @@ from tests.probes.relora.evaluation.scored_texts import (
     write_pairs,
 )
 
+pytestmark = pytest.mark.slow
+
 OFFICIAL = Path(__file__).parents[5] / "shared" / "data" / "blimp"
 
 

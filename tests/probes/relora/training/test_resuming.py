@@ -51,6 +51,7 @@ def test_a_checkpoint_at_a_merge_step_holds_the_state_before_the_merge(relora_ru
     assert not torch.equal(bases[8]["lm_head.weight"], bases[6]["lm_head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 6, 10])
 def test_a_resumed_relora_run_ends_with_the_same_bits(
     relora_run: Any, run_to_end: Callable[..., Any], tmp_path: Path, step: int
@@ -64,6 +65,7 @@ def test_a_resumed_relora_run_ends_with_the_same_bits(
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_resumed_full_rank_run_ends_with_the_same_bits(
     full_rank_run: Any, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -142,6 +144,7 @@ def test_loading_a_base_keeps_the_parameters_that_an_optimizer_holds(relora_run:
         assert torch.equal(layer.get_base_layer().weight, expected[name].get_base_layer().weight)
 
 
+@pytest.mark.slow
 def test_lora_without_merges_is_saved_with_its_base_and_resumed_with_the_same_bits(
     config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
