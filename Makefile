@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo
 TEXT   ?=
 
-.PHONY: demo test lint types check fuzz bench lock clean
+.PHONY: demo test test-fast lint types check fuzz bench mutants lock clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml constraints.txt
@@ -20,10 +20,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a full-rank and a ReLoRA twin, measure and compare them (OUT=demo, TEXT=dir of .txt)
 	$(BIN)/python -m probes.relora demo $(OUT) $(if $(TEXT),--text $(TEXT))
 
-# Files of tests in several processes, with a thread each: most tests wait for other processes. In
+# Files of tests in several processes, with a thread each: many tests wait for other processes. In
 # their own order: by their number of tests, the slowest would begin last.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)  ## run every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+test-fast: $(STAMP)  ## run the tests that neither train for long nor start processes, under 3 minutes
+	$(PYTEST) -m "not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -50,14 +56,20 @@ bench: $(STAMP)  ## what analysing and recording cost, and memory over a checkpo
 	$(BIN)/python -m tests.benchmarks.killed_writers
 	$(BIN)/python tests/benchmarks/large_checkpoint.py
 
+MUTANTS ?= 60
+SEED    ?= 0
+mutants: $(STAMP)  ## change the code in MUTANTS random places (SEED), and see whether a test fails
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --sample $(MUTANTS) --seed $(SEED) $(ONLY)
+
 lock:  ## write constraints.txt anew from the newest versions that pyproject.toml allows
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet "torch$(TORCH)"
-	.venv-lock/bin/pip install --quiet --editable '.[dev]'
+	.venv-lock/bin/pip install --quiet --editable '.[dev,bench,mutants]'
 	echo "# Exact versions that the project is tested with; written by 'make lock'." > constraints.txt
 	.venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu//' >> constraints.txt
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo mutants .pytest_cache .mypy_cache .ruff_cache
