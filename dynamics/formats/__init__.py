@@ -18,7 +18,7 @@ from dynamics.formats.pico import PicoFormat
 from dynamics.formats.plain_files import PlainFilesFormat
 from dynamics.formats.recording import RecordingFormat, RecordingRun
 from dynamics.formats.relora import ReLoRAFormat
-from dynamics.formats.storage.files import children, is_remote, located, refused
+from dynamics.formats.storage.files import children, is_remote, located, reporting_unreadable
 from dynamics.recordings import StoreLike, is_repository
 from dynamics.runs import fused
 from dynamics.runs.run import Run
@@ -83,7 +83,7 @@ def open_run(
         run = RecordingRun(path)
     else:
         path = located(path)
-        with refused(path) if is_remote(path) else nullcontext():
+        with reporting_unreadable(path) if is_remote(path) else nullcontext():
             options = OpenOptions(base=None if base is None else located(base), adapter=adapter)
             run = _open(path, format, options)
     return fused.split_fused(run) if split_fused else run

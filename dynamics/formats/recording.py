@@ -23,7 +23,7 @@ from dynamics.recordings import (
     factor_path,
     is_repository_folder,
     matrix_path,
-    told,
+    store_name,
     verify,
 )
 from dynamics.runs.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
@@ -62,19 +62,19 @@ class RecordingRun(Run):
     merges_told_by_events = True
 
     def __init__(self, path: StoreLike):
-        self.path = told(path)
+        self.path = store_name(path)
         self._folder = path.parent if isinstance(path, Path) else None
         self._recording = Recording(path)
         self.steps = self._recording.steps
         self.attrs: Mapping[str, Any] = self._recording.attrs
         self._index = {int(step): index for index, step in enumerate(self.steps)}
-        self._adapted = set(self._recording.parameters(ADAPTER))
+        self._with_adapter = set(self._recording.parameters(ADAPTER))
         self._spectra = SpectraReader(self._recording)
         self.spectrum_kinds = tuple(self._spectra.shapes)
         measured = (shapes.items() for shapes in self._spectra.shapes.values())
         self.matrices = matrices_of(
             dict(chain.from_iterable(measured))
-            | {name: self._adapter_shape(name) for name in self._adapted}
+            | {name: self._adapter_shape(name) for name in self._with_adapter}
             | {
                 name: self._recording.array(matrix_path(group, name)).shape[1:]
                 for group in (WEIGHT, GRADIENT)
@@ -87,16 +87,16 @@ class RecordingRun(Run):
         weights = self._recording.parameters(WEIGHT)
         self.stored_kinds = (
             *((schema.WEIGHT,) if weights else ()),
-            *((schema.BASE,) if weights and self._adapted else ()),
-            *((schema.ADAPTER,) if self._adapted else ()),
+            *((schema.BASE,) if weights and self._with_adapter else ()),
+            *((schema.ADAPTER,) if self._with_adapter else ()),
             *((schema.GRADIENT,) if self._recording.parameters(GRADIENT) else ()),
         )
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """A stored matrix; see `Run.read`.
 
-        `base` is the recorded effective weight less s·B·A: exact to the rounding of the dtype in
-        which the two were added, which is the weight's own noise.
+        `base` is the recorded effective weight minus s·B·A. It is exact up to the rounding of the
+        dtype in which the two were added; this rounding is the weight's own noise.
         """
         index = self._index[step]
         if kind == schema.ADAPTER:
@@ -114,20 +114,20 @@ class RecordingRun(Run):
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """The chunks that `read` takes the matrix from; see `Run.origin`."""
-        adapted = kind in (schema.ADAPTER, schema.BASE) and name in self._adapted
+        adapted = kind in (schema.ADAPTER, schema.BASE) and name in self._with_adapter
         paths = [factor_path(name, factor) for factor in "AB"] if adapted else []
         if kind != schema.ADAPTER:
             paths.append(matrix_path(_GROUPS.get(kind, WEIGHT), name))
-        found = [self._recording.origin(path, self._index[step]) for path in paths]
-        return None if None in found else " ".join([kind, *map(str, found)])
+        origins = [self._recording.origin(path, self._index[step]) for path in paths]
+        return None if None in origins else " ".join([kind, *map(str, origins)])
 
     def verify(self) -> Verification:
-        """Whether every record holds the numbers that were written; reads them all."""
+        """Check that every record holds the numbers that were written; reads them all."""
         return verify(self._recording)
 
     def merges_between(self, name: str, before: int, now: int) -> int:
-        """The merge events that the record at `now` has behind it and the one at `before` not."""
-        if name not in self._adapted:
+        """How many merges happened between the record at `before` and the one at `now`."""
+        if name not in self._with_adapter:
             return 0
         merges = (event.step for event in self.events if event.kind == schema.MERGE)
         return sum(before <= step < now for step in merges)
@@ -138,7 +138,7 @@ class RecordingRun(Run):
         return None if values is None else Dense(values, self._source_dtype(path))
 
     def _adapter(self, name: str, index: int) -> Factored | None:
-        if name not in self._adapted:
+        if name not in self._with_adapter:
             return None
         path = factor_path(name, "A")
         a, b = (
@@ -169,7 +169,7 @@ class RecordingRun(Run):
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
-        """What was logged, and what evaluation.jsonl in the same folder says, along the steps."""
+        """Along the steps: what was logged, and what evaluation.jsonl in the same folder holds."""
         logged = self._recording.scalars
         if self._folder is None:
             return logged

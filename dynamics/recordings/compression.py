@@ -8,8 +8,8 @@ bits transposed ("bit") or bytes ("byte"), as bytes / stored and speed:
     zstd bit  1.14    500 MB/s       1.28    430 MB/s
     zstd byte 1.08    540 MB/s       1.23    530 MB/s
 
-Mantissas are noise: what shrinks is signs and exponents, which transposed bits line up. LZ4 finds
-them as well as Zstandard does at a third of the time.
+Mantissas are noise. Only signs and exponents can be compressed, and transposed bits put them side
+by side. LZ4 compresses them as well as Zstandard does, in a third of the time.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Compression:
     """A compressor and its level.
 
     Args:
-        name: "lz4" or "zstd", both of Blosc and over transposed bits, or "none".
+        name: "lz4" or "zstd" (both through Blosc, over transposed bits), or "none".
         level: 0 to 9; 1 by default.
 
     Raises:
@@ -52,7 +52,7 @@ class Compression:
             )
 
     def codecs(self) -> list[Any]:
-        """What zarr's `compressors` takes: the compressor, then a checksum of its output."""
+        """The value of zarr's `compressors`: the compressor, then a checksum of its output."""
         if self.name == NONE:
             return [Crc32cCodec()]
         level = 1 if self.level is None else self.level

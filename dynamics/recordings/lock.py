@@ -1,10 +1,11 @@
-"""One writer per recording: who holds it stands in the store, as a group of its own.
+"""One writer per recording: a lock in the store says who writes.
 
-The lock is the object `writer/zarr.json`, so that it works on every store, and any tool that opens
-the store finds a valid group. A writer that was killed leaves its lock behind; another on the same
-machine sees that the process is gone and takes over. Where stores cannot create an object only if
-it does not exist (fsspec's), or two take over in the same moment, both believe to hold it: the
-one whose lock was overwritten learns it before its next commit.
+The lock is the object `writer/zarr.json`, a Zarr group. So it works on every store, and every tool
+that opens the store finds a valid group. A writer that is killed leaves its lock behind; the next
+writer on the same machine sees that the process is gone, and takes over. Two writers can both
+believe that they hold the lock: where a store cannot create an object only if it does not exist
+(fsspec's stores), or where two take over at the same moment. Then the writer whose lock was
+overwritten notices it before its next commit.
 """
 
 import json
@@ -23,19 +24,19 @@ from dynamics.errors import DynamicsError, RecordingHeldError, one_line
 from dynamics.recordings import stores
 from dynamics.recordings.paths import WRITER
 
-# Of this process, by token: a writer that was forgotten without closing holds nothing any more.
+# Locks of this process by token. A writer that was garbage-collected without closing holds none.
 _LIVE: "weakref.WeakValueDictionary[str, WriterLock]" = weakref.WeakValueDictionary()
 
 
 class WriterLock:
-    """Held from construction until `release`.
+    """The lock of a recording, held from construction until `release`.
 
     Args:
         store: of the recording.
-        take_over: take it from whoever holds it, who is refused at its next commit.
+        take_over: take the lock from a writer that holds it; that writer fails at its next commit.
 
     Raises:
-        RecordingHeldError: another writer holds it and may be alive.
+        RecordingHeldError: another writer holds the lock and may be alive.
         DynamicsError: the store cannot be written.
     """
 
@@ -53,33 +54,34 @@ class WriterLock:
             if holder != self._mine:
                 if not take_over and not _is_dead(holder):
                     raise RecordingHeldError(
-                        f"{stores.told(store)} is being written by {_told(holder)}. Wait until "
-                        "it has closed the recording; if it is dead, pass take_over=True."
+                        f"{stores.store_name(store)} is being written by {_holder_name(holder)}. "
+                        "Wait until it has closed the recording; if it is dead, pass "
+                        "take_over=True."
                     )
                 stores.put(store, WRITER, content)
             stores.commit(self._store, "a writer begins")
             _LIVE[self._mine["token"]] = self
         except OSError as error:
             raise DynamicsError(
-                f"{stores.told(store)} cannot be written: {one_line(error)}."
+                f"{stores.store_name(store)} cannot be written: {one_line(error)}."
             ) from error
 
     def check(self) -> None:
-        """Make sure that nobody took the recording over.
+        """Check that no other writer took the recording over.
 
         Raises:
-            RecordingHeldError: somebody did.
+            RecordingHeldError: another writer did.
         """
         holder = self._holder()
         if holder != self._mine:
-            by = _told(holder) if holder else "somebody who has closed it since"
+            by = _holder_name(holder) if holder else "another writer, which has closed it since"
             raise RecordingHeldError(
-                f"{stores.told(self._store)} was taken over by {by}; this writer stops, and what "
-                "it committed before stays. Record to another path."
+                f"{stores.store_name(self._store)} was taken over by {by}. This writer stops; "
+                "what it has committed is kept. Record to another path."
             )
 
     def release(self) -> None:
-        """Let others write, unless somebody took it over. Twice is once."""
+        """Let others write, unless another writer took the lock over. Safe to call twice."""
         stores.renew(self._store)
         if self._holder() == self._mine:
             stores.delete(self._store, WRITER)
@@ -88,10 +90,10 @@ class WriterLock:
 
     def _holder(self) -> Mapping[str, Any]:
         try:
-            found = json.loads(stores.get(self._store, WRITER) or b"{}").get("attributes", {})
+            holder = json.loads(stores.get(self._store, WRITER) or b"{}").get("attributes", {})
         except (ValueError, AttributeError):
             return {"host": "an unreadable lock"}
-        return found if isinstance(found, dict) else {}
+        return holder if isinstance(holder, dict) else {}
 
 
 def _document(holder: Mapping[str, Any]) -> bytes:
@@ -99,7 +101,7 @@ def _document(holder: Mapping[str, Any]) -> bytes:
     return json.dumps(group).encode()
 
 
-def _told(holder: Mapping[str, Any]) -> str:
+def _holder_name(holder: Mapping[str, Any]) -> str:
     here = holder.get("host") == platform.node() and holder.get("pid") == os.getpid()
     who = "this process" if here else f"process {holder.get('pid')} on {holder.get('host')}"
     return f"{who} since {holder.get('since')}"
@@ -116,17 +118,17 @@ def _this_process() -> dict[str, Any]:
 
 
 def _is_dead(holder: Mapping[str, Any]) -> bool:
-    """Whether the process is gone for sure; False where that cannot be told from here."""
+    """Whether the process is surely gone; False where this process cannot know."""
     me = _this_process()
     if not holder:
-        return True  # released between two looks
+        return True  # released in the meantime
     if holder.get("host") != me["host"]:
         return False
     if holder.get("boot") != me["boot"]:
-        return True  # the machine was started anew
+        return True  # the machine was restarted
     pid = holder.get("pid")
     if holder.get("pid_namespace") != me["pid_namespace"] or not isinstance(pid, int):
-        return False  # a container whose processes cannot be seen from here
+        return False  # a container whose processes are not visible from here
     if pid == me["pid"] and holder.get("started") == me["started"]:
         return holder.get("token") not in _LIVE
     try:
@@ -134,16 +136,16 @@ def _is_dead(holder: Mapping[str, Any]) -> bool:
     except ProcessLookupError:
         return True
     except OSError:
-        pass  # somebody else's process
-    return holder.get("started") != _started(pid)  # else the number was given to another process
+        pass  # a process of another user
+    return holder.get("started") != _started(pid)  # else another process has this number now
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since boot; "" where the system has no /proc.
+    """When a process started, in ticks since boot; "" where it is gone, or there is no /proc.
 
-    A zombie is as dead as it can be: its parent did not ask yet.
+    A zombie counts as gone: it has ended, and only its parent has not noticed yet.
     """
-    # "pid (name) state ppid ...", where the name may hold blanks and brackets
+    # "pid (name) state ppid ..."; the name may contain blanks and brackets
     fields = _line(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else ""
 

@@ -1,4 +1,4 @@
-"""The recording's layout: what its paths, dimensions and numbers are called.
+"""The layout of a recording: names of its paths, dimensions and numbers.
 
     run.zarr/               attrs: format, format_version, definitions, configuration, versions
       step      (step,)     int64, optimizer steps done
@@ -8,17 +8,18 @@
       weight/<parameter>    (step, out, in), one chunk per record, attrs: source_dtype
       gradient/<parameter>  the same
       adapter/<parameter>/  A (step, r, in), B (step, out, r), attrs: scaling, transposed
-      spectra/<kind>/       in place of matrices: singular_value (step, matrix, index), NaN beyond
-                            a matrix's own, attrs: matrices (name, shape, ...); and
+      spectra/<kind>/       in place of matrices: singular_value (step, matrix, index), padded with
+                            NaN, attrs: matrices (name, rows, cols, ...); and
                             bounds (step, matrix, bound): error, noise floor, rank bound
       events/               step, kind, attrs (JSON) along `event`
-      writer                an empty group while somebody writes, attrs: host, pid, since
+      writer                an empty group while a writer is at work, attrs: host, pid, since
 
-**Missing.** An array that got no matrix in a record has no chunk there, and reads as NaN. A
-spectrum that a record lacks has NaN for its rank bound, and one of NaN or Inf has not.
+**Missing.** A record without a matrix has no chunk of that array, and reads as NaN. A record
+without a spectrum has NaN as its rank bound. (The rank bound of a matrix with NaN or Inf is a
+number, though its singular values are NaN.)
 
-bfloat16 and float8 have no Zarr data type that every reader knows; they are stored as float32,
-which holds them exactly, and `source_dtype` says what they were.
+bfloat16 and float8 have no Zarr data type that every reader knows. They are stored as float32,
+which represents them exactly; `source_dtype` is the dtype they had.
 """
 
 import json
@@ -39,7 +40,7 @@ ROOT, WRITER = "zarr.json", "writer/zarr.json"
 EVENT_COLUMNS = ("step", "kind", "attrs")
 SERIES_CHUNK = 1024
 NO_TOKENS = NO_CHECKSUM = -1
-# More than any recording has: what damaged metadata may ask memory for at most.
+# More than any recording has. Damaged metadata can make a reader allocate no more than this.
 MOST_RECORDS, _LARGEST_MATRIX = 2**20, 2**36
 
 
@@ -59,7 +60,7 @@ def spectra_path(kind: str, array: str) -> str:
 
 
 def scalar_path(name: str) -> str:
-    """Path of what was logged under a name."""
+    """Path of the scalar that was logged under a name."""
     return f"{SCALARS}/{name}"
 
 
@@ -74,12 +75,12 @@ def is_matrix(path: str) -> bool:
 
 
 def is_event(path: str) -> bool:
-    """Whether an array goes along the events instead of the records."""
+    """Whether an array has one entry per event instead of one per record."""
     return path.startswith(f"{EVENTS}/")
 
 
 def dimension_names(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-    """Names of an array's dimensions; `shape` without the first of them."""
+    """Names of the dimensions of an array; `shape` is given without the first dimension."""
     if is_event(path):
         return ("event",)
     if not shape:
@@ -97,7 +98,7 @@ def dimension_names(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def check_shape(what: str, path: str, shape: tuple[int, ...]) -> None:
-    """Refuse shapes that no recording has, before memory is asked for."""
+    """Raise FormatError for shapes that no recording has, before memory is allocated."""
     wanted = 3 if is_matrix(path) else 1
     if len(shape) != wanted or shape[0] > MOST_RECORDS or prod(shape[1:]) > _LARGEST_MATRIX:
         raise FormatError(f"{what} has the absurd shape {shape}; its metadata are damaged.")
@@ -114,12 +115,12 @@ def record_checksum(
     scalars: Mapping[str, float],
     matrices: Iterable[tuple[str, np.ndarray]],
 ) -> int:
-    """CRC-32 of a record's exact numbers: its series first, then its matrices.
+    """CRC-32 of the exact numbers of a record: step, tokens and scalars first, then the matrices.
 
     Args:
         step: of the record.
         tokens: seen so far, -1 where unknown.
-        scalars: name -> value; NaN counts as nothing, which is what it reads as.
+        scalars: name -> value; NaN is left out, as a missing scalar reads as NaN.
         matrices: (path, numbers), sorted by path.
     """
     logged = {name: value.hex() for name, value in sorted(scalars.items()) if value == value}

@@ -1,4 +1,4 @@
-"""Reading a recording, as its last commit shows it."""
+"""Reading a recording as of its last commit."""
 
 import json
 from typing import Any
@@ -17,32 +17,33 @@ from dynamics.runs.run import Event
 
 
 class Recording:
-    """A recording as its last commit shows it, for reading.
+    """A recording as of its last commit, for reading.
 
     Raises:
-        FormatError: the store holds no recording, or one of a newer version.
+        FormatError: the store holds no recording, a damaged one, or one of a newer version.
     """
 
     def __init__(self, store: StoreLike):
         self.store = store
-        where = stores.told(store)
-        self._root = stores.opened(store)
-        with stores.damaged("The attributes", self.store):
+        where = stores.store_name(store)
+        self._root = stores.open_root(store)
+        with stores.reporting_damage("The attributes", self.store):
             self.attrs: dict[str, Any] = dict(self._root.attrs)
-        found, version = self.attrs.get("format"), self.attrs.get("format_version")
-        if found != schema.RECORDING_FORMAT:
-            raise FormatError(f"{where} is a Zarr store of format {found!r}, not a recording.")
+        format, version = self.attrs.get("format"), self.attrs.get("format_version")
+        if format != schema.RECORDING_FORMAT:
+            raise FormatError(f"{where} is a Zarr store of format {format!r}, not a recording.")
         if version not in range(1, schema.RECORDING_VERSION + 1):
             raise FormatError(
                 f"{where} is a recording of version {version}; this release reads 1 to "
                 f"{schema.RECORDING_VERSION}. Install a matching release."
             )
-        with stores.damaged("The metadata", self.store):
+        with stores.reporting_damage("The metadata", self.store):
             nodes = stores.nodes_of(self._root)
         if nodes is None:
             raise FormatError(
                 f"{where} is a recording without a commit: its root metadata lists no arrays "
-                "(no consolidated metadata). Its writer died at once, or another tool changed it."
+                "(no consolidated metadata). Its writer died at once, or another tool changed it; "
+                "record again."
             )
         self._arrays: dict[str, zarr.Array] = {}
         shapes = {path: node.shape for path, node in nodes.items() if hasattr(node, "shape")}
@@ -56,52 +57,53 @@ class Recording:
     def array(self, path: str) -> zarr.Array:
         """The array at a path."""
         if path not in self._arrays:
-            found = self._root.get(path)
-            if not isinstance(found, zarr.Array):
+            node = self._root.get(path)
+            if not isinstance(node, zarr.Array):
                 raise FormatError(
-                    f"{stores.told(self.store)} has no array {path}; its metadata are damaged."
+                    f"{stores.store_name(self.store)} has no array {path}; its metadata are "
+                    "damaged."
                 )
-            self._arrays[path] = found
+            self._arrays[path] = node
         return self._arrays[path]
 
     def attr(self, path: str, name: str, *kinds: type) -> Any:
         """An attribute of an array.
 
         Raises:
-            FormatError: it is missing or none of the `kinds`.
+            FormatError: it is missing, or not of one of the `kinds`.
         """
-        with stores.damaged(path, self.store):
-            found = dict(self.array(path).attrs).get(name)
-        if not isinstance(found, kinds):
+        with stores.reporting_damage(path, self.store):
+            value = dict(self.array(path).attrs).get(name)
+        if not isinstance(value, kinds):
             raise FormatError(
-                f"{path} of {stores.told(self.store)} has {name} {found!r}; its metadata are "
+                f"{path} of {stores.store_name(self.store)} has {name} {value!r}; its metadata are "
                 "damaged."
             )
-        return found
+        return value
 
     def series(self, path: str) -> np.ndarray:
-        """The numbers of an array that has one per record, or one per event."""
-        with stores.damaged(path, self.store):
+        """The numbers of an array with one number per record, or one per event."""
+        with stores.reporting_damage(path, self.store):
             return np.asarray(self.array(path)[:])
 
     def parameters(self, group: str) -> list[str]:
-        """The parameters that `weight`, `gradient` or `adapter` holds."""
+        """Names of the parameters in the group `weight`, `gradient` or `adapter`."""
         names = (path.split("/", 2)[1] for path in self.paths if path.startswith(f"{group}/"))
         return list(dict.fromkeys(names))
 
     def read(self, path: str, index: int) -> np.ndarray | None:
-        """The (m, n) matrix of record `index`, None where the record has none."""
+        """The (m, n) matrix of record `index`; None where the record has none."""
         if path not in self.paths:
             return None
         array = self.array(path)
-        with stores.damaged(f"The chunk of {path} in record {index}", self.store):
-            # Its absence first: it would be read as a matrix of the fill value.
+        with stores.reporting_damage(f"The chunk of {path} in record {index}", self.store):
+            # Looked up first: zarr reads a missing chunk as a matrix of fill values.
             return np.asarray(array[index]) if _has_chunk(array, index) else None
 
     def origin(self, path: str, index: int) -> str | None:
-        """A token of the chunk that `read` takes its matrix from; see `Run.origin`.
+        """A token of the chunk that `read` reads; see `Run.origin`.
 
-        None where the store is no local directory.
+        None where the store is not a local directory.
         """
         if path not in self.paths:
             return ABSENT
@@ -109,9 +111,9 @@ class Recording:
         store = array.store_path.store
         if not isinstance(store, LocalStore):
             return None
-        found = file_origin(store.root / array.store_path.path / paths.chunk_key(array, index))
+        file = file_origin(store.root / array.store_path.path / paths.chunk_key(array, index))
         made_with = json.dumps(dict(array.attrs), sort_keys=True)  # source dtype, scaling
-        return None if found is None else f"{found}|{array.dtype}|{array.shape[1:]}|{made_with}"
+        return None if file is None else f"{file}|{array.dtype}|{array.shape[1:]}|{made_with}"
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:
@@ -130,7 +132,7 @@ class Recording:
     def events(self) -> tuple[Event, ...]:
         """What happened during the run, in order."""
         columns = [self.series(paths.event_path(column)) for column in paths.EVENT_COLUMNS]
-        with stores.damaged(paths.EVENTS, self.store):
+        with stores.reporting_damage(paths.EVENTS, self.store):
             return tuple(
                 Event(int(step), str(kind), json.loads(str(attrs)))
                 for step, kind, attrs in zip(*columns, strict=True)

@@ -1,4 +1,4 @@
-"""Spectra in a recording: those of one kind and record are two arrays, a row per matrix."""
+"""Spectra in a recording: two arrays per kind, with one row per matrix in each record."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,20 +15,20 @@ MATRICES = "matrices"
 
 
 def spectra_arrays(
-    kind: str, matrices: Sequence[Mapping[str, Any]], found: Mapping[str, Spectrum]
+    kind: str, matrices: Sequence[Mapping[str, Any]], spectra: Mapping[str, Spectrum]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(path -> array, attributes of both arrays) of one record's spectra of a kind.
+    """(Path -> array, attributes of both arrays) for the spectra of one kind in one record.
 
     Args:
         kind: of `schema.KINDS`.
         matrices: JSON-like facts of all matrices, the same in every record: name, rows, cols, ...
-        found: name -> spectrum, of those that the record has.
+        spectra: name -> spectrum; a record may lack some.
     """
     width = max(min(each["rows"], each["cols"]) for each in matrices)
     values = np.full((len(matrices), width), np.nan)
     bounds = np.full((len(matrices), 3), np.nan)
     for row, each in enumerate(matrices):
-        if (spectrum := found.get(each["name"])) is not None:
+        if (spectrum := spectra.get(each["name"])) is not None:
             values[row, : spectrum.s.size] = spectrum.s
             bounds[row] = spectrum.error, spectrum.noise_floor, spectrum.rank_bound
     arrays = {
@@ -55,16 +55,16 @@ class SpectraReader:
             path = paths.spectra_path(kind, paths.SINGULAR_VALUE)
             if path not in recording.paths:
                 continue
-            with stores.damaged(path, recording.store):
-                told = recording.attr(path, MATRICES, list)
-                self.shapes[kind] = {m["name"]: (int(m["rows"]), int(m["cols"])) for m in told}
+            with stores.reporting_damage(path, recording.store):
+                listed = recording.attr(path, MATRICES, list)
+                self.shapes[kind] = {m["name"]: (int(m["rows"]), int(m["cols"])) for m in listed}
                 rows, width = recording.array(path).shape[1:]
                 widest = max(min(shape) for shape in self.shapes[kind].values())
-                if (rows, width) != (len(told), widest) or len(self.shapes[kind]) != rows:
+                if (rows, width) != (len(listed), widest) or len(self.shapes[kind]) != rows:
                     raise FormatError(
-                        f"{path} of {stores.told(recording.store)} has {rows} spectra of up to "
-                        f"{width} values and names {len(told)} of up to {widest}; its metadata "
-                        "are damaged."
+                        f"{path} of {stores.store_name(recording.store)} has {rows} spectra of up "
+                        f"to {width} values, but names {len(listed)} of up to {widest}; its "
+                        "metadata are damaged."
                     )
         self._rows = {
             kind: {n: i for i, n in enumerate(names)} for kind, names in self.shapes.items()
@@ -72,7 +72,7 @@ class SpectraReader:
         self._arrays: dict[tuple[str, int], tuple[np.ndarray | None, ...]] = {}
 
     def read(self, name: str, index: int, kind: str) -> Spectrum | None:
-        """The spectrum of a matrix in record `index`, None where the record has none.
+        """The spectrum of a matrix in record `index`; None where the record has none.
 
         Raises:
             FormatError: a chunk is damaged.
@@ -80,7 +80,7 @@ class SpectraReader:
         if name not in self._rows.get(kind, {}):
             return None
         if (kind, index) not in self._arrays:
-            # Kept: an analysis goes matrix by matrix, and its result holds as many numbers.
+            # Kept, as an analysis goes matrix by matrix. Its result holds as many numbers anyway.
             self._arrays[kind, index] = tuple(
                 self._recording.read(paths.spectra_path(kind, array), index)
                 for array in (paths.SINGULAR_VALUE, paths.BOUNDS)

@@ -1,4 +1,4 @@
-"""Stores by path, URL or zarr Store: what they hold, and single objects in them."""
+"""Stores by path, URL or zarr Store: opening them, and reading and writing single objects."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ StoreLike = Union[str, Path, Store, "Repository"]
 
 
 def for_reading(store: StoreLike) -> str | Store:
-    """What zarr opens: it knows paths, URLs and stores.
+    """What to give to zarr, which opens paths, URLs and stores.
 
     Raises:
-        DynamicsError: an Icechunk repository without the package.
-        FormatError: one that cannot be read.
+        DynamicsError: the store is an Icechunk repository, and icechunk is not installed.
+        FormatError: the repository cannot be read.
     """
     if (repository := _repository(store)) is not None:
         return transactions.for_reading(repository)
@@ -36,29 +36,29 @@ def for_reading(store: StoreLike) -> str | Store:
 
 
 def for_writing(store: StoreLike) -> Store:
-    """The zarr Store behind a path or URL; nothing is made.
+    """The zarr Store at a path or URL; nothing is created yet.
 
     Raises:
-        DynamicsError: a URL or repository without the packages that it needs, or the store of a
-            single session of Icechunk.
-        FormatError: a path that is a file, or a URL of an unknown protocol.
+        DynamicsError: the packages for a URL or repository are not installed, or it is the store of
+            a single session of Icechunk.
+        FormatError: the path is a file, or the URL has an unknown protocol.
     """
     if (repository := _repository(store)) is not None:
         return TransactionalStore(repository)
     if transactions.is_session_store(store):
         raise DynamicsError(
-            "A session of Icechunk ends with its first commit: give the Repository itself to the "
-            "recorder, which commits every record."
+            "A session of Icechunk ends with its first commit, and the recorder commits every "
+            "record; give the Repository instead."
         )
     if isinstance(store, Store):
         return store
     assert not transactions.is_repository(store)
     if "://" not in str(store):
         if Path(store).is_file():
-            raise FormatError(f"{store} exists and is no recording; choose another path.")
+            raise FormatError(f"{store} exists and is not a recording; choose another path.")
         return LocalStore(Path(store))
     try:
-        # Another process may have written since a listing was kept.
+        # Another process may have written since the last listing.
         return FsspecStore.from_url(str(store), storage_options={"use_listings_cache": False})
     except ImportError as missing:
         raise require_extra("remote", missing) from missing
@@ -66,50 +66,50 @@ def for_writing(store: StoreLike) -> Store:
         raise FormatError(f"{store} cannot be opened: {one_line(error)}.") from error
 
 
-def told(store: StoreLike) -> str:
-    """The store as messages name it."""
+def store_name(store: StoreLike) -> str:
+    """How messages call the store: its path or URL."""
     if transactions.is_repository(store):
-        return transactions.told(store)
+        return transactions.repository_name(store)
     return str(store.root) if isinstance(store, LocalStore) else str(store)
 
 
-def opened(store: StoreLike, *, use_consolidated: bool | None = None) -> zarr.Group:
-    """The root group, for reading.
+def open_root(store: StoreLike, *, use_consolidated: bool | None = None) -> zarr.Group:
+    """The root group of a store, for reading.
 
     Raises:
-        FormatError: there is none.
+        FormatError: the store has no readable root group.
     """
     try:
         return zarr.open_group(for_reading(store), mode="r", use_consolidated=use_consolidated)
-    except Exception as error:  # metadata that make no sense can raise anything
+    except Exception as error:  # damaged metadata can raise anything
         raise FormatError(
-            f"{told(store)} holds no readable Zarr recording: {one_line(error)}."
+            f"{store_name(store)} holds no readable Zarr recording: {one_line(error)}."
         ) from error
 
 
 def commit(store: Store, message: str) -> None:
-    """Show what was written where a store has transactions; others show everything at once.
+    """Commit the transaction of a store that has them; other stores show every write at once.
 
     Raises:
-        RecordingHeldError: somebody else has committed in between.
+        RecordingHeldError: another writer has committed in between.
     """
     if isinstance(store, TransactionalStore):
         store.commit(message)
 
 
 def renew(store: Store) -> None:
-    """Forget what was not committed where a store has transactions."""
+    """Drop what was not committed, in a store that has transactions."""
     if isinstance(store, TransactionalStore):
         store.renew()
 
 
 def is_transactional(store: Store) -> bool:
-    """Whether readers see whole commits only, so that every array tells its own length."""
+    """Whether the store has transactions; the own document of an array then has its length."""
     return not store.supports_consolidated_metadata
 
 
 def nodes_of(root: zarr.Group) -> Mapping[str, Any] | None:
-    """Path -> metadata of all that a commit shows; None where there was none."""
+    """Path -> metadata of each group and array; None where nothing was committed yet."""
     if is_transactional(root.store):
         return {path: node.metadata for path, node in root.members(max_depth=None)}
     consolidated = root.metadata.consolidated_metadata
@@ -121,7 +121,7 @@ def _repository(store: StoreLike) -> "Repository | None":
         return store
     if isinstance(store, Path) or (isinstance(store, str) and "://" not in store):
         path = Path(store)
-        return transactions.opened_folder(path) if transactions.is_repository_folder(path) else None
+        return transactions.open_folder(path) if transactions.is_repository_folder(path) else None
     return None
 
 
@@ -131,7 +131,7 @@ def holds_zarr(store: Store) -> bool:
 
 
 def is_occupied(store: Store) -> bool:
-    """Whether the store holds anything but a writer's lock."""
+    """Whether the store holds anything besides a writer's lock."""
     if isinstance(store, LocalStore) and not store.root.is_dir():
         return False
     top = WRITER.split("/")[0]
@@ -140,7 +140,7 @@ def is_occupied(store: Store) -> bool:
         names = {name.strip("/") async for name in store.list_dir("")}
         if names - {top}:
             return True
-        # Icechunk lists no prefix that does not exist.
+        # Icechunk cannot list a prefix that does not exist.
         return any([key != WRITER async for key in store.list_prefix(f"{top}/")] if names else [])
 
     return sync(anything())
@@ -149,7 +149,7 @@ def is_occupied(store: Store) -> bool:
 def keys_of(store: Store) -> list[str]:
     """Every key of the store."""
     if isinstance(store, FsspecStore):
-        store.fs.invalidate_cache()  # listings of an earlier look
+        store.fs.invalidate_cache()  # earlier listings may be old
 
     async def listed() -> list[str]:
         return [key async for key in store.list_prefix("")]
@@ -158,38 +158,40 @@ def keys_of(store: Store) -> list[str]:
 
 
 def get(store: Store, key: str) -> bytes | None:
-    """An object's bytes; None where there is none."""
-    found = sync(store.get(key, prototype=default_buffer_prototype()))
-    return None if found is None else found.to_bytes()
+    """The bytes of an object; None where it does not exist."""
+    content = sync(store.get(key, prototype=default_buffer_prototype()))
+    return None if content is None else content.to_bytes()
 
 
 def put(store: Store, key: str, content: bytes) -> None:
-    """Write an object as a whole."""
+    """Write a whole object."""
     sync(store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
 
 
 def put_new(store: Store, key: str, content: bytes) -> None:
-    """Write an object unless it exists, at once where the store can do so."""
+    """Write an object unless it exists; atomic where the store supports that."""
     buffer = default_buffer_prototype().buffer.from_bytes(content)
     try:
         sync(store.set_if_not_exists(key, buffer))
     except OSError:
-        # zarr makes a hard link, which some file systems do not have.
+        # zarr makes a hard link; some file systems do not support them.
         if not sync(store.exists(key)):
             sync(store.set(key, buffer))
 
 
 def delete(store: Store, key: str) -> None:
-    """Delete an object; it may be gone already."""
+    """Delete an object, if it exists."""
     sync(store.delete(key))
 
 
 @contextmanager
-def damaged(what: str, store: StoreLike) -> Iterator[None]:
-    """Turns whatever is raised within into a FormatError: damage can raise anything."""
+def reporting_damage(what: str, store: StoreLike) -> Iterator[None]:
+    """Turn any error within the block into a FormatError: damaged data can raise anything."""
     try:
         yield
     except FormatError:
         raise
     except Exception as error:
-        raise FormatError(f"{what} of {told(store)} is damaged: {one_line(error)}.") from error
+        raise FormatError(
+            f"{what} of {store_name(store)} is damaged: {one_line(error)}."
+        ) from error

@@ -1,8 +1,8 @@
-"""Recordings in Icechunk repositories, where each commit of a recording is one of the repository.
+"""Recordings in Icechunk repositories: each commit of a recording is a commit of the repository.
 
-Icechunk (https://icechunk.io) keeps Zarr stores with transactions: what a writer does is seen by
-nobody until it commits, and then as a whole, also on object stores. Of two writers the one that
-commits later is refused.
+Icechunk (https://icechunk.io) adds transactions to Zarr stores, on object stores too. Nobody sees
+what a writer does until it commits; then everybody sees all of it at once. Of two writers, the one
+that commits later gets an error.
 """
 
 import sys
@@ -23,11 +23,7 @@ BRANCH = "main"
 
 
 class TransactionalStore(WrapperStore[Store]):
-    """The Zarr store of a repository's branch, for writing: `commit` and go on.
-
-    Args:
-        repository: where.
-    """
+    """The Zarr store of a repository's main branch, for writing; it stays usable after `commit`."""
 
     def __init__(self, repository: "Repository"):
         self._repository = repository
@@ -35,7 +31,7 @@ class TransactionalStore(WrapperStore[Store]):
 
     @property
     def supports_consolidated_metadata(self) -> bool:
-        """Arrays' own metadata are part of each commit; nothing has to be gathered from them."""
+        """False: each commit contains the own metadata of the arrays."""
         return False
 
     def with_read_only(self, read_only: bool = False) -> Any:
@@ -43,10 +39,10 @@ class TransactionalStore(WrapperStore[Store]):
         return self._store.with_read_only(read_only)
 
     def commit(self, message: str) -> None:
-        """Show all that was written since the last commit.
+        """Commit all that was written since the last commit.
 
         Raises:
-            RecordingHeldError: somebody else has committed since; nothing of this is shown.
+            RecordingHeldError: another writer has committed since; nothing is committed.
         """
         from icechunk import ConflictError, IcechunkError
 
@@ -57,24 +53,24 @@ class TransactionalStore(WrapperStore[Store]):
             session.commit(message)
         except ConflictError as conflict:
             raise RecordingHeldError(
-                f"{self} was changed by somebody else since this writer's last commit; this writer "
-                "stops, and what it committed before stays. Record to another path."
+                f"{self} was changed by another writer since the last commit of this one. This "
+                "writer stops; what it has committed is kept. Record to another path."
             ) from conflict
         except IcechunkError as error:
             raise OSError(f"{self} cannot be committed to: {_reason(error)}") from error
         self.renew()
 
     async def set(self, key: str, value: Buffer) -> None:
-        """See `zarr.abc.store.Store.set`; an OSError is one line, Icechunk's are twenty."""
+        """See `zarr.abc.store.Store.set`; raises OSError of one line (Icechunk's have twenty)."""
         from icechunk import IcechunkError
 
         try:
             await self._store.set(key, value)
         except IcechunkError as error:
-            raise OSError(f"{self} does not take {key}: {_reason(error)}") from error
+            raise OSError(f"{self} does not accept {key}: {_reason(error)}") from error
 
     def renew(self) -> None:
-        """Forget what is not committed, and see what others have."""
+        """Drop what is not committed, and see what others have committed."""
         self._store = self._repository.writable_session(BRANCH).store
 
     @property
@@ -82,32 +78,32 @@ class TransactionalStore(WrapperStore[Store]):
         return self._store.session  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
-        return told(self._repository)
+        return repository_name(self._repository)
 
 
 def is_repository(store: object) -> "TypeIs[Repository]":
-    """Whether this is an Icechunk repository."""
-    icechunk = sys.modules.get("icechunk")  # else nobody can have made one
+    """Whether an object is an Icechunk repository."""
+    icechunk = sys.modules.get("icechunk")  # else no repository can exist in this process
     return icechunk is not None and isinstance(store, icechunk.Repository)
 
 
 def is_session_store(store: object) -> bool:
-    """Whether this is the store of one session, which cannot go on after its first commit."""
+    """Whether an object is the store of one session, which ends with its first commit."""
     icechunk = sys.modules.get("icechunk")
     return icechunk is not None and isinstance(store, icechunk.IcechunkStore)
 
 
 def is_repository_folder(path: Path) -> bool:
-    """Whether a local directory holds a repository."""
+    """Whether a local directory is an Icechunk repository."""
     return (path / "refs" / f"branch.{BRANCH}").is_dir()
 
 
-def opened_folder(path: Path) -> "Repository":
+def open_folder(path: Path) -> "Repository":
     """The repository in a local directory.
 
     Raises:
         DynamicsError: icechunk is not installed.
-        FormatError: it cannot be opened.
+        FormatError: the repository cannot be opened.
     """
     try:
         import icechunk
@@ -116,11 +112,13 @@ def opened_folder(path: Path) -> "Repository":
     try:
         return icechunk.Repository.open(icechunk.local_filesystem_storage(str(path)))
     except icechunk.IcechunkError as error:
-        raise FormatError(f"{path} is no Icechunk repository: {_reason(error)}.") from error
+        raise FormatError(
+            f"{path} is not a readable Icechunk repository: {_reason(error)}."
+        ) from error
 
 
 def for_reading(repository: "Repository") -> Store:
-    """The store of the branch's last commit.
+    """The store as of the last commit of the main branch.
 
     Raises:
         FormatError: it cannot be read.
@@ -130,14 +128,16 @@ def for_reading(repository: "Repository") -> Store:
     try:
         return repository.readonly_session(BRANCH).store
     except IcechunkError as error:
-        raise FormatError(f"{told(repository)} cannot be read: {_reason(error)}.") from error
+        raise FormatError(
+            f"{repository_name(repository)} cannot be read: {_reason(error)}."
+        ) from error
 
 
-def told(repository: "Repository") -> str:
-    """The repository as messages name it."""
+def repository_name(repository: "Repository") -> str:
+    """How messages call the repository."""
     return f"the Icechunk repository {repository.storage}"
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, which goes on with places in Icechunk's own code."""
+    """The first line of an error; the others are places in Icechunk's own code."""
     return str(error).strip().splitlines()[0].removeprefix("x ").strip()

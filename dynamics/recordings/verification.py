@@ -1,4 +1,4 @@
-"""Whether a recording's numbers are those that were written."""
+"""Check that a recording holds the numbers that were written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from dynamics.recordings.reader import Recording
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
-        damaged: a line for each damaged record, and for events that cannot be read.
+        damaged: one line for each damaged record, and one where the events cannot be read.
         sound: how many records hold the numbers that were written.
-        unchecked: how many could not be compared; records of version 1 have no checksum.
-        leftovers: keys that no commit shows: what a killed writer leaves, and what one that is
-            at work writes just now. They do no harm; resuming deletes them.
+        unchecked: how many records could not be compared: those of version 1 have no checksum.
+        leftovers: keys that belong to no commit. A killed writer leaves them, or a writer at work
+            is just writing them. They do no harm; resuming the recording deletes them.
     """
 
     damaged: tuple[str, ...]
@@ -39,7 +39,7 @@ def verify(recording: Recording) -> Verification:
         try:
             if series is None or series.checksums[index] == paths.NO_CHECKSUM:
                 unchecked += 1
-                for _ in matrices:  # a chunk that does not decode is found all the same
+                for _ in matrices:  # decodes every chunk, so damaged ones still raise
                     pass
             elif series.checksums[index] == paths.record_checksum(
                 int(step), int(series.tokens[index]), series.logged(index), matrices
@@ -47,8 +47,8 @@ def verify(recording: Recording) -> Verification:
                 sound += 1
             else:
                 damaged.append(
-                    f"Record at step {step} of {stores.told(recording.store)} is not what was "
-                    "written: a matrix or scalar is missing, or from another record."
+                    f"Record at step {step} of {stores.store_name(recording.store)} is not what "
+                    "was written: a matrix or scalar is missing, or comes from another record."
                 )
         except FormatError as error:
             damaged.append(f"Record at step {step}: {error}")
@@ -61,7 +61,7 @@ def verify(recording: Recording) -> Verification:
 
 @dataclass(frozen=True)
 class _Series:
-    """What records have beside matrices."""
+    """The numbers of all records besides their matrices."""
 
     checksums: np.ndarray
     tokens: np.ndarray

@@ -39,16 +39,16 @@ class RecordingWriter:
 
     Args:
         store: a path, a URL, any zarr Store, or an Icechunk repository.
-        attrs: JSON-like attributes of a new recording; ignored where an old one goes on.
-        resume: go on with an existing recording instead of refusing it.
-        take_over: take the recording from a writer that holds it. One that died on this machine
-            is known to be dead; this is for one that died elsewhere.
-        compression: of arrays that are new; old ones keep theirs.
+        attrs: JSON-like attributes of a new recording; not used when resuming.
+        resume: continue an existing recording instead of raising OutputExistsError.
+        take_over: take the recording from a writer that holds it. Needed only for one that died on
+            another machine; a writer that died on this machine is recognised.
+        compression: of new arrays; existing arrays keep theirs.
 
     Raises:
         OutputExistsError: the store holds a recording and `resume` is False.
         RecordingHeldError: another writer has it.
-        FormatError: the store holds something else.
+        FormatError: the store holds something that is not a recording.
     """
 
     def __init__(
@@ -65,14 +65,16 @@ class RecordingWriter:
         self._arrays: dict[str, zarr.Array] = {}
         self._groups: set[str] = set()
         self._series: dict[str, list[Any]] = {}
-        self._behind: set[tuple[str, int]] = set()  # chunks that no commit shows (any more)
-        # One is compressed while another is written; object stores answer late.
+        self._uncommitted: set[tuple[str, int]] = (
+            set()
+        )  # chunks that belong to no commit (any more)
+        # One chunk is compressed while another is written. Object stores answer late: more at once.
         self._at_once = 2 if isinstance(self._store, LocalStore) else 8
-        self._found(store, resume)
+        self._existing_recording(store, resume)
         self._lock = WriterLock(self._store, take_over=take_over)
         try:
-            # Again: another writer may have begun, and even have closed, since the first look.
-            recording = self._found(store, resume)
+            # Once more: since the first check, another writer may have begun, and even closed.
+            recording = self._existing_recording(store, resume)
             if recording is None:
                 self._create(attrs)
             else:
@@ -81,21 +83,21 @@ class RecordingWriter:
             self._lock.release()
             raise
 
-    def _found(self, store: StoreLike, resume: bool) -> Recording | None:
-        """The recording to go on with, None where one may begin."""
+    def _existing_recording(self, store: StoreLike, resume: bool) -> Recording | None:
+        """The recording to continue; None where a new one may begin."""
         if not stores.holds_zarr(self._store):
             if stores.is_occupied(self._store):
-                raise FormatError(f"{store} exists and is no recording; choose another path.")
+                raise FormatError(f"{store} exists and is not a recording; choose another path.")
             return None
         if was_never_begun(self._store):
             return None
-        found = Recording(self._store)
+        recording = Recording(self._store)
         if not resume:
             raise OutputExistsError(
-                f"{store} already holds a recording of {len(found.steps)} records; "
+                f"{store} already holds a recording of {len(recording.steps)} records; "
                 "resume it (resume=True) or record to another path."
             )
-        return found
+        return recording
 
     def _create(self, attrs: Mapping[str, Any]) -> None:
         clear(self._store)
@@ -163,11 +165,11 @@ class RecordingWriter:
         for path, values in matrices.items():
             if path not in self._arrays:
                 self._new_array(path, values.shape, str(values.dtype), (attrs or {}).get(path))
-            self._behind.add((path, index))
+            self._uncommitted.add((path, index))
         self._metadata.make_room(matrices, index + 1)
         sync(self._write_matrices(matrices, index))
-        # Another record may have left its matrix here, where this one has none.
-        self._delete_behind(except_for={(path, index) for path in matrices})
+        # A dropped record may have left a matrix at this index that this record does not have.
+        self._delete_uncommitted(except_for={(path, index) for path in matrices})
         logged = {name: float(value) for name, value in (scalars or {}).items()}
         seen = paths.NO_TOKENS if tokens is None else tokens
         exact = ((path, matrices[path]) for path in sorted(matrices))
@@ -178,52 +180,56 @@ class RecordingWriter:
             **{paths.scalar_path(name): value for name, value in logged.items()},
         }
         self._add_row(row, index, event=False)
-        self._behind.clear()
+        self._uncommitted.clear()
 
     def event(self, event: Event) -> None:
         """Write one event and commit it."""
         self._add_row(_event_row(event), len(self._series[paths.event_path("step")]), event=True)
 
     def rewind(self, step: int, *, event: str | None = None) -> int:
-        """Drop the records after `step`, and the events from `step` on; returns how many records.
+        """Drop the records after `step`, and the events from `step` on.
 
-        An event at `step` happened after that step's record and will happen again. The shorter
-        lengths are committed before any chunk is deleted.
+        Events at `step` are dropped because they happened after the record of that step, and will
+        happen again. The shorter lengths are committed before any chunk is deleted.
 
         Args:
-            step: the last one that stays.
-            event: kind of an event at `step` that tells what was dropped, in the same commit.
+            step: the last step that is kept.
+            event: kind of an event at `step` to add in the same commit; its attributes say what was
+                dropped.
+
+        Returns:
+            How many records were dropped.
         """
         steps = self.steps
         kept = bisect_right(steps, step)
         kept_events = bisect_left(self._series[paths.event_path("step")], step)  # in order
         for path, values in self._series.items():
             del values[kept_events if paths.is_event(path) else kept :]
-        self._behind |= {
+        self._uncommitted |= {
             (path, index)
             for path in self._arrays
             if paths.is_matrix(path)
             for index in range(kept, len(steps))
         }
         if stores.is_transactional(self._store):
-            self._delete_behind()  # nobody sees it before the commit, and then all at once
+            self._delete_uncommitted()  # readers see nothing of this before the commit
         if event is not None:
-            told = {"dropped_records": len(steps) - kept, "last_step": max(steps, default=None)}
-            self._add_row(_event_row(Event(step, event, told)), kept_events, event=True)
+            dropped = {"dropped_records": len(steps) - kept, "last_step": max(steps, default=None)}
+            self._add_row(_event_row(Event(step, event, dropped)), kept_events, event=True)
         else:
             self._commit(f"rewound to step {step}")
-        self._delete_behind()
+        self._delete_uncommitted()
         return len(steps) - kept
 
     def close(self) -> None:
-        """Bring the arrays' own metadata up to date and let others write. Twice is once."""
+        """Bring the own metadata of arrays up to date, and let others write. Safe to call twice."""
         try:
-            self._metadata.tell()
+            self._metadata.update_documents()
         finally:
             self.release()
 
     def release(self) -> None:
-        """Let others write, and nothing else: what remains to be done after an error."""
+        """Let others write, and do nothing else; for use after an error."""
         self._lock.release()
 
     def __enter__(self) -> Self:
@@ -235,13 +241,14 @@ class RecordingWriter:
     def _check(self, step: int, matrices: Mapping[str, np.ndarray]) -> None:
         if self.steps and step <= self.steps[-1]:
             raise DynamicsError(
-                f"A record at step {step} must follow the last one, at step {self.steps[-1]}."
+                f"A record at step {step} cannot follow the last one, at step {self.steps[-1]}; "
+                "steps must increase."
             )
         for path, values in matrices.items():
             if path in self._arrays and self._arrays[path].shape[1:] != values.shape:
                 raise DynamicsError(
-                    f"{path} had shape {self._arrays[path].shape[1:]} and now has {values.shape} "
-                    f"at step {step}; a recording keeps one shape per parameter."
+                    f"{path} had shape {self._arrays[path].shape[1:]} but has {values.shape} at "
+                    f"step {step}; a parameter must keep its shape in a recording."
                 )
 
     def _add_row(self, row: Mapping[str, Any], index: int, *, event: bool) -> None:
@@ -267,27 +274,27 @@ class RecordingWriter:
 
         async def write(path: str, values: np.ndarray) -> None:
             async with turn:
-                # As a block of one record it is the chunk itself, and is not copied into one.
+                # A block of one record is the chunk itself, so it is not copied.
                 await self._arrays[path].async_array.setitem(slice(index, index + 1), values[None])
 
         writes = (write(path, values) for path, values in matrices.items())
-        # All of them end before this does: none may write a chunk after its failure was told.
+        # Wait for all: none may write a chunk after an error was raised here.
         for error in await asyncio.gather(*writes, return_exceptions=True):
             if error is not None:
                 raise error
 
     def _write_series(self, path: str, index: int) -> None:
-        """Write the chunks from that of `index` on as a whole, so that none is read before."""
+        """Write whole chunks from that of `index` on, so that no chunk has to be read before."""
         array, values = self._arrays[path], self._series[path]
         size = array.chunks[0]
         first = index // size * size
         padded = values[first:] + [array.fill_value] * (-len(values) % size)
         array[first : first + len(padded)] = np.asarray(padded, dtype=array.dtype)
 
-    def _delete_behind(self, except_for: Set[tuple[str, int]] = frozenset()) -> None:
-        for path, index in self._behind - except_for:
+    def _delete_uncommitted(self, except_for: Set[tuple[str, int]] = frozenset()) -> None:
+        for path, index in self._uncommitted - except_for:
             stores.delete(self._store, f"{path}/{paths.chunk_key(self._arrays[path], index)}")
-        self._behind &= except_for
+        self._uncommitted &= except_for
 
     def _new_series(self, path: str, dtype: str, fill: float | None) -> None:
         self._new_array(path, (), dtype, None, fill)
@@ -313,7 +320,7 @@ class RecordingWriter:
             dimension_names=paths.dimension_names(path, shape),
             attributes=dict(attrs or {}),
             compressors=self._compression.codecs() if shape else _SERIES_CODECS,
-            overwrite=True,  # what an uncommitted record left behind
+            overwrite=True,  # an uncommitted record may have left one
         )
         self._metadata.add_array(path, array)
         self._arrays[path] = _endless(array)
@@ -335,15 +342,15 @@ class RecordingWriter:
 
 
 def _length(series: Mapping[str, list[Any]], path: str) -> int:
-    """How many entries an array has, as the series that all of its kind go along tells it."""
+    """How many entries an array has: one per event or one per record."""
     return len(series[paths.event_path("step") if paths.is_event(path) else paths.STEP])
 
 
 def _endless(array: zarr.Array) -> zarr.Array:
-    """The same array in memory, as if longer than any is, so that none has to be resized."""
+    """The same array in memory, with a length above any other, so that it is never resized."""
     assert isinstance(array.metadata, ArrayV3Metadata)
     metadata = array.metadata.update_shape((paths.MOST_RECORDS, *array.shape[1:]))
-    # Looking whether a chunk is all fill value costs more than writing it.
+    # Checking whether a chunk holds fill values only costs more than writing it.
     return zarr.Array(zarr.AsyncArray(metadata, array.store_path, {"write_empty_chunks": True}))
 
 

@@ -1,7 +1,7 @@
-"""evaluation.jsonl: what was evaluated on a run's checkpoints, beside them.
+"""evaluation.jsonl: results of evaluating a run's checkpoints; the file lies beside them.
 
 One line per checkpoint and evaluation: {"step": 100, "key": ..., "scalars": {name: value}}. The key
-stands for what it was evaluated on and how, so that a series never mixes two ways.
+identifies the data and the method of the evaluation, so that a series never mixes two of them.
 """
 
 import json
@@ -18,9 +18,9 @@ EVALUATIONS = "evaluation.jsonl"
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, in order; empty where there is none.
+    """The lines of a file, in order; empty where there is no file.
 
-    A last line without its end is what a killed writer left, and no line.
+    A last line without line break is skipped: a writer was killed while it wrote the line.
 
     Raises:
         FormatError: a line is damaged.
@@ -28,7 +28,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     *lines, _ = path.read_bytes().split(b"\n")
-    found = []
+    rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -36,21 +36,21 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             sound = False
         if not sound:
-            raise FormatError(f"Line {number} of {path} is damaged; remove it.")
-        found.append(row)
-    return found
+            raise FormatError(f"Line {number} of {path} is damaged; remove the line.")
+        rows.append(row)
+    return rows
 
 
 def evaluated_scalars(rows: list[dict[str, Any]], steps: np.ndarray) -> dict[str, np.ndarray]:
-    """Name -> series along `steps`, float64, NaN where nothing was evaluated.
+    """Name -> (steps,) float64 series, NaN where nothing was evaluated.
 
-    Of several ways in which a name was evaluated, the last one in the file.
+    Where a name was evaluated under several keys, the last key in the file counts.
     """
-    last = {name: row.get("key") for row in rows for name in row["scalars"]}
-    series = {name: np.full(len(steps), np.nan) for name in last}
+    last_key = {name: row.get("key") for row in rows for name in row["scalars"]}
+    series = {name: np.full(len(steps), np.nan) for name in last_key}
     for row in rows:
         for name, value in row["scalars"].items():
-            if row.get("key") == last[name] and isinstance(value, int | float):
+            if row.get("key") == last_key[name] and isinstance(value, int | float):
                 series[name][steps == row["step"]] = value
     return series
 
@@ -58,7 +58,7 @@ def evaluated_scalars(rows: list[dict[str, Any]], steps: np.ndarray) -> dict[str
 def with_evaluations(
     logged: Mapping[str, np.ndarray], folder: Path, root: Path, steps: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Logged series, and those of a folder's evaluation.jsonl, which go before logged ones.
+    """The logged series, and those of a folder's evaluation.jsonl, which replace logged ones.
 
     Raises:
         FormatError: the file is damaged, or a link that leads out of `root`.

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint of torch.distributed.checkpoint, put together when they are read.
 
-`.metadata` is a pickle that tells each tensor's shape, its chunks, and where each chunk lies: a
-file of torch.save inside a .distcp file. Layout: torch/distributed/checkpoint/metadata.py and
-filesystem.py.
+`.metadata` is a pickle. It says which shape and chunks each tensor has, and where each chunk lies:
+it is a file of torch.save inside a .distcp file. Layout: torch/distributed/checkpoint/metadata.py
+and filesystem.py.
 """
 
 import io
@@ -38,7 +38,7 @@ from dynamics.formats.storage.unpickling import Inert, TensorUnpickler, callable
 
 METADATA = ".metadata"
 _LONGEST_METADATA = 2**30
-# What a model's state dict is called in what was saved, and what is none.
+# Names of a model's state dict in a checkpoint, and of state dicts of other things.
 _MODELS = {"model", "state_dict", "model_state_dict", "module"}
 _NO_MODEL = re.compile(r"optim|scheduler|dataloader|train_state|(?:^|_)rng|scaler", re.IGNORECASE)
 
@@ -56,12 +56,12 @@ def dcp_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
 
     Raises:
         FormatError: .metadata is missing or damaged, a file or a chunk is missing, or it is not
-            clear which of what was saved is the model.
+            clear which of the saved state dicts is the model.
     """
     path = directory / METADATA
     if not path.is_file():
         raise FormatError(
-            f"{directory} has .distcp files and no .metadata: its save did not finish; remove it."
+            f"{directory} has .distcp files but no .metadata: its save did not finish; remove it."
         )
     try:
         described, places, paths = _metadata(path, root)
@@ -72,12 +72,12 @@ def dcp_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
         }
     except FormatError:
         raise
-    # A pickle may hold anything anywhere; what does not fit shows as one of these.
+    # A pickle may hold anything anywhere; where it does not fit, one of these is raised.
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(path, f"{type(error).__name__}: {one_line(error)}") from error
+        raise _damage_error(path, f"{type(error).__name__}: {one_line(error)}") from error
 
 
-# What .metadata says of a tensor: its dtype, its shape, and (offsets, sizes) of each chunk.
+# What .metadata says about a tensor: dtype, shape, and (offsets, sizes) of each chunk.
 _Described = tuple[str, tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]
 _Places = Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
 
@@ -85,10 +85,10 @@ _Places = Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
 def _metadata(
     path: Path, root: Path
 ) -> tuple[dict[str, _Described], _Places, dict[str, tuple[str, ...]]]:
-    """The floating-point tensors by key, the chunks' places, and each key's path in what was saved.
+    """(Floating-point tensors by key, place of each chunk, path of each key in the saved dicts).
 
-    Keys are flattened paths; `planner_data` has the paths themselves, unless another planner than
-    torch's saved it.
+    A key is a path whose parts are joined. `planner_data` has the paths themselves, unless another
+    planner than torch's saved the checkpoint.
     """
     state = _unpickled(path, root).state
     where = str(path)
@@ -124,16 +124,18 @@ def _unpickled(path: Path, root: Path) -> Inert:
     contained(path, root)
     size = size_of(path)
     if size > _LONGEST_METADATA:
-        raise _damaged(path, f"{size} bytes")
+        raise _damage_error(path, f"{size} bytes")
     raw = read_range(path, 0, size)
     try:
-        found = TensorUnpickler(io.BytesIO(raw), _stand_in, _no_storage).load()
-    # Garbage is read as a program of random instructions: any error can come of it.
+        metadata = TensorUnpickler(io.BytesIO(raw), _stand_in, _no_storage).load()
+    # A damaged pickle is a program of random instructions: it can raise any error.
     except Exception as error:
-        raise _damaged(path, one_line(error)) from error
-    if not isinstance(found, Inert) or not found.name.endswith(".Metadata"):
-        raise _damaged(path, f"it holds a {getattr(found, 'name', type(found).__name__)}")
-    return found
+        raise _damage_error(path, one_line(error)) from error
+    if not isinstance(metadata, Inert) or not metadata.name.endswith(".Metadata"):
+        raise _damage_error(
+            path, f"it holds a {getattr(metadata, 'name', type(metadata).__name__)}"
+        )
+    return metadata
 
 
 def _stand_in(module: str, name: str) -> Any:
@@ -149,10 +151,10 @@ def _no_storage(_: Any) -> Any:
 def _of_the_model(
     paths: Mapping[str, tuple[str, ...]], described: Mapping[str, _Described], directory: Path
 ) -> dict[str, str]:
-    """Name -> key of the tensors of the model, without those of optimizers.
+    """Name -> key of each tensor of the model, without those of optimizers.
 
-    What was saved is a dict of state dicts, {"model": ..., "optimizer": ...}, that of an
-    application that has them, {"app": {"model": ...}}, or a state dict itself.
+    A checkpoint is one of three: a dict of state dicts, {"model": ..., "optimizer": ...}; the same
+    within the state of an application, {"app": {"model": ...}}; or a state dict itself.
     """
     kept = {
         key: path
@@ -180,7 +182,7 @@ def _of_the_model(
 
 
 def _split(keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Key -> path where only the keys are known: a model's prefix that all of them have."""
+    """Key -> path, where only keys are known: a prefix that all have is the name of the model."""
     keys = list(keys)
     for prefix in ("app.model.", *(f"{name}." for name in sorted(_MODELS - {"model"}))):
         if keys and all(key.startswith(prefix) for key in keys):
@@ -202,11 +204,13 @@ def _assembled(
         if info is None and len(chunks) == 1:
             info = places.get((key, ()))
         if info is None:
-            raise _damaged(where, f"it does not say where the chunk of {key} at {offsets} lies")
+            raise _damage_error(
+                where, f"it does not say where the chunk of {key} at {offsets} lies"
+            )
         if info.get("transform_descriptors"):
             raise FormatError(
                 f"{directory} holds {key} transformed by {info['transform_descriptors']}; only "
-                "plain chunks are read: save it without extensions."
+                "plain chunks can be read. Save it without extensions."
             )
         file = directory / plain_name(str(info["relative_path"]), where)
         first, length = int(info["offset"]), int(info["length"])
@@ -217,12 +221,14 @@ def _assembled(
             )
         if first < 0 or length < 0 or first + length > size_of(file):
             raise FormatError(
-                f"{file} ends before the part of {key} at {first}; copy it anew or remove the "
+                f"{file} ends before the part of {key} at {first}; copy it again or remove the "
                 "checkpoint."
             )
-        # Before memory is asked for: a file of torch.save is longer than its numbers.
+        # Checked before memory is allocated: a file of torch.save is longer than its numbers.
         if length < prod(sizes) * ITEM_BYTES[dtype]:
-            raise _damaged(where, f"{key} would have a {dtype} chunk {sizes} in {length} bytes")
+            raise _damage_error(
+                where, f"{key} would have a {dtype} chunk {sizes} in {length} bytes"
+            )
         at = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
         pieces.append((at, _Chunk(file, root, first, length, dtype, sizes)))
     if len(pieces) == 1:
@@ -236,7 +242,7 @@ def _check_covered(
     shape: tuple[int, ...],
     chunks: list[tuple[tuple[int, ...], tuple[int, ...]]],
 ) -> None:
-    """Refuse chunks that leave a gap, overlap or reach beyond the tensor."""
+    """Check that chunks leave no gap, do not overlap, and do not reach beyond the tensor."""
     chunks = [chunk for chunk in chunks if 0 not in chunk[1]]
     inside = all(
         len(offsets) == len(sizes) == len(shape)
@@ -244,13 +250,13 @@ def _check_covered(
         for offsets, sizes in chunks
     )
     if not inside or sum(prod(sizes) for _, sizes in chunks) != prod(shape):
-        raise _damaged(where, f"the chunks of {key} do not make up its shape {shape}")
+        raise _damage_error(where, f"the chunks of {key} do not make up its shape {shape}")
     if len(chunks) > 1:
         first = np.array([offsets for offsets, _ in chunks])
         last = first + np.array([sizes for _, sizes in chunks])
         meet = (first[:, None] < last[None]).all(axis=2)
         if (meet & meet.T).sum() != len(chunks):
-            raise _damaged(where, f"chunks of {key} overlap")
+            raise _damage_error(where, f"chunks of {key} overlap")
 
 
 @dataclass(frozen=True)
@@ -270,22 +276,22 @@ class _Chunk:
 
     @property
     def origin(self) -> str | None:
-        found = origin_of(self.path)
-        return found and f"{found}|{self.first}|{self.length}|{self.dtype}|{self.shape}"
+        file = origin_of(self.path)
+        return file and f"{file}|{self.first}|{self.length}|{self.dtype}|{self.shape}"
 
     def read(self) -> np.ndarray:
-        found = torch_file(self.path, self.root, self.first, self.length)
+        tensor = torch_file(self.path, self.root, self.first, self.length)
         if (
-            not isinstance(found, StoredTensor)
-            or found.dtype != self.dtype
-            or found.shape != self.shape
+            not isinstance(tensor, StoredTensor)
+            or tensor.dtype != self.dtype
+            or tensor.shape != self.shape
         ):
             raise FormatError(
                 f"{self.path} holds at {self.first} something else than the {self.dtype} "
-                f"{self.shape} that {METADATA} promises; copy the checkpoint anew."
+                f"{self.shape} that {METADATA} promises; copy the checkpoint again."
             )
-        return found.read()
+        return tensor.read()
 
 
-def _damaged(path: Path, what: str) -> FormatError:
-    return FormatError(f"{path} is no readable metadata of a distributed checkpoint: {what}.")
+def _damage_error(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path} is not readable metadata of a distributed checkpoint: {what}.")

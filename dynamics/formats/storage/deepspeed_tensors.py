@@ -17,7 +17,7 @@ from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, Tensor, c
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import Inert
 from dynamics.formats.storage.zero_partitions import (
-    Stretches,
+    JoinedTensors,
     flat_tensor,
     zero2_parameters,
     zero3_parameters,
@@ -148,7 +148,7 @@ def _master_weights(
         others = [_states_in(models[rank], root) for rank in needed[1:]] if frozen else []
         for name, shape in frozen.items():
             parts = [each["frozen_param_fragments"][name] for each in (model, *others)]
-            tensors[name] = Stretches([flat_tensor(part, directory) for part in parts]).cut(
+            tensors[name] = JoinedTensors([flat_tensor(part, directory) for part in parts]).cut(
                 0, checked_shape(shape, f"{directory}: {name}"), directory
             )
         return tensors | zero3_parameters(

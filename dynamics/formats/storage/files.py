@@ -1,8 +1,8 @@
-"""Files of a run, on a disk or behind a URL: listed, contained in the run, read by byte ranges.
+"""Files of a run, on a disk or behind a URL: list them, keep inside the run, read byte ranges.
 
-A URL (s3://, gs://, hf://, https://) becomes a `universal_pathlib.UPath`, which has pathlib's
-methods on top of fsspec; everything else is a `pathlib.Path`. Formats use the methods that both
-have, and read the bytes of tensors with `read_range`, so that no more is fetched than is asked for.
+A URL (s3://, gs://, hf://, https://) becomes a `universal_pathlib.UPath`, which offers pathlib's
+methods on top of fsspec. Everything else is a `pathlib.Path`. Formats use the methods that both
+have. They read the bytes of tensors with `read_range`, so that only the needed bytes are fetched.
 """
 
 import json
@@ -14,61 +14,61 @@ from typing import Any, cast
 from dynamics.errors import DynamicsError, FormatError, one_line, require_extra
 from dynamics.runs.origins import file_origin
 
-# What a local file system raises where a file is missing, forbidden, or no text.
+# A local file system raises these where a file is missing, forbidden, or not text.
 _UNREADABLE = (OSError, ValueError)
 
 
 def located(path: str | Path) -> Path:
-    """The path as formats use it: a Path, or a UPath where it is a URL.
+    """The path as formats use it: a Path, or a UPath for a URL.
 
     Raises:
-        DynamicsError: a URL without the packages that it needs.
-        FormatError: a URL of an unknown protocol.
+        DynamicsError: the packages that a URL needs are not installed.
+        FormatError: a URL has an unknown protocol.
     """
     if not isinstance(path, str) or "://" not in path:
         return Path(path) if isinstance(path, str) else path
     try:
         from upath import UPath
 
-        found = UPath(path)
-        found.fs.invalidate_cache()  # listings of an earlier look: a run in progress grows
+        url = UPath(path)
+        url.fs.invalidate_cache()  # a run in progress grows: earlier listings may be old
     except ImportError as missing:
         if missing.name is not None:
             raise require_extra("remote", missing) from missing
-        raise FormatError(  # fsspec's own words name the package for the protocol
+        raise FormatError(  # fsspec's message names the package for the protocol
             f"{path} cannot be opened: {one_line(missing)}; "
             "pip install 'learning-dynamics[remote]'."
         ) from missing
     except Exception as error:
         raise FormatError(f"{path} cannot be opened: {one_line(error)}.") from error
-    return cast(Path, found)
+    return cast(Path, url)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether `path` is a URL's."""
+    """Whether `path` stands for a URL."""
     return not isinstance(path, Path)
 
 
 @contextmanager
-def refused(path: Path) -> Iterator[None]:
-    """Turns what a file system raises within into a FormatError that names `path`."""
+def reporting_unreadable(path: Path) -> Iterator[None]:
+    """Turn errors of the file system within the block into a FormatError that names `path`."""
     try:
         yield
     except DynamicsError:
         raise
     except _UNREADABLE as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     except Exception as error:
         if not is_remote(path):
             raise
-        raise unreadable(path, error) from error  # back ends have exceptions of their own
+        raise unreadable_error(path, error) from error  # remote back ends raise errors of their own
 
 
 def root_of(path: Path) -> Path:
-    """The directory that the files of a run at `path` may not lead out of.
+    """The directory that no file of a run at `path` may lead out of.
 
-    It is `path` itself; for a snapshot in a Hugging Face cache it is the repository's folder,
-    because a snapshot's files are links to its `blobs/`.
+    Usually `path` itself. For a snapshot in a Hugging Face cache it is the folder of the
+    repository, because the files of a snapshot are links to its `blobs/`.
     """
     above = path.parent.parent
     if path.parent.name == "snapshots" and (above / "blobs").is_dir():
@@ -77,27 +77,27 @@ def root_of(path: Path) -> Path:
 
 
 def contained(path: Path, root: Path) -> Path:
-    """The path itself, if the file that it leads to lies within `root`.
+    """`path`, after a check that it leads to a file within `root`.
 
     Raises:
-        FormatError: a link or a name with `..` leads outside.
+        FormatError: a link, or a name with `..`, leads outside.
     """
     if is_remote(path):
-        return path  # no links; names from an index are checked where they are read
+        return path  # has no links; names from an index are checked where the index is read
     real, allowed = path.resolve(), root.resolve()
     if not real.is_relative_to(allowed):
         raise FormatError(
             f"{path} leads to {real}, outside of {allowed}; files outside of a run are not read. "
-            "Copy it there, or open the directory that holds it."
+            "Copy the file into the run, or open a directory that holds both."
         )
     return path
 
 
 def plain_name(name: str, where: Path) -> str:
-    """A file's name as an index gives it, if it is one without directories.
+    """`name`, the name of a file in an index, after a check that it has no directories.
 
     Raises:
-        FormatError: it leads elsewhere.
+        FormatError: it leads to another directory.
     """
     if not name or name in (".", "..") or set(name) & set("/\\:\0"):
         raise FormatError(f"{where} names a file outside its directory: {name!r}.")
@@ -105,26 +105,26 @@ def plain_name(name: str, where: Path) -> str:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file.
+    """Size of a file, in bytes.
 
     Raises:
-        FormatError: it cannot be looked up.
+        FormatError: the file is missing or cannot be read.
     """
-    with refused(path):
+    with reporting_unreadable(path):
         return int(path.stat().st_size)
 
 
 def origin_of(path: Path) -> str | None:
-    """A cheap token that changes whenever the file's content may have changed.
+    """A token that changes whenever the content of the file may have changed; cheap to make.
 
-    None where there is none, see `origins.file_origin`, or because a remote file system has no
-    checksum or time of its files.
+    None where no such token can be made: see `origins.file_origin` for local files. A remote file
+    system may have neither checksums nor times.
     """
     if not is_remote(path):
-        found = file_origin(path)
-        return found and f"{path.resolve()}|{found}"
+        token = file_origin(path)
+        return token and f"{path.resolve()}|{token}"
     try:
-        with refused(path):
+        with reporting_unreadable(path):
             info = path.fs.info(path.path)  # type: ignore[attr-defined]
     except FormatError:
         return None
@@ -133,53 +133,53 @@ def origin_of(path: Path) -> str | None:
 
 
 def read_range(path: Path, offset: int, length: int) -> bytes:
-    """`length` bytes of a file from `offset`.
+    """The `length` bytes of a file that begin at byte `offset`.
 
     Raises:
         FormatError: the file is shorter, or cannot be read.
     """
-    with refused(path):
+    with reporting_unreadable(path):
         if is_remote(path):
-            found = path.fs.cat_file(path.path, start=offset, end=offset + length)  # type: ignore[attr-defined]
+            content = path.fs.cat_file(path.path, start=offset, end=offset + length)  # type: ignore[attr-defined]
         else:
             with path.open("rb") as file:
                 file.seek(offset)
-                found = file.read(length)
-    if len(found) != length:
+                content = file.read(length)
+    if len(content) != length:
         raise FormatError(
-            f"{path} gave {len(found)} bytes where {length} from {offset} on were asked for; it is "
-            "truncated, was changed meanwhile, or its server serves no byte ranges."
+            f"{path} gave {len(content)} bytes instead of the {length} bytes from {offset} on; it "
+            "is truncated, was changed meanwhile, or its server does not serve byte ranges."
         )
-    return found
+    return content
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object (dict) in a JSON file.
 
     Raises:
-        FormatError: it is none, or cannot be read.
+        FormatError: the file cannot be read, or does not hold a JSON object.
     """
-    with refused(path):
+    with reporting_unreadable(path):
         text = path.read_text(encoding="utf-8")
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} is no readable JSON: {one_line(error)}.") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a JSON {type(found).__name__}, expected an object.")
-    return found
+        raise FormatError(f"{path} is not readable JSON: {one_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a JSON {type(content).__name__}, expected an object.")
+    return content
 
 
 def children(path: Path) -> list[Path]:
-    """What a directory holds, sorted by name.
+    """The entries of a directory, sorted by name.
 
     Raises:
-        FormatError: it cannot be listed.
+        FormatError: the directory cannot be listed.
     """
-    with refused(path):
+    with reporting_unreadable(path):
         return sorted(path.iterdir(), key=lambda child: child.name)
 
 
-def unreadable(path: Path, error: Exception) -> FormatError:
-    """The error for a file that the file system refuses."""
+def unreadable_error(path: Path, error: Exception) -> FormatError:
+    """The error to raise for a file that the file system cannot read."""
     return FormatError(f"{path} cannot be read: {one_line(error)}.")

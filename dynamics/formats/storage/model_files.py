@@ -17,7 +17,7 @@ _INDEX = ".index.json"
 
 def has_model(directory: Path, files: tuple[str, ...] = MODEL) -> bool:
     """Whether the directory holds one of the files, or its sharded form."""
-    return _found(directory, files) is not None
+    return _file_name(directory, files) is not None
 
 
 def model_tensors(
@@ -25,19 +25,19 @@ def model_tensors(
 ) -> Mapping[str, Tensor]:
     """Stored name -> tensor of the model in a directory.
 
-    Where several forms lie side by side, the one that transformers loads counts: safetensors
-    before pickles, a single file before a sharded one.
+    Where several files hold the model, the one that transformers loads is read: safetensors before
+    pickles, a single file before a sharded one.
 
     Raises:
-        FormatError: there is none, a shard is missing, or a file is damaged.
+        FormatError: there is no model, a shard is missing, or a file is damaged.
     """
-    found = _found(directory, files)
-    if found is None:
+    name = _file_name(directory, files)
+    if name is None:
         raise FormatError(f"{directory} holds no {' or '.join(files)}.")
-    read = pickled_tensors if found.removesuffix(_INDEX).endswith(".bin") else safetensors_tensors
-    if found.endswith(_INDEX):
-        return _sharded(directory / found, root, read)
-    return read(directory / found, root)
+    read = pickled_tensors if name.removesuffix(_INDEX).endswith(".bin") else safetensors_tensors
+    if name.endswith(_INDEX):
+        return _sharded(directory / name, root, read)
+    return read(directory / name, root)
 
 
 def pickled_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
@@ -49,7 +49,7 @@ def pickled_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
     return tensors_of(torch_file(path, root), str(path))
 
 
-def _found(directory: Path, files: tuple[str, ...]) -> str | None:
+def _file_name(directory: Path, files: tuple[str, ...]) -> str | None:
     candidates = [name + suffix for name in files for suffix in ("", _INDEX)]
     return next((name for name in candidates if (directory / name).is_file()), None)
 
@@ -59,12 +59,12 @@ def _sharded(
 ) -> dict[str, Tensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FormatError(f"{index} has no weight_map; it is no index of shards.")
-    found: dict[str, Tensor] = {}
+        raise FormatError(f"{index} has no weight_map, so it is not an index of shards.")
+    model: dict[str, Tensor] = {}
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise FormatError(f"{index} names no file for {name}: {shard!r}.")
+            raise FormatError(f"{index} names {shard!r} for {name}, which is not a file.")
         shards.setdefault(plain_name(shard, index), set()).add(name)
     for shard, promised in sorted(shards.items()):
         path = index.parent / shard
@@ -74,10 +74,10 @@ def _sharded(
                 "copy it there or remove the checkpoint."
             )
         tensors = read(path, root)
-        found |= tensors
+        model |= tensors
         if missing := promised - set(tensors):
             raise FormatError(
                 f"{path} lacks {min(missing)}, which {index.name} names; "
-                "copy the checkpoint anew or remove it."
+                "copy the checkpoint again or remove it."
             )
-    return found
+    return model

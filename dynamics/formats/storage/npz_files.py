@@ -1,7 +1,7 @@
 """NumPy's .npz: a zip archive of .npy arrays, stored or deflated, read one array at a time.
 
-The archive is read here and not by numpy.load, which wants a seekable local file, unpickles on
-request, and asks for as much memory as a file claims to need.
+The archive is not read with numpy.load for three reasons: numpy.load needs a seekable local file,
+it unpickles on request, and it allocates as much memory as a file claims to need.
 """
 
 import io
@@ -20,9 +20,9 @@ from dynamics.formats.storage.tensors import checked_shape
 
 _SUFFIX = ".npy"
 _FLOATS = {2: "float16", 4: "float32", 8: "float64"}
-# NumPy refuses longer headers, as parsing them takes long; magic and length go before.
+# NumPy refuses longer headers, as parsing them takes long. 12 bytes of magic and length come first.
 _LONGEST_HEADER = 10_000 + 12
-# Deflate writes at least one bit for 129 bytes.
+# One bit of deflate stands for 129 bytes at most.
 _DEFLATE_RATIO = 1032
 
 
@@ -33,12 +33,12 @@ class NpzTensor:
     Attributes:
         path: the file.
         offset: where the member's bytes begin in the file.
-        packed: how many bytes it takes there.
-        unpacked: how many it has, header included.
-        crc: their checksum.
-        deflated: whether they are compressed.
-        header: bytes of the .npy header.
-        number: NumPy's dtype of the numbers, with their byte order.
+        packed: size of the member in the file, in bytes.
+        unpacked: its size when decompressed, header included, in bytes.
+        crc: checksum of the decompressed bytes.
+        deflated: whether the member is compressed.
+        header: size of the .npy header, in bytes.
+        number: NumPy dtype of the numbers, with their byte order.
         shape: of the array.
         fortran: whether its columns are contiguous.
     """
@@ -67,8 +67,8 @@ class NpzTensor:
     @property
     def origin(self) -> str | None:
         """See `Tensor.origin`."""
-        found = origin_of(self.path)
-        return found and f"{found}|{self.offset}|{self.number.str}|{self.shape}|{self.fortran}"
+        file = origin_of(self.path)
+        return file and f"{file}|{self.offset}|{self.number.str}|{self.shape}|{self.fortran}"
 
     def read(self) -> np.ndarray:
         """See `Tensor.read`."""
@@ -76,25 +76,25 @@ class NpzTensor:
         if self.deflated:
             raw = _inflated(self.path, raw, self.unpacked)
         if len(raw) != self.unpacked or zlib.crc32(raw) != self.crc:
-            raise _damaged(self.path, f"the array at byte {self.offset} has a wrong checksum")
+            raise _damage_error(self.path, f"the array at byte {self.offset} has a wrong checksum")
         numbers = np.frombuffer(raw, dtype=self.number, offset=self.header)
-        found = numbers.reshape(self.shape, order="F" if self.fortran else "C")
-        return found.astype(self.number.newbyteorder("="), copy=False)
+        array = numbers.reshape(self.shape, order="F" if self.fortran else "C")
+        return array.astype(self.number.newbyteorder("="), copy=False)
 
 
 def npz_tensors(path: Path, root: Path) -> dict[str, NpzTensor]:
-    """Name -> array of floating-point numbers of an .npz file; integers are passed over.
+    """Name -> array of each floating-point array in an .npz file; integers are left out.
 
     Raises:
-        FormatError: the file is missing or damaged, or has arrays of objects or of other types
-            that are no float16, float32 or float64.
+        FormatError: the file is missing or damaged, or holds arrays of objects, or floating-point
+            arrays of other types than float16, float32 and float64.
     """
     contained(path, root)
     size = size_of(path)
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-        found = {
+        arrays = {
             member.filename.removesuffix(_SUFFIX): _array(path, size, member)
             for member in members
             if member.filename.endswith(_SUFFIX)
@@ -102,10 +102,10 @@ def npz_tensors(path: Path, root: Path) -> dict[str, NpzTensor]:
     except FormatError:
         raise
     except Exception as error:  # an archive that makes no sense can raise anything
-        raise _damaged(path, one_line(error)) from error
-    floats = {name: array for name, array in found.items() if array is not None}
+        raise _damage_error(path, one_line(error)) from error
+    floats = {name: array for name, array in arrays.items() if array is not None}
     if not floats:
-        raise FormatError(f"{path} holds no arrays of floating-point numbers.")
+        raise FormatError(f"{path} holds no floating-point arrays.")
     return floats
 
 
@@ -115,24 +115,27 @@ def _array(path: Path, size: int, member: zipfile.ZipInfo) -> NpzTensor | None:
         zipfile.ZIP_STORED,
         zipfile.ZIP_DEFLATED,
     ):
-        raise _damaged(path, f"{name} is encrypted, or compressed otherwise than NumPy does it")
+        raise _damage_error(
+            path, f"{name} is encrypted, or compressed in another way than NumPy does it"
+        )
     deflated = member.compress_type == zipfile.ZIP_DEFLATED
-    # The lengths of a local header may differ from those of the directory.
+    # Lengths in a local header may differ from those in the directory of the archive.
     local = read_range(path, member.header_offset, 30)
     if local[:4] != b"PK\x03\x04":
-        raise _damaged(path, f"{name} is not where it should be")
+        raise _damage_error(path, f"{name} is not where it should be")
     offset = member.header_offset + 30
     offset += int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     most = member.compress_size * (_DEFLATE_RATIO if deflated else 1)
     if offset + member.compress_size > size or member.file_size > most:
-        raise _damaged(path, f"{name} claims more bytes than it can have")
+        raise _damage_error(path, f"{name} claims more bytes than it can have")
     begin = read_range(path, offset, min(member.compress_size, 2 * _LONGEST_HEADER))
     if deflated:
         begin = _inflated(path, begin, _LONGEST_HEADER, whole=False)
     header, shape, fortran, number = _header(path, name, begin)
     if number.hasobject:
         raise FormatError(
-            f"{path} holds objects as {name}, which are pickled and not read; save without them."
+            f"{path} holds Python objects as {name}; these are pickles, which are not read. Save "
+            "the file without them."
         )
     if number.kind in "iubSUMm":
         return None
@@ -141,9 +144,9 @@ def _array(path: Path, size: int, member: zipfile.ZipInfo) -> NpzTensor | None:
             f"{path} holds {name} as {number}; only float16, float32 and float64 are read "
             "(NumPy has no bfloat16): save it as float32."
         )
-    # Before memory is asked for: what the directory declares is what the header needs.
+    # Checked before memory is allocated: the size in the directory is what the header needs.
     if header + prod(shape) * number.itemsize != member.file_size:
-        raise _damaged(path, f"{name} is {number} {shape} in {member.file_size} bytes")
+        raise _damage_error(path, f"{name} is {number} {shape} in {member.file_size} bytes")
     return NpzTensor(
         path,
         offset,
@@ -159,7 +162,7 @@ def _array(path: Path, size: int, member: zipfile.ZipInfo) -> NpzTensor | None:
 
 
 def _header(path: Path, name: str, begin: bytes) -> tuple[int, tuple[int, ...], bool, np.dtype]:
-    """(bytes of the header, shape, whether Fortran's order, dtype) of an .npy file's beginning."""
+    """(size of the header in bytes, shape, whether Fortran order, dtype) of an .npy file."""
     file = io.BytesIO(begin)
     version = np.lib.format.read_magic(file)
     readers: dict[Any, Any] = {
@@ -167,22 +170,22 @@ def _header(path: Path, name: str, begin: bytes) -> tuple[int, tuple[int, ...], 
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in readers:
-        raise _damaged(path, f"{name} is of version {version} of the .npy format")
+        raise _damage_error(path, f"{name} has version {version} of the .npy format")
     shape, fortran, number = readers[version](file)
     return file.tell(), checked_shape(shape, f"{path}: {name}"), bool(fortran), number
 
 
 def _inflated(path: Path, packed: bytes, most: int, whole: bool = True) -> bytes:
-    """The first `most` bytes of a deflated stream, which with `whole` must end there."""
+    """The first `most` bytes of a deflated stream. With `whole`, the stream must end there."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        found = stream.decompress(packed, most)
+        content = stream.decompress(packed, most)
         if whole and not stream.eof and stream.decompress(stream.unconsumed_tail, 1):
-            raise _damaged(path, f"an array has more than the {most} bytes that it declares")
+            raise _damage_error(path, f"an array has more bytes than the {most} that it declares")
     except zlib.error as error:
-        raise _damaged(path, one_line(error)) from error
-    return found
+        raise _damage_error(path, one_line(error)) from error
+    return content
 
 
-def _damaged(path: Path, what: str) -> FormatError:
-    return FormatError(f"{path} is no readable .npz file, truncated or damaged: {what}.")
+def _damage_error(path: Path, what: str) -> FormatError:
+    return FormatError(f"{path} is not a readable .npz file; it is truncated or damaged: {what}.")

@@ -1,8 +1,8 @@
-"""safetensors files: the header says where each tensor lies; no tensor is read before it is asked.
+"""safetensors files: the header says where each tensor lies, and tensors are read one at a time.
 
-The header is read here and not by the safetensors package, which wants a local file: byte ranges
-are all that an object store gives. The same conditions are checked, and first of all those that
-protect the memory: its length against the file's size.
+The header is not read with the safetensors package, because the package needs a local file and an
+object store offers byte ranges only. The same conditions are checked here. Those that protect the
+memory come first: the length of the header must fit the size of the file.
 """
 
 import json
@@ -14,10 +14,9 @@ from dynamics.errors import FormatError, one_line
 from dynamics.formats.storage.files import contained, read_range, size_of
 from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, checked_shape
 
-SUFFIX = ".safetensors"
 # The limit of the safetensors package.
 _LONGEST_HEADER = 100_000_000
-# safetensors' names of dtypes -> torch's, and bytes of those that are no weights.
+# Name of a floating-point dtype in safetensors -> its name in torch.
 _FLOATS = {
     "F64": "float64",
     "F32": "float32",
@@ -41,7 +40,7 @@ def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
     contained(path, root)
     size = size_of(path)
     header, data_start = _header(path, size)
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     stretches: list[tuple[int, int]] = []
     for name, entry in header.items():
         if name == "__metadata__":
@@ -53,26 +52,26 @@ def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
         if dtype is None:
             continue
         if prod(shape) * ITEM_BYTES[dtype] != last - first:
-            raise _damaged(
-                path, size, f"{name} is {dtype} {shape}, which takes no {last - first} bytes"
+            raise _damage_error(
+                path, size, f"{name} is {dtype} {shape}, which does not take {last - first} bytes"
             )
-        found[name] = StoredTensor(path, data_start + first, dtype, shape)
+        tensors[name] = StoredTensor(path, data_start + first, dtype, shape)
     _check_covered(path, size, stretches, size - data_start)
-    return found
+    return tensors
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
     if size < 8:
-        raise _damaged(path, size, "it has no header")
+        raise _damage_error(path, size, "it has no header")
     length = int.from_bytes(read_range(path, 0, 8), "little")
     if length > min(size - 8, _LONGEST_HEADER):
-        raise _damaged(path, size, f"its header would have {length} bytes")
+        raise _damage_error(path, size, f"its header would have {length} bytes")
     try:
         header = json.loads(read_range(path, 8, length).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, size, one_line(error)) from error
+        raise _damage_error(path, size, one_line(error)) from error
     if not isinstance(header, dict):
-        raise _damaged(path, size, f"its header is a JSON {type(header).__name__}")
+        raise _damage_error(path, size, f"its header is a JSON {type(header).__name__}")
     return header, 8 + length
 
 
@@ -85,7 +84,7 @@ def _offsets(path: Path, name: str, entry: Any, data_size: int) -> tuple[int, in
         and 0 <= offsets[0] <= offsets[1] <= data_size
     )
     if not sound:
-        raise _damaged(
+        raise _damage_error(
             path, data_size, f"{name} lies at {str(offsets)[:60]} of {data_size} bytes of data"
         )
     assert offsets is not None
@@ -96,13 +95,14 @@ def _check_covered(path: Path, size: int, stretches: list[tuple[int, int]], end:
     at = 0
     for first, last in sorted(stretches):
         if first != at:
-            raise _damaged(path, size, f"its tensors leave a gap or overlap at byte {at}")
+            raise _damage_error(path, size, f"its tensors leave a gap or overlap at byte {at}")
         at = last
     if at != end:
-        raise _damaged(path, size, f"its tensors end at {at} of {end} bytes of data")
+        raise _damage_error(path, size, f"its tensors end at {at} of {end} bytes of data")
 
 
-def _damaged(path: Path, size: int, what: str) -> FormatError:
+def _damage_error(path: Path, size: int, what: str) -> FormatError:
     return FormatError(
-        f"{path} ({size} bytes) is no readable safetensors file, truncated or damaged: {what}."
+        f"{path} ({size} bytes) is not a readable safetensors file; it is truncated or damaged: "
+        f"{what}."
     )

@@ -10,8 +10,8 @@ import numpy as np
 from dynamics.errors import FormatError
 from dynamics.formats.storage.files import origin_of, read_range
 
-# torch's names of the dtypes that weights are stored in -> bytes per number. Integers are no
-# weights to measure; dtypes of less than a byte are always quantised by blocks.
+# torch's name of a dtype that weights are stored in -> bytes per number. Integers are no weights to
+# measure; dtypes of less than a byte are always quantised by blocks.
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -36,14 +36,14 @@ class Tensor(Protocol):
 
     @property
     def origin(self) -> str | None:
-        """A cheap token that changes when its content may have changed; None: cannot be told."""
+        """A cheap token that changes when its content may have changed; None: not known."""
 
     @property
     def place(self) -> object:
-        """Where it lies: two names with equal places are one tensor."""
+        """Where it lies: two names with equal places stand for one tensor."""
 
     def read(self) -> np.ndarray:
-        """Its numbers, in a NumPy dtype that holds them exactly.
+        """Its numbers, in a NumPy dtype that represents them exactly.
 
         Raises:
             FormatError: its file is damaged or missing.
@@ -56,10 +56,11 @@ class StoredTensor:
 
     Attributes:
         path: the file.
-        offset: of its first number, in bytes from the file's beginning.
+        offset: of its first number, in bytes from the beginning of the file.
         dtype: torch's name.
         shape: its shape.
-        strides: in numbers, where it is not contiguous (a transposed tensor in a torch file).
+        strides: counted in numbers; None for a contiguous tensor. Not None for example for a
+            transposed tensor in a torch file.
     """
 
     path: Path
@@ -76,12 +77,12 @@ class StoredTensor:
     @property
     def origin(self) -> str | None:
         """See `Tensor.origin`."""
-        found = origin_of(self.path)
-        return found and f"{found}|{self.offset}|{self.dtype}|{self.shape}|{self.strides}"
+        file = origin_of(self.path)
+        return file and f"{file}|{self.offset}|{self.dtype}|{self.shape}|{self.strides}"
 
     @property
     def extent(self) -> int:
-        """How many numbers from the first to the last one."""
+        """Count of numbers in the file from the first of the tensor to its last."""
         if self.strides is None or 0 in self.shape:
             return prod(self.shape)
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
@@ -96,7 +97,7 @@ class StoredTensor:
         return np.lib.stride_tricks.as_strided(flat, self.shape, strides)
 
     def part(self, first: int, shape: tuple[int, ...]) -> "StoredTensor":
-        """The contiguous tensor of `shape` that begins at number `first` of this contiguous one."""
+        """The part of this contiguous tensor that begins at number `first` and has `shape`."""
         assert self.strides is None
         assert first + prod(shape) <= prod(self.shape)
         offset = self.offset + first * ITEM_BYTES[self.dtype]
@@ -105,14 +106,14 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class AssembledTensor:
-    """A tensor whose pieces lie apart: shards of a distributed checkpoint.
+    """A tensor in several pieces: shards of a distributed checkpoint.
 
     Attributes:
         shape: of the whole.
         dtype: torch's name, the same for all pieces.
-        pieces: (where the piece belongs in the whole, the piece), which together cover the whole;
-            with `flat`, as slices of the flattened whole.
-        flat: whether the pieces are stretches of the flattened tensor.
+        pieces: (slices of the whole that the piece fills, the piece). Together the pieces cover the
+            whole. With `flat`, the slices are those of the flattened whole.
+        flat: whether the pieces are parts of the flattened tensor.
     """
 
     shape: tuple[int, ...]
@@ -128,8 +129,8 @@ class AssembledTensor:
     @property
     def origin(self) -> str | None:
         """See `Tensor.origin`."""
-        found = [piece.origin for _, piece in self.pieces]
-        return None if None in found else "\n".join(str(each) for each in found)
+        origins = [piece.origin for _, piece in self.pieces]
+        return None if None in origins else "\n".join(str(each) for each in origins)
 
     def read(self) -> np.ndarray:
         """See `Tensor.read`."""
@@ -141,7 +142,7 @@ class AssembledTensor:
 
 
 def decoded(raw: bytes, dtype: str) -> np.ndarray:
-    """Little-endian numbers of a dtype as a flat array; bfloat16 and float8 as exact float32."""
+    """Little-endian numbers as a flat array; bfloat16 and float8 become float32, exactly."""
     if dtype in _NATIVE:
         return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))
     if dtype == "bfloat16":  # the upper half of a float32
@@ -153,15 +154,15 @@ def decoded(raw: bytes, dtype: str) -> np.ndarray:
 
 
 def checked_shape(shape: object, where: str) -> tuple[int, ...]:
-    """A shape from a file's metadata, if it can be one.
+    """A shape from the metadata of a file, after a check that it is one.
 
     Raises:
-        FormatError: it is no list of non-negative integers, or larger than any memory.
+        FormatError: it is not a list of non-negative integers, or larger than any memory.
     """
     if not isinstance(shape, list | tuple) or not all(
         isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**48 for n in shape
     ):
-        raise FormatError(f"{where} has shape {str(shape)[:80]}, expected sizes.")
+        raise FormatError(f"{where} has shape {str(shape)[:80]}, expected a list of sizes.")
     if prod(shape) >= 2**48:
-        raise FormatError(f"{where} has the absurd shape {str(tuple(shape))[:80]}.")
+        raise FormatError(f"{where} has the absurd shape {str(tuple(shape))[:80]}; it is damaged.")
     return tuple(shape)

@@ -1,8 +1,9 @@
-"""Files of torch.save, zipped or of the form before torch 1.6, read without unpickling objects.
+"""Files of torch.save, zipped or in the form before torch 1.6, read without unpickling objects.
 
-`torch_file(path, root)` gives what was saved with a StoredTensor in place of each tensor: the
-pickle tells dtype, shape and where in the file the numbers lie, and they are read one tensor at a
-time, from a disk or by byte ranges. Nothing that a file names is run, see `unpickling`.
+`torch_file(path, root)` returns what was saved, with a StoredTensor in place of each tensor. The
+pickle says which dtype and shape a tensor has, and where in the file its numbers lie. They are read
+one tensor at a time, from a disk or by byte ranges. Nothing that a file names is run: see
+`unpickling`.
 """
 
 import io
@@ -19,7 +20,7 @@ from dynamics.formats.storage.files import contained, one_line, read_range, size
 from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, checked_shape
 from dynamics.formats.storage.unpickling import Inert, TensorUnpickler, callable_from_files
 
-# Larger than the pickle of any state dict: its tensors lie beside it.
+# More than the pickle of any state dict has: tensors lie outside of the pickle.
 _LONGEST_PICKLE = 256 * 2**20
 _MOST_NAMES = 1_000_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -43,69 +44,69 @@ _OTHER_BYTES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A tensor that cannot be read, and why; it matters only if it is asked for."""
+    """A tensor that cannot be read, and why. This is an error only where the tensor is needed."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class _Region:
-    """A storage: a stretch of bytes of the file."""
+    """One storage of torch: a range of bytes of the file."""
 
     key: str
-    dtype: str | None  # None: the type is one that is no dtype of ours
+    dtype: str | None  # None: a dtype that is not known here
     bytes: int
 
 
 def torch_file(path: Path, root: Path, first: int = 0, length: int | None = None) -> Any:
-    """What torch.save wrote, with StoredTensor and Inert in place of tensors and objects.
+    """What torch.save wrote, with a StoredTensor for each tensor and an Inert for other objects.
 
     Args:
         path: the file.
         root: the directory that it may not lead out of.
-        first: where it begins, for one that lies inside another file.
-        length: how long it is there.
+        first: the byte where it begins, for a file of torch.save inside another file.
+        length: its size in bytes there; by default to the end of the file.
 
     Raises:
-        FormatError: the file is missing, truncated, damaged, or not one of torch.save.
+        FormatError: the file is missing, truncated or damaged, or torch.save did not write it.
     """
     contained(path, root)
     size = size_of(path)
     length = size - first if length is None else length
     if first < 0 or length < 0 or first + length > size:
-        raise _damaged(path, size, f"it has no {length} bytes at {first}")
+        raise _damage_error(path, size, f"it does not have {length} bytes at {first}")
     try:
-        with _opened(path, first, length) as file:
+        with _open_part(path, first, length) as file:
             if zipfile.is_zipfile(file):
-                return _zipped(path, file, first, length)
+                return _read_zip(path, file, first, length)
             file.seek(0)
-            return _legacy(path, cast(BinaryIO, _Bounded(file, length)), first, length)
+            return _read_legacy(path, cast(BinaryIO, _Bounded(file, length)), first, length)
     except FormatError:
         raise
-    except Exception as error:  # a pickle that makes no sense can raise anything
+    except Exception as error:  # a damaged pickle can raise anything
         what = f"{type(error).__name__}: {one_line(error)}"
-        raise _damaged(path, size, what) from error
+        raise _damage_error(path, size, what) from error
 
 
 def tensors_of(saved: Any, where: str) -> dict[str, StoredTensor]:
     """Name -> floating-point tensor of a (nested) mapping that `torch_file` gave.
 
-    Nested mappings join their keys with dots. Integer tensors and other values are passed over.
+    The keys of nested mappings are joined with dots. Integer tensors and other values are left out.
 
     Raises:
-        FormatError: it is no mapping, has no tensors, or one that needs an unknown class.
+        FormatError: it is not a mapping, has no tensors, or has one that needs an unknown class.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for position, (name, value) in enumerate(_leaves(saved, "")):
-        if position == _MOST_NAMES:  # one mapping named many times, in mappings of mappings
-            raise FormatError(f"{where} holds more than {_MOST_NAMES} names; it is no state dict.")
+        if position == _MOST_NAMES:  # a file may name one mapping many times, at many levels
+            raise FormatError(f"{where} holds over {_MOST_NAMES} names; it is not a state dict.")
         if isinstance(value, Unreadable):
             raise FormatError(f"{where}: {name} {value.reason}.")
         if isinstance(value, StoredTensor) and value.dtype in ITEM_BYTES:
-            found[name] = value
-    if not found:
-        raise FormatError(f"{where} holds no tensors by name{_needs(saved)}.")
-    return found
+            tensors[name] = value
+    if not tensors:
+        raise FormatError(f"{where} holds no tensors by name{_class_needed(saved)}.")
+    return tensors
 
 
 def _leaves(value: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -116,51 +117,53 @@ def _leaves(value: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]
         yield prefix, value
 
 
-def _needs(saved: Any) -> str:
+def _class_needed(saved: Any) -> str:
     if isinstance(saved, Inert):
-        return f": it is an object of {saved.name}, and objects of files are not made; save a dict"
+        return f": it is an object of {saved.name}, and such objects are not made; save a dict"
     return ""
 
 
-def _zipped(path: Path, file: BinaryIO, first: int, length: int) -> Any:
+def _read_zip(path: Path, file: BinaryIO, first: int, length: int) -> Any:
     with zipfile.ZipFile(file) as archive:
         members = {each.filename: each for each in archive.infolist()}
         pickled = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
         if len(pickled) != 1:
-            raise _damaged(path, length, f"a zip archive with {len(pickled)} data.pkl")
+            raise _damage_error(path, length, f"a zip archive with {len(pickled)} data.pkl")
         stem = pickled[0].removesuffix("data.pkl")
         for member in members.values():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > length:
-                raise _damaged(path, length, f"its member {member.filename!r} is compressed")
+                raise _damage_error(path, length, f"its member {member.filename!r} is compressed")
         order = members.get(stem + "byteorder")
         if order is not None and order.file_size < 16 and archive.read(order) != b"little":
             raise FormatError(f"{path} holds big-endian numbers; save it on a little-endian host.")
         if members[pickled[0]].file_size > _LONGEST_PICKLE:
-            raise _damaged(path, length, f"its pickle has {members[pickled[0]].file_size} bytes")
+            raise _damage_error(
+                path, length, f"its pickle has {members[pickled[0]].file_size} bytes"
+            )
         data = archive.read(members[pickled[0]])
 
-    def begins(region: _Region) -> int:
+    def offset_of(region: _Region) -> int:
         member = members.get(f"{stem}data/{region.key}")
         if member is None or region.bytes > member.file_size:
-            raise _damaged(path, length, f"storage {region.key!r} is missing or too short")
-        # The lengths of a local header may differ from those of the directory.
+            raise _damage_error(path, length, f"storage {region.key!r} is missing or too short")
+        # Lengths in a local header may differ from those in the directory of the archive.
         local = read_range(path, first + member.header_offset, 30)
         if local[:4] != b"PK\x03\x04":
-            raise _damaged(path, length, f"storage {region.key!r} is not where it should be")
+            raise _damage_error(path, length, f"storage {region.key!r} is not where it should be")
         names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
         start = member.header_offset + 30 + names
         if start + region.bytes > length:
-            raise _damaged(path, length, f"storage {region.key!r} ends beyond the file")
+            raise _damage_error(path, length, f"storage {region.key!r} ends beyond the file")
         return first + start
 
-    return _Placed(path, begins).load(io.BytesIO(data), _storage)
+    return _TensorPlacer(path, offset_of).load(io.BytesIO(data), _storage)
 
 
-def _legacy(path: Path, file: BinaryIO, first: int, length: int) -> Any:
+def _read_legacy(path: Path, file: BinaryIO, first: int, length: int) -> Any:
     """The form before torch 1.6: five pickles in a row, then the storages in the order of keys."""
-    if _plain(file) != _LEGACY_MAGIC:
-        raise _damaged(path, length, "it is no file of torch.save")
-    _plain(file), _plain(file)  # protocol version, system information
+    if _read_plain_pickle(file) != _LEGACY_MAGIC:
+        raise _damage_error(path, length, "torch.save did not write it")
+    _read_plain_pickle(file), _read_plain_pickle(file)  # protocol version, system information
     body_at = file.tell()
     regions: dict[str, _Region] = {}
 
@@ -169,27 +172,27 @@ def _legacy(path: Path, file: BinaryIO, first: int, length: int) -> Any:
         regions[region.key] = region
         return region
 
-    # The storages stand behind the pickle: read it once to find its end, and once to place them.
-    _Placed(path, lambda region: 0).load(file, storage)
-    keys = _plain(file)
+    # The storages follow the pickle. The first reading finds its end, the second places tensors.
+    _TensorPlacer(path, lambda region: 0).load(file, storage)
+    keys = _read_plain_pickle(file)
     starts, at = {}, file.tell()
     for key in keys:
         region = regions[str(key)]
         if int.from_bytes(read_range(path, first + at, 8), "little") * _item(region) < region.bytes:
-            raise _damaged(path, length, f"storage {key!r} is too short")
+            raise _damage_error(path, length, f"storage {key!r} is too short")
         starts[region.key] = first + at + 8
         at += 8 + region.bytes
     if at > length:
-        raise _damaged(path, length, f"its storages end at {at}")
+        raise _damage_error(path, length, f"its storages end at {at}")
     file.seek(body_at)
-    return _Placed(path, lambda region: starts[region.key]).load(file, _storage)
+    return _TensorPlacer(path, lambda region: starts[region.key]).load(file, _storage)
 
 
-def _plain(file: BinaryIO) -> Any:
-    def refused(_: Any) -> Any:
+def _read_plain_pickle(file: BinaryIO) -> Any:
+    def no_storage(_: Any) -> Any:
         raise pickle.UnpicklingError("a tensor where none belongs")
 
-    return TensorUnpickler(cast(io.BufferedIOBase, file), lambda *_: None, refused).load()
+    return TensorUnpickler(cast(io.BufferedIOBase, file), lambda *_: None, no_storage).load()
 
 
 def _storage(pid: Any) -> _Region:
@@ -208,16 +211,16 @@ def _item(region: _Region) -> int:
     return _bytes(region.dtype or "uint8")
 
 
-class _Placed:
-    """Stand-ins for torch's rebuilding functions, which give a tensor its place in a file."""
+class _TensorPlacer:
+    """Stand-ins for torch's rebuilding functions: they note where in a file a tensor lies."""
 
-    def __init__(self, path: Path, begins: Any):
+    def __init__(self, path: Path, offset_of: Any):
         self._path = path
-        self._begins = begins
+        self._offset_of = offset_of
         self._rebuilders = {
             "_rebuild_tensor": callable_from_files(lambda *args: self._tensor(*args)),
             "_rebuild_tensor_v2": callable_from_files(lambda *args: self._tensor(*args)),
-            "_rebuild_tensor_v3": callable_from_files(lambda *args: self._typed(*args)),
+            "_rebuild_tensor_v3": callable_from_files(lambda *args: self._tensor_of_dtype(*args)),
             "_rebuild_parameter": callable_from_files(lambda data, *_: data),
             "_rebuild_parameter_with_state": callable_from_files(lambda data, *_: data),
         }
@@ -240,7 +243,9 @@ class _Placed:
             return callable_from_files(lambda *_: Unreadable(f"needs {module}.{name}"))
         return None
 
-    def _typed(self, storage: Any, first: int, shape: Any, strides: Any, *rest: Any) -> Any:
+    def _tensor_of_dtype(
+        self, storage: Any, first: int, shape: Any, strides: Any, *rest: Any
+    ) -> Any:
         dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else None
         return self._tensor(storage, first, shape, strides, dtype=dtype)
 
@@ -259,7 +264,7 @@ class _Placed:
         contiguous = _contiguous(sizes, steps)
         tensor = StoredTensor(
             self._path,
-            self._begins(storage) + first * _bytes(dtype),
+            self._offset_of(storage) + first * _bytes(dtype),
             dtype,
             sizes,
             None if contiguous else steps,
@@ -268,14 +273,14 @@ class _Placed:
             raise pickle.UnpicklingError(
                 f"a tensor of shape {sizes} in a storage of {storage.bytes} bytes"
             )
-        # A view that repeats numbers (an expanded tensor) asks for more memory than its file has.
+        # A view that repeats numbers (an expanded tensor) takes more memory than its file.
         if dtype in ITEM_BYTES and prod(sizes) > 2 * max(tensor.extent, 1):
             return Unreadable(f"repeats {tensor.extent} numbers into the shape {sizes}")
         return tensor
 
 
 def _of_subclass(function: Any, kind: Any, args: Any, _state: Any) -> Any:
-    """A tensor subclass is its plain tensor, where that is how it was saved."""
+    """The plain tensor of a tensor subclass, where it was saved as one."""
     rebuilt = function(*args) if getattr(function, "may_be_called", False) else None
     name = getattr(kind, "name", "an unknown class")
     return rebuilt if isinstance(rebuilt, StoredTensor) else Unreadable(f"needs {name}")
@@ -291,7 +296,7 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 class _Bounded:
-    """A file for an unpickler: a read beyond its end fails before memory is asked for."""
+    """A file for an unpickler: a read beyond its end fails before memory is allocated."""
 
     def __init__(self, file: BinaryIO, length: int):
         self._file, self._length = file, length
@@ -304,7 +309,7 @@ class _Bounded:
 
 
 class _Window(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
+    """A range of bytes of a file, as a file of its own."""
 
     def __init__(self, file: BinaryIO, first: int, length: int):
         self._file, self._first, self._length, self._at = file, first, length, 0
@@ -328,24 +333,25 @@ class _Window(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), max(self._length - self._at, 0))
         self._file.seek(self._first + self._at)
-        found = self._file.read(wanted)
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        content = self._file.read(wanted)
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def _opened(path: Path, first: int, length: int) -> BinaryIO:
+def _open_part(path: Path, first: int, length: int) -> BinaryIO:
     file = cast(BinaryIO, path.open("rb"))
     if first == 0 and length == size_of(path):
         return file
     return cast(BinaryIO, io.BufferedReader(_Window(file, first, length)))
 
 
-def _damaged(path: Path, size: int, what: str) -> FormatError:
+def _damage_error(path: Path, size: int, what: str) -> FormatError:
     return FormatError(
-        f"{path} ({size} bytes) is no readable file of torch.save, truncated or damaged: {what}."
+        f"{path} ({size} bytes) is not a readable file of torch.save; it is truncated or damaged: "
+        f"{what}."
     )

@@ -1,13 +1,13 @@
 """Pickles read without running them: tensors, containers and numbers; all else stays inert.
 
-A pickle is a program that calls what it names. This reader calls nothing of what a file names:
-names of torch's rebuilding functions lead to functions here that note where a tensor's bytes lie,
-a few plain containers are made, and every other class or function becomes an `Inert` that keeps
-its name and arguments, so that optimizer settings and hyperparameters of any class can be passed
-over, and a tensor that cannot be had without such a class is refused by that class's name.
+A pickle is a program that calls the functions it names. This reader calls nothing that a file
+names. The names of torch's rebuilding functions lead to functions here, which note where the bytes
+of a tensor lie. A few plain containers are made. Every other class or function becomes an `Inert`,
+which keeps its name and arguments. So optimizer settings and hyperparameters of any class can be
+skipped, and the message about a tensor that needs such a class can name the class.
 
-It derives from pickle's reader in Python, not from that in C: its memo is a dict, where the C one
-allocates an array as long as the largest index that a file cares to name.
+The reader derives from pickle's reader in Python, not from the one in C: the memo of the Python one
+is a dict, while the C one allocates an array as long as the largest index in the file.
 """
 
 import io
@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any, ClassVar
 
-# Opcodes that no writer of checkpoints uses: old instances, and buffers allocated before they
-# are read.
+# Opcodes that no writer of checkpoints uses: instances of old classes, and buffers that are
+# allocated before they are read.
 _UNUSED = (pickle.INST, pickle.OBJ, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)
 
 _MOST_ENTRIES = 10_000
 
 
 class Inert:
-    """An object of a class that was not imported: its name, and what it would be made of."""
+    """An object whose class was not imported: the name of the class, and the arguments."""
 
     def __init__(self, name: str, args: tuple[Any, ...] = ()):
         self.name = name
@@ -42,7 +42,7 @@ class Inert:
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(f"an inert {self.name} cannot be pickled")
 
-    # What REDUCE, APPENDS and SETITEMS of a subclass of list or dict would call.
+    # REDUCE, APPENDS and SETITEMS call these for a subclass of list or dict.
     def append(self, item: Any) -> None:
         """Keep an item."""
         self.args = (*self.args, item)
@@ -62,13 +62,13 @@ class Inert:
 
 
 class TensorUnpickler(pickle._Unpickler):
-    """Reads one pickle into containers, numbers, what `rebuild` makes, and Inerts.
+    """Reads one pickle into containers, numbers, objects that `rebuild` makes, and Inerts.
 
     Args:
         data: the pickle.
-        rebuild: (module, name) -> what stands for the torch function or type of that name, or
-            None where it is to be inert.
-        storage: persistent id -> what a tensor's rebuilding function gets as its storage.
+        rebuild: (module, name) -> stand-in for the torch function or type of that name; None where
+            an Inert shall stand for it.
+        storage: persistent id -> the storage that a tensor's rebuilding function is called with.
     """
 
     stack: list[Any]
@@ -90,18 +90,18 @@ class TensorUnpickler(pickle._Unpickler):
         self._storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for a name: never the thing itself, but for plain containers."""
+        """The stand-in for a name; only plain containers stand for themselves."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("collections", "defaultdict"):
             return _default_dict
         if name in _PLAIN and module in ("builtins", "__builtin__"):
             return _PLAIN[name]
-        found = self._rebuild(module, name)
-        return Inert(f"{module}.{name}") if found is None else found
+        stand_in = self._rebuild(module, name)
+        return Inert(f"{module}.{name}") if stand_in is None else stand_in
 
     def get_extension(self, code: int) -> None:
-        """Extension codes name classes of copyreg's registry, which is the user's process's."""
+        """Extension codes name classes in copyreg's registry of the running process: refused."""
         raise pickle.UnpicklingError(f"it uses the extension code {code}")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -109,24 +109,24 @@ class TensorUnpickler(pickle._Unpickler):
         return self._storage(pid)
 
     def load_newobj(self) -> None:
-        """NEWOBJ calls cls.__new__; an inert class is called instead."""
+        """NEWOBJ would call cls.__new__; the Inert of the class is called instead."""
         args = self.stack.pop()
         self.stack[-1] = _made(self.stack[-1], args)
 
     def load_newobj_ex(self) -> None:
-        """NEWOBJ_EX, likewise."""
+        """NEWOBJ_EX: as NEWOBJ."""
         self.stack.pop()
         args = self.stack.pop()
         self.stack[-1] = _made(self.stack[-1], args)
 
     def load_build(self) -> None:
-        """BUILD sets the state of an Inert, and of nothing else."""
+        """BUILD sets the state of an Inert only."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Inert):
             self.stack[-1].state = state
 
     def load_reduce(self) -> None:
-        """REDUCE calls what `find_class` gave, and nothing else."""
+        """REDUCE calls only what `find_class` returned."""
         args = self.stack.pop()
         function = self.stack[-1]
         ours = isinstance(function, Inert) or getattr(function, "may_be_called", False)
@@ -140,12 +140,12 @@ class TensorUnpickler(pickle._Unpickler):
     dispatch[pickle.REDUCE[0]] = load_reduce
 
 
-# Containers that some pickles name; none of them can do anything with its arguments.
+# Containers that some pickles name; none of them runs anything of its arguments.
 _PLAIN: dict[str, type] = {"set": set, "frozenset": frozenset, "list": list, "dict": dict}
 
 
 def callable_from_files(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a function of ours as one that a pickle may call."""
+    """Mark a function of this package as one that a pickle may call."""
     function.may_be_called = True  # type: ignore[attr-defined]
     return function
 
@@ -156,9 +156,9 @@ def _default_dict(*_: Any) -> dict:
 
 
 def json_like(value: Any) -> Any:
-    """What JSON can hold of an object that was read: the rest of its entries is left out.
+    """The part of an object that JSON can hold; other entries are left out.
 
-    At most `_MOST_ENTRIES` of them: a file may name one list many times, in lists of lists.
+    At most `_MOST_ENTRIES` entries are kept: a file may name one list many times, at many levels.
     """
     return _json_like(value, count(), 0)
 

@@ -20,82 +20,82 @@ def zero2_parameters(
     paddings: Sequence[int] | None,
     directory: Path,
 ) -> dict[str, Tensor]:
-    """Stages 1 and 2: the ranks' partitions end to end are the parameters end to end.
+    """Stages 1 and 2: the partitions of all ranks, joined, are the parameters of a group, joined.
 
     Args:
-        shapes: of the parameters of one group, in its order.
+        shapes: name -> shape of the parameters of one group, in its order.
         partitions: of the group, by rank.
-        paddings: numbers behind each parameter that belong to none, None where there are none.
+        paddings: count of unused numbers after each parameter; None where there are none.
         directory: for messages.
 
     Raises:
         FormatError: partitions and shapes disagree.
     """
-    whole = Stretches(partitions)
-    found: dict[str, Tensor] = {}
+    whole = JoinedTensors(partitions)
+    parameters: dict[str, Tensor] = {}
     at = 0
     for (name, shape), padding in zip(shapes.items(), paddings or [0] * len(shapes), strict=True):
-        found[name] = whole.cut(at, shape, directory)
+        parameters[name] = whole.cut(at, shape, directory)
         at += prod(shape) + padding
     aligned = 2 * len(partitions)  # the end is padded to this, in some releases
     if ceil(at / aligned) != ceil(whole.numbers / aligned):
-        raise _disagree(directory, at, whole.numbers)
-    return found
+        raise _sizes_error(directory, at, whole.numbers)
+    return parameters
 
 
 def zero3_parameters(
     shapes: Mapping[str, tuple[int, ...]], flat: list[list[StoredTensor]], directory: Path
 ) -> dict[str, Tensor]:
-    """Stage 3: each parameter is cut into as many equal parts as there are ranks, the last padded.
+    """Stage 3: each parameter is cut into equal parts, one per rank; the last part is padded.
 
-    A rank's groups end to end are its parts of all parameters end to end.
+    The groups of a rank, joined, are its parts of all parameters, joined.
 
     Args:
-        shapes: of the parameters of all groups, in their order.
-        flat: by rank, its groups.
+        shapes: name -> shape of the parameters of all groups, in their order.
+        flat: the groups of each rank, by rank.
         directory: for messages.
 
     Raises:
         FormatError: partitions and shapes disagree.
     """
-    ranks = [Stretches(groups) for groups in flat]
-    found: dict[str, Tensor] = {}
+    ranks = [JoinedTensors(groups) for groups in flat]
+    parameters: dict[str, Tensor] = {}
     at = 0
     for name, shape in shapes.items():
         numbers = prod(shape)
         part = ceil(numbers / len(ranks))
         pieces: list[tuple[int, StoredTensor]] = []
-        for rank, stretches in enumerate(ranks):
+        for rank, joined in enumerate(ranks):
             held = min(part, max(numbers - rank * part, 0))
             pieces += [
                 (rank * part + offset, piece)
-                for offset, piece in stretches.pieces(at, held, directory)
+                for offset, piece in joined.pieces(at, held, directory)
             ]
-        found[name] = _joined(shape, pieces)
+        parameters[name] = _joined(shape, pieces)
         at += part
-    for stretches in ranks:
-        if stretches.numbers != at:
-            raise _disagree(directory, at, stretches.numbers)
-    return found
+    for joined in ranks:
+        if joined.numbers != at:
+            raise _sizes_error(directory, at, joined.numbers)
+    return parameters
 
 
 @dataclass(frozen=True)
-class Stretches:
-    """Flat tensors end to end."""
+class JoinedTensors:
+    """Flat tensors, joined into one long flat tensor without copying."""
 
     parts: Sequence[StoredTensor]
 
     @property
     def numbers(self) -> int:
-        """How many there are."""
+        """Count of numbers in all parts."""
         return sum(prod(part.shape) for part in self.parts)
 
     def pieces(
         self, first: int, numbers: int, directory: Path
     ) -> Iterable[tuple[int, StoredTensor]]:
-        """(offset in the stretch, piece) of the `numbers` that begin at `first`."""
+        """(offset, piece) of the pieces that make up the `numbers` from `first` on."""
         if first + numbers > self.numbers:
-            raise _disagree(directory, first + numbers, self.numbers)
+            raise _sizes_error(directory, first + numbers, self.numbers)
         begins = accumulate((prod(part.shape) for part in self.parts), initial=0)
         for begin, part in zip(begins, self.parts, strict=False):
             start, end = max(first, begin), min(first + numbers, begin + prod(part.shape))
@@ -116,21 +116,21 @@ def _joined(shape: tuple[int, ...], pieces: Sequence[tuple[int, StoredTensor]]) 
 
 
 def flat_tensor(value: Any, directory: Path) -> StoredTensor:
-    """The value itself, if it is a tensor of which parts can be read.
+    """The value, after a check that it is a tensor of which parts can be read.
 
     Raises:
-        FormatError: it is none.
+        FormatError: it is not.
     """
     if not isinstance(value, StoredTensor) or value.strides is not None:
         raise FormatError(
-            f"{directory} holds a partition that is no plain tensor; "
+            f"{directory} holds a partition that is not a plain tensor; "
             "convert it with its zero_to_fp32.py."
         )
     return value
 
 
-def _disagree(directory: Path, wanted: int, found: int) -> FormatError:
+def _sizes_error(directory: Path, wanted: int, stored: int) -> FormatError:
     return FormatError(
-        f"{directory} holds {found} numbers in its partitions where its parameters take {wanted}; "
-        "files of different saves lie there together, or one was damaged."
+        f"{directory} holds {stored} numbers in its partitions, but its parameters take {wanted}; "
+        "files of different saves lie there together, or one is damaged."
     )

@@ -177,7 +177,7 @@ def test_a_save_that_did_not_finish_is_named(copied):
 def test_damaged_metadata_is_named(copied, garbage):
     file = copied / "step-2/.metadata"
     file.write_bytes(file.read_bytes()[:300] if garbage is None else garbage)
-    assert_problem(dy.open_run(copied), 2, r"step-2/.metadata is no readable metadata")
+    assert_problem(dy.open_run(copied), 2, r"step-2/.metadata is not readable metadata")
 
 
 @pytest.mark.slow
@@ -244,7 +244,7 @@ def without_tensors(content):
         (transformed, r"transformed by \['zstd'\]"),
         (outside, "names a file outside its directory"),
         (huge, r"would have a float32 chunk \(1099511627772, 7\) in \d+ bytes"),
-        (without_tensors, "no readable metadata"),
+        (without_tensors, "not readable metadata"),
     ],
 )
 def test_metadata_that_promises_what_is_not_there_is_refused(copied, change, match):

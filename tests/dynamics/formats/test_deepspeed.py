@@ -193,7 +193,7 @@ def test_damaged_files_are_named(copied, garbage):
     folder = copied("bf16_2")
     file = folder / "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     file.write_bytes(file.read_bytes()[:2000] if garbage is None else garbage)
-    assert_problem(dy.open_run(folder), 2, "rank_1_mp_rank_00_optim_states.pt .*no readable file")
+    assert_problem(dy.open_run(folder), 2, "rank_1_mp_rank_00_optim_states.pt .*not a readable file")
 
 
 @pytest.mark.slow
@@ -204,7 +204,7 @@ def test_a_file_without_deepspeeds_states_is_refused(copied):
         folder / "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
     )
     torch.save({"module": 3}, folder / "global_step1/mp_rank_00_model_states.pt")
-    assert_refused(folder, "holds no states as DeepSpeed saves them")
+    assert_refused(folder, "does not hold states as DeepSpeed saves them")
 
 
 @pytest.mark.slow

@@ -161,19 +161,19 @@ def test_several_versions_are_named(trained, tmp_path):
 def test_a_damaged_file_is_the_problem_of_the_step_in_its_name(copied, garbage):
     file = copied / "epoch=0-step=4.ckpt"
     file.write_bytes(file.read_bytes()[:1000] if garbage is None else garbage)
-    assert_problem(dy.open_run(copied), 4, r"epoch=0-step=4\.ckpt .*no readable file")
-    assert_refused(file, r"no readable file of torch\.save")
+    assert_problem(dy.open_run(copied), 4, r"epoch=0-step=4\.ckpt .*not a readable file")
+    assert_refused(file, r"not a readable file of torch\.save")
 
 
 def test_a_damaged_file_whose_name_has_no_step_is_named(copied):
     (copied / "last.ckpt").write_bytes(b"garbage")
-    assert_refused(copied, r"last\.ckpt .*no readable file")
+    assert_refused(copied, r"last\.ckpt .*not a readable file")
 
 
 def test_ckpt_files_that_are_not_lightnings_are_not_recognised(tmp_path):
     torch.save({"weights": torch.ones(3, 3)}, tmp_path / "model.ckpt")
     assert_refused(tmp_path, "holds no run of a known format")
-    assert_refused(tmp_path, "tells no global_step", format="lightning")
+    assert_refused(tmp_path, "has no number global_step", format="lightning")
 
 
 def test_nothing_in_a_file_is_run(copied, tmp_path):

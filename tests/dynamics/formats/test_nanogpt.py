@@ -135,14 +135,14 @@ def test_two_files_of_an_iteration_are_refused(several):
 def test_a_damaged_file_is_the_problem_of_the_step_in_its_name(several, garbage):
     file = several[0] / "ckpt_1000.pt"
     file.write_bytes(file.read_bytes()[:1000] if garbage is None else garbage)
-    assert_problem(dy.open_run(several[0]), 1000, r"ckpt_1000\.pt .*no readable file")
+    assert_problem(dy.open_run(several[0]), 1000, r"ckpt_1000\.pt .*not a readable file")
     (several[0] / "best.pt").write_bytes(b"garbage")
-    assert_refused(several[0], r"best\.pt .*no readable file", format="nanogpt")
+    assert_refused(several[0], r"best\.pt .*not a readable file", format="nanogpt")
 
 
 def test_a_file_of_another_kind_among_them_is_refused(several):
     torch.save({"model": {"a": torch.ones(3, 3)}}, several[0] / "other_7.pt")
-    assert_refused(several[0], r"other_7\.pt is no checkpoint of nanoGPT")
+    assert_refused(several[0], r"other_7\.pt is not a checkpoint of nanoGPT")
 
 
 def test_another_kind_of_checkpoint_is_not_recognised(tmp_path):

@@ -39,7 +39,7 @@ def test_opening_reads_headers_only_and_a_wrong_checksum_is_seen_on_reading(tmp_
     content[at : at + 4] = bytes(each ^ 0xFF for each in content[at : at + 4])
     (tmp_path / "x.npz").write_bytes(content)
     run = dy.open_run(tmp_path / "x.npz")
-    with pytest.raises(FormatError, match=r"x\.npz is no readable \.npz file.*") as caught:
+    with pytest.raises(FormatError, match=r"x\.npz is not a readable \.npz file.*") as caught:
         run.read("a", 0, "weight")
     assert "\n" not in str(caught.value)
 
@@ -69,11 +69,11 @@ def zipped(path, content, compression=zipfile.ZIP_DEFLATED):
         (npy_of_shape((2**30, 2**30)), "absurd shape"),
         (npy(MATRIX) + b"more", r"\(5, 3\) in 252 bytes"),
         (npy(MATRIX)[:-8], r"\(5, 3\) in 240 bytes"),
-        (b"", "no readable"),
-        (b"\x93NUMPY\x01\x00\xff\xff{", "no readable"),
+        (b"", "not a readable"),
+        (b"\x93NUMPY\x01\x00\xff\xff{", "not a readable"),
         (b"\x93NUMPY\x03\x00" + npy(MATRIX)[8:], "version"),
-        (b"\x93NUMPY\x01\x00v\x00" + b"[" * 118, "no readable"),
-        (npy_of_shape((-1, 3)), "expected sizes"),
+        (b"\x93NUMPY\x01\x00v\x00" + b"[" * 118, "not a readable"),
+        (npy_of_shape((-1, 3)), "expected a list of sizes"),
     ],
     ids=["huge", "absurd", "more", "less", "empty", "cut", "version", "nested", "negative"],
 )

@@ -244,7 +244,7 @@ def test_a_damaged_config_is_named(checkpoints):
     (checkpoints / "checkpoint-2/config.json").write_text("{")
     analysis, problems = measured(checkpoints, kinds=["weight"])
     assert len(problems) == 1
-    assert "checkpoint-2/config.json is no readable JSON" in problems[0]
+    assert "checkpoint-2/config.json is not readable JSON" in problems[0]
     assert (analysis["status"].sel(step=[4, 6]) == Status.MEASURED).all()
 
 

@@ -276,7 +276,7 @@ def test_a_missing_base_is_an_error_that_says_where_it_looked_and_how_to_go_on(w
     message = str(caught.value)
     assert str(directory / "base") in message
     assert str(directory / "checkpoint-3/base") in message
-    assert "'meta-llama/somewhere' is no local directory" in message
+    assert "'meta-llama/somewhere' is neither a local directory" in message
     assert "base=" in message
     assert "kinds=['adapter']" in message
     assert "\n" not in message
@@ -311,7 +311,7 @@ def test_a_base_that_is_none_is_named(without_base, tmp_path):
 def test_a_base_of_another_model_is_named(without_base, tmp_path):
     directory, _ = without_base
     gpt2().save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(FormatError, match=r"gpt2 has no model\.layers.*not the adapter's base"):
+    with pytest.raises(FormatError, match=r"gpt2 has no model\.layers.*not the base of this adapter"):
         dy.open_run(directory, base=tmp_path / "gpt2")
 
 

@@ -168,7 +168,7 @@ def test_a_base_that_is_not_cached_is_missing_and_says_so(cached, name, revision
     rename_base(run / "checkpoint-1", name, revision=revision)
     assert dy.open_run(run).kinds == ("adapter",)
     with pytest.raises(
-        DynamicsError, match=f"'{name}' is no local directory .* Hugging Face cache"
+        DynamicsError, match=f"'{name}' is neither a local directory .* Hugging Face cache"
     ):
         dy.analyze(run)
 
@@ -233,7 +233,7 @@ def test_an_output_embedding_that_is_tied_has_the_input_embedding_as_base(tiny_l
     config = tmp_path / "run/base/config.json"
     content = json.loads(config.read_text()) | {"tie_word_embeddings": False}
     config.write_text(json.dumps(content))
-    assert_refused(tmp_path / "run", r"has no lm_head\.weight; it is not the adapter's base")
+    assert_refused(tmp_path / "run", r"has no lm_head\.weight; so it is not the base of this adapter")
 
 
 # Where matrices come from ------------------------------------------------------------------------

@@ -244,11 +244,11 @@ def test_a_step_with_nothing_to_read_is_a_problem(trained):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("model: [", "no readable YAML"),
-        ("!!python/object/apply:os.mkdir [x]", "no readable YAML"),
-        ("[" * 5000, "no readable YAML"),
+        ("model: [", "not readable YAML"),
+        ("!!python/object/apply:os.mkdir [x]", "not readable YAML"),
+        ("[" * 5000, "not readable YAML"),
         ("training: {}", "no section 'model'"),
-        ("#" * 2**21, "bytes, which is no training config"),
+        ("#" * 2**21, "bytes, too many for a training config"),
     ],
     ids=["cut", "python", "deep", "other", "large"],
 )

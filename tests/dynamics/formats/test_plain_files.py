@@ -176,7 +176,7 @@ def test_a_damaged_file_is_the_problem_of_its_step(tmp_path, suffix, garbage):
         WRITERS[suffix](weights(step), tmp_path / f"step_{step}{suffix}")
     file = tmp_path / f"step_2{suffix}"
     file.write_bytes(file.read_bytes()[:200] if garbage is None else garbage)
-    assert_problem(dy.open_run(tmp_path), 2, f"step_2{suffix} .*no readable .*file")
+    assert_problem(dy.open_run(tmp_path), 2, f"step_2{suffix} .*not a readable .*file")
 
 
 def test_nothing_in_a_file_is_run(tmp_path):

@@ -147,9 +147,9 @@ def test_a_config_that_cannot_be_served_is_named(model, tmp_path, config, match)
 @pytest.mark.parametrize(
     ("file", "content", "match"),
     [
-        ("relora_config.json", "{", r"relora_config\.json is no readable JSON"),
+        ("relora_config.json", "{", r"relora_config\.json is not readable JSON"),
         ("training_state.json", "[]", r"training_state\.json holds a JSON list"),
-        ("config.json", "", r"config\.json is no readable JSON"),
+        ("config.json", "", r"config\.json is not readable JSON"),
         ("model.safetensors", "", r"model\.safetensors .*truncated or damaged"),
         ("relora_config.json", None, r"LoRA factors but no relora_config\.json"),
         ("model.safetensors", None, r"holds no model\.safetensors or pytorch_model\.bin"),

@@ -66,7 +66,7 @@ def test_a_second_writer_on_s3_is_refused_and_a_dead_one_is_succeeded(place, s3)
 
 def test_what_is_no_recording_on_s3_is_left_alone(s3):
     s3.pipe("bucket/thesis/text.txt", b"years of work")
-    with pytest.raises(FormatError, match="is no recording; choose another path"):
+    with pytest.raises(FormatError, match="is not a recording; choose another path"):
         RecordingWriter("s3://bucket/thesis", {})
     assert s3.find("bucket/thesis") == ["bucket/thesis/text.txt"]
 

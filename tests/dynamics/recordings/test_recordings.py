@@ -202,7 +202,7 @@ def test_a_step_that_does_not_follow_the_last_is_refused(step):
     store = MemoryStore()
     writer = RecordingWriter(store, {})
     writer.append(10, {W: matrix(0)})
-    with pytest.raises(DynamicsError, match=f"step {step} must follow the last one, at step 10"):
+    with pytest.raises(DynamicsError, match=f"step {step} cannot follow the last one, at step 10"):
         writer.append(step, {W: matrix(1)})
     writer.append(11, {W: matrix(2)})
     assert Recording(store).steps.tolist() == [10, 11]
@@ -213,7 +213,7 @@ def test_a_change_of_shape_is_refused_and_leaves_no_trace():
     store = MemoryStore()
     writer = RecordingWriter(store, {})
     writer.append(0, {W: matrix(0)})
-    with pytest.raises(DynamicsError, match=r"a\.weight had shape \(4, 3\) and now has \(5, 3\)"):
+    with pytest.raises(DynamicsError, match=r"a\.weight had shape \(4, 3\) but has \(5, 3\)"):
         writer.append(1, {LATE: matrix(1), W: matrix(1, (5, 3))}, scalars={"loss": 1.0})
     writer.append(2, {W: matrix(2)})
     recording = Recording(store)
@@ -235,7 +235,7 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_alone(tmp_pat
     (tmp_path / "thesis.txt").write_text("years of work")
     for store in (tmp_path, LocalStore(tmp_path)):
         for resume in (False, True):
-            with pytest.raises(FormatError, match="is no recording; choose another path"):
+            with pytest.raises(FormatError, match="is not a recording; choose another path"):
                 RecordingWriter(store, {}, resume=resume)
     assert [child.name for child in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -243,7 +243,7 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_alone(tmp_pat
 def test_a_file_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("x")
-    with pytest.raises(FormatError, match="is no recording"):
+    with pytest.raises(FormatError, match="is not a recording"):
         RecordingWriter(path, {})
     assert path.read_text() == "x"
 

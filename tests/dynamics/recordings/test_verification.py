@@ -179,4 +179,4 @@ def test_the_command_line_says_so_by_a_line_per_record_and_the_exit_code(recordi
 def test_what_has_no_checksums_cannot_be_verified(llama_checkpoints):
     done = inspect(llama_checkpoints)
     assert isinstance(done.exception, dy.DynamicsError)
-    assert "is no recording" in str(done.exception)
+    assert "is not a recording" in str(done.exception)

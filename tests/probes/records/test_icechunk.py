@@ -133,7 +133,7 @@ def test_a_second_writer_is_refused_and_one_taken_over_stops(repository):
         RecordingWriter(repository, {}, resume=True)
     second = RecordingWriter(repository, {}, resume=True, take_over=True)
 
-    with pytest.raises(RecordingHeldError, match="changed by somebody else since"):
+    with pytest.raises(RecordingHeldError, match="changed by another writer since"):
         first.append(1, {})
     first.release()  # leaves the other's lock alone
     second.event(Event(0, "resume", {}))
