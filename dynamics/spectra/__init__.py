@@ -1,1 +1,1 @@
-"""How one matrix is measured: singular values, their error, their noise."""
+"""How one matrix is measured: its singular values, their error, and the noise floor."""

@@ -1,4 +1,4 @@
-"""How long a processor needs for a matrix: a model of a few measured times, kept on disk."""
+"""How long a processor needs for a matrix: a model of a few measured times, kept in a file."""
 
 import json
 import math
@@ -23,13 +23,13 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of the parts of a spectrum, on one processor.
+    """How many seconds the parts of a spectrum take on one processor.
 
     Attributes:
-        start: whatever the size.
-        number: of a number of the matrix: to bring it there, and its part of the noise.
-        product: of a product of two numbers, in a Gram matrix.
-        eigenvalues: of a Gram matrix of each of `_SIDES`.
+        start: per matrix, whatever its size.
+        number: per entry: to move it to the processor, and its share of the noise floor.
+        product: per product of two entries in the Gram matrix.
+        eigenvalues: for the eigenvalues of a Gram matrix, one time for each side in `_SIDES`.
     """
 
     start: float
@@ -38,10 +38,15 @@ class Rates:
     eigenvalues: tuple[float, ...]
 
     def seconds(self, rows: int, cols: int) -> float:
-        """What an (m, n) matrix takes, n <= m: start + number·mn + product·mn² + eigenvalues(n).
+        """Seconds for an (m, n) matrix, n <= m: start + number·mn + product·mn² + eigenvalues(n).
 
-        The last interpolated between the measured sides, as n^p between two of them, and likewise
-        beyond the largest; below the smallest, that of the smallest.
+        The last term is interpolated between two measured sides as n^p, and extrapolated likewise
+        beyond the largest side. Below the smallest side it is the time of the smallest.
+
+        Example:
+            >>> rates = Rates(1.0, 0.0, 0.0, tuple(side**3 / 1e9 for side in _SIDES))
+            >>> round(rates.seconds(4000, 2000), 6)  # 1 + 2000³ / 10⁹
+            9.0
         """
         n, m = sorted((rows, cols))
         side = max(n, _SIDES[0])
@@ -53,19 +58,19 @@ class Rates:
         return self.start + self.number * m * n + self.product * m * n * n + eigenvalues
 
 
-def measured_rates(
+def measure_rates(
     place: Callable[[np.ndarray], Array],
     noise: Callable[[Array], object],
     gram: Callable[[Array], Array],
     eigvalsh: Callable[[Array], object],
 ) -> Rates:
-    """The rates of a processor, from its way to do each part of a spectrum.
+    """Measure the rates of a processor, given the functions that do each part of a spectrum there.
 
     Args:
-        place: brings an array there.
-        noise: all that is done once for every number.
-        gram: the Gram matrix of (m, n) numbers; may return before it is made.
-        eigvalsh: its eigenvalues, on the CPU.
+        place: moves an array to the processor.
+        noise: does all that is done once for every entry.
+        gram: computes the Gram matrix of (m, n) numbers; it may return before it is done.
+        eigvalsh: computes the eigenvalues of that, on the CPU in the end.
     """
     rng = np.random.default_rng(0)
     largest = rng.standard_normal((_SIDES[-1], _SIDES[-1]), np.float32)
@@ -83,15 +88,15 @@ def measured_rates(
     )
 
 
-def kept_rates(name: str, measure: Callable[[], Rates]) -> Rates:
-    """The rates of a processor of this machine, measured once and then read from a file.
+def load_rates(name: str, measure: Callable[[], Rates]) -> Rates:
+    """The rates of a processor of this machine: measured once, and then read from a file.
 
-    That is `learning-dynamics/rates.json` in the user's cache directory. Where it cannot be
-    written or read, they are measured each time.
+    The file is `learning-dynamics/rates.json` in the user's cache directory. Where it cannot be
+    written or read, the rates are measured each time.
 
     Args:
-        name: of the processor and of what computes on it.
-        measure: measures them.
+        name: names the processor and the software that computes on it.
+        measure: measures the rates.
     """
     directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = directory / "learning-dynamics" / "rates.json"
@@ -100,8 +105,8 @@ def kept_rates(name: str, measure: Callable[[], Rates]) -> Rates:
     with suppress(OSError, ValueError, TypeError):
         known = dict(json.loads(path.read_text("utf-8")))
     with suppress(KeyError, TypeError):
-        found = known[key]
-        rates = Rates(**(found | {"eigenvalues": tuple(found["eigenvalues"])}))
+        entry = known[key]
+        rates = Rates(**(entry | {"eigenvalues": tuple(entry["eigenvalues"])}))
         rates.seconds(1, 1)
         return rates
     rates = measure()
@@ -114,7 +119,7 @@ def kept_rates(name: str, measure: Callable[[], Rates]) -> Rates:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    call()  # whatever is loaded or allocated at the first time
+    call()  # the first call also loads and allocates
     times = []
     for _ in range(_REPEATS):
         started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Where matrices are measured: by NumPy on the CPU, or on a GPU those that it is faster at.
+"""The choice of a device: NumPy on the CPU, or a GPU for the matrices that it measures faster.
 
-A GPU is used where it is asked for: a training may be running on it, and last digits differ (each
-within its `singular_value_error`).
+A GPU is used only if it is asked for. A training may be running on it, and the last digits differ
+from the CPU's (each singular value is within its `singular_value_error`).
 """
 
 import re
@@ -19,7 +19,7 @@ from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
 from dynamics.spectra import gram, noise
 from dynamics.spectra.backend import Backend, NumpyBackend
-from dynamics.spectra.calibration import Rates, kept_rates, measured_rates
+from dynamics.spectra.calibration import Rates, load_rates, measure_rates
 from dynamics.spectra.numpy_spectrum import SMALL
 
 if TYPE_CHECKING:
@@ -29,10 +29,22 @@ CPU = "cpu"
 
 
 def backend_version(device: str) -> str:
-    """What decides last digits besides NumPy and SciPy, "" where nothing does.
+    """What decides the last digits of results on a device, besides NumPy and SciPy.
+
+    It is part of the keys of a cache, and a result names it.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        "" for "cpu", else for example "cuda torch 2.7.0".
 
     Raises:
-        DynamicsError: `device` is neither "cpu" nor "cuda" nor "cuda:N".
+        DynamicsError: another `device`.
+
+    Example:
+        >>> backend_version("cpu"), backend_version("cuda:1").split()[0]
+        ('', 'cuda')
     """
     if device == CPU:
         return ""
@@ -44,10 +56,14 @@ def backend_version(device: str) -> str:
 
 
 def backend_for(device: str) -> Backend:
-    """The backend that computes on a device.
+    """The backend that computes on a device: "cpu", "cuda" or "cuda:N".
 
     Raises:
-        DynamicsError: it is unknown, or this machine does not have it.
+        DynamicsError: `device` is unknown, or this machine does not have it.
+
+    Example:
+        >>> type(backend_for("cpu")).__name__
+        'NumpyBackend'
     """
     if not backend_version(device):
         return NumpyBackend()
@@ -64,11 +80,17 @@ def backend_for(device: str) -> Backend:
 
 
 class GpuBackend(Backend):
-    """Computes with torch on a GPU what that is faster at, and the rest with NumPy on the CPU.
+    """Computes with torch on a GPU where that is faster, and with NumPy on the CPU elsewhere.
 
-    An array is copied there once; the copy lives as long as the array. It goes there if the GPU
-    needs less time for such a matrix than a core of the CPU, by the rates of both. All is done in
-    a stream of its own, so that several threads, each with such a backend, use more of the GPU.
+    The rates of both decide: a matrix goes to the GPU if it takes less time there than on one core
+    of the CPU. Its array is copied to the GPU once, and the copy lives as long as the array.
+    Everything runs in a CUDA stream of this backend, so several threads with one backend each use
+    more of the GPU.
+
+    Args:
+        device: the GPU.
+        cpu: rates of one core of the CPU.
+        gpu: rates of the GPU.
     """
 
     def __init__(self, device: "torch.device", cpu: Rates, gpu: Rates):
@@ -130,14 +152,14 @@ class GpuBackend(Backend):
                 yield
         except torch.OutOfMemoryError as error:
             raise DynamicsError(
-                f"The memory of {self._device} is too small, or others use it. "
+                f"The memory of {self._device} is too small, or other programs use it. "
                 "Measure with fewer workers, or on the CPU."
             ) from error
 
 
 @cache
 def _rates(device: "torch.device") -> tuple[Rates, Rates]:
-    """Those of a core of this machine, and of its GPU."""
+    """The rates of a core of this machine and of its GPU."""
     import torch
 
     from dynamics.spectra import torch_spectrum
@@ -148,14 +170,14 @@ def _rates(device: "torch.device") -> tuple[Rates, Rates]:
             noise.variance_sums((values, "float32"))
 
         with threadpool_limits(1):
-            return measured_rates(lambda values: values, look, gram.gram, gram.eigvalsh)
+            return measure_rates(lambda values: values, look, gram.gram, gram.eigvalsh)
 
     def of_gpu() -> Rates:
         def look(values: torch.Tensor) -> None:
             torch_spectrum.is_finite(values)
             torch_spectrum.variance_sums(values, "float32")
 
-        return measured_rates(
+        return measure_rates(
             lambda values: _tensor(values).to(device),
             look,
             torch_spectrum.gram,
@@ -163,16 +185,16 @@ def _rates(device: "torch.device") -> tuple[Rates, Rates]:
         )
 
     name = f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return kept_rates(f"core, numpy {np.__version__}", of_cpu), kept_rates(name, of_gpu)
+    return load_rates(f"core, numpy {np.__version__}", of_cpu), load_rates(name, of_gpu)
 
 
 def _tensor(array: np.ndarray) -> "torch.Tensor":
-    """The array as a tensor on the CPU, without a copy where that can be."""
+    """The array as a tensor on the CPU, without a copy where possible."""
     import torch
 
-    # torch knows no other order of bytes, and none backwards through memory.
+    # torch takes neither another byte order nor negative strides.
     backwards = min(array.strides, default=0) < 0
     native = array.astype(array.dtype.newbyteorder("="), copy=backwards)
-    with warnings.catch_warnings():  # of an array of a file, which nobody writes to
+    with warnings.catch_warnings():  # a mapped file cannot be written; nobody writes to it
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(native)

@@ -1,21 +1,23 @@
 """Singular values from the float64 Gram matrix of the smaller side, with a bound on their error.
 
-With Y (m, n), m >= n, the singular values are the roots of the eigenvalues of G = YᵀY. Half of a
-dense SVD's work or less, and G is (n, n) whatever m is; but what is lost in G is lost: an error of
-u·σ₁² in λ = σ² is one of u·σ₁²/σ in σ. The bound that says when that matters:
+The singular values of Y (m, n), m >= n, are the roots of the eigenvalues of G = YᵀY. This takes at
+most half the work of a dense SVD, and G is (n, n) whatever m is. But G loses accuracy: an error of
+u·σ₁² in λ = σ² is an error of u·σ₁²/σ in σ. A bound says when this matters:
 
     |λ̂ᵢ - σᵢ²| <= δ = 16·√m·u·σ₁²,   |σ̂ᵢ - σᵢ| = |λ̂ᵢ - σᵢ²| / (σ̂ᵢ + σᵢ) <= δ/σ̂ᵢ,   u = 2⁻⁵³
 
-By Weyl's inequality δ is the norm of all that is added to G: the rounding of its sums of m products
-and the backward error of the eigenvalue solver. The rigorous form of the first, m·u·‖Y‖_F²
-(Higham 2002, section 3.5), takes all roundings to point the same way and is 100 to 10⁵ times what
-happens. Independent ones grow as √m (Higham & Mary 2019, SIAM J. Sci. Comput. 41(5)); the worst
-are those of constant matrices, whose partial sums all round alike. OpenBLAS sums up to 384 products
-at a time, which bounds even these (MKL sums up thousands, see `torch_spectrum.py`). 16 is three
-times the worst found, 5.3√m·u·σ₁² (a constant 96 x 96 matrix; 4.6 for a 384 x 384 one of random
-signs; 2.4 Gaussian): no violation in `tests/dynamics/spectra/test_gram.py`.
+By Weyl's inequality, δ has to cover the norm of everything that is added to G: the rounding of its
+sums of m products, and the backward error of the eigenvalue solver. The rigorous bound on the
+first is m·u·‖Y‖_F² (Higham 2002, section 3.5). It assumes that all roundings point the same way,
+and is 100 to 10⁵ times larger than what happens. Independent roundings grow as √m (Higham & Mary
+2019, SIAM J. Sci. Comput. 41(5)). The worst are those of constant matrices, where all partial sums
+round alike; OpenBLAS adds up at most 384 products at a time, which bounds even these (MKL adds up
+thousands, see `torch_spectrum.py`). The largest error we saw is 5.3·√m·u·σ₁², of a constant 96 x 96
+matrix (4.6 for a 384 x 384 matrix of random signs, 2.4 for Gaussian ones). The factor 16 is three
+times that; `tests/dynamics/spectra/test_gram.py` finds no violation.
 
-Never in float32: its u is 5·10⁸ times larger, and what is below 3·10⁻³·σ₁ would be noise.
+G is never computed in float32: its u is 5·10⁸ times larger, and every singular value below
+3·10⁻³·σ₁ would be noise.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,23 +30,30 @@ from scipy.linalg import lapack
 from dynamics.runs.differences import Difference
 
 _UNIT = 2.0**-53
-# A block of rows has as many numbers, or three times as many rows as columns: the more blocks,
-# the more often an (n, n) product is completed and added, half of the time of 8192 x 2048 in 32.
+# A block of rows has this many entries, or three times as many rows as columns if that is more.
+# With more blocks, more (n, n) products are completed and added: with 32 blocks, that takes half of
+# the time of an 8192 x 2048 matrix.
 _BLOCK = 2**17
-# ‖Y‖_F² within these: neither do squares overflow, nor those that matter underflow.
+# With ‖Y‖_F² between these, no square overflows, and none that matters underflows.
 _SMALLEST, _LARGEST = 1e-200, 1e200
 
 
 def gram(matrix: np.ndarray | Difference) -> np.ndarray:
-    """YᵀY (n, n) float64 of a matrix or its transpose, whichever is Y (m, n) with m >= n.
+    """YᵀY, (n, n) float64, where Y (m, n), m >= n, is the matrix or its transpose.
 
-    Added up from blocks of Y's rows, each converted (and subtracted) when its turn comes: of an
-    embedding, no more than 1 MB or thrice the size of YᵀY is held in float64. NumPy sees a product
-    of one array with its own transpose and calls BLAS' syrk, which does half the work of a product
-    of two.
+    It is added up from blocks of the rows of Y. Each block is converted to float64 (and subtracted)
+    when its turn comes: at most 1 MB of an embedding, or three times the size of YᵀY, is in float64
+    at a time. NumPy recognises the product of an array with its own transpose and calls BLAS' syrk,
+    which does half the work of a general product.
+
+    Example:
+        >>> gram(np.array([[1.0, 2.0], [0.0, 1.0], [0.0, 0.0]]))
+        array([[1., 2.],
+               [2., 5.]])
     """
     total: np.ndarray | None = None
-    with np.errstate(over="ignore", invalid="ignore"):  # seen in `singular_values_from_gram`
+    # `singular_values_from_gram` notices what overflows.
+    with np.errstate(over="ignore", invalid="ignore"):
         for block in _blocks(matrix):
             product = block.T @ block
             total = product if total is None else np.add(total, product, out=total)
@@ -53,14 +62,18 @@ def gram(matrix: np.ndarray | Difference) -> np.ndarray:
 
 
 def eigvalsh(product: np.ndarray) -> np.ndarray:
-    """The eigenvalues of a symmetric (n, n) float64 matrix, ascending.
+    """The eigenvalues of a symmetric (n, n) float64 matrix, (n,) ascending.
 
-    What `np.linalg.eigvalsh` does, LAPACK's sytrd and sterf, in 0.73 to 0.95 of its time: with
-    narrower panels, which stay in the cache, and without scaling, which a Gram matrix needs only
-    where `singular_values_from_gram` gives up.
+    LAPACK's sytrd and sterf compute them, as in `np.linalg.eigvalsh`, but in 0.73 to 0.95 of its
+    time. The panels are narrower, so they stay in the cache. The matrix is not scaled: a Gram
+    matrix needs that only where `singular_values_from_gram` gives up.
 
     Raises:
-        LinAlgError: no convergence.
+        LinAlgError: the eigenvalues did not converge.
+
+    Example:
+        >>> eigvalsh(np.diag([5.0, 2.0]))
+        array([2., 5.])
     """
     n = len(product)
     if n == 1:  # SciPy's sterf has no such case
@@ -76,17 +89,24 @@ def eigvalsh(product: np.ndarray) -> np.ndarray:
 def singular_values_from_gram(
     product: Any, m: int, eigvalsh: Callable[[Any], np.ndarray] = eigvalsh
 ) -> tuple[np.ndarray, float]:
-    """The singular values of Y (m, n) from YᵀY, and the bound on the error of the least of them.
+    """The singular values of Y (m, n) from YᵀY, and the bound on the error of the smallest one.
 
     Args:
-        product: YᵀY (n, n) float64, an array or a tensor.
+        product: YᵀY, (n, n) float64, an array or a tensor.
         m: rows of Y.
-        eigvalsh: gives its eigenvalues, ascending.
+        eigvalsh: computes the eigenvalues of `product`, ascending.
 
     Returns:
-        s: (n,) float64, descending. Eigenvalues that rounding made negative are 0.
-        error: δ/s_n, which no singular value's error exceeds; Inf where s_n is 0, and where ‖Y‖_F²
-            is 0, not finite, or so large or small that squares leave float64: s is NaN then.
+        s: (n,) float64, descending; 0 where rounding made an eigenvalue negative. NaN where ‖Y‖_F²
+            is 0, not finite, or so large or small that squares overflow or underflow.
+        error: δ/s_n, which no singular value's error exceeds; Inf where s_n is 0 or NaN.
+
+    Example:
+        >>> s, error = singular_values_from_gram(np.diag([16.0, 9.0]), m=4)
+        >>> s
+        array([4., 3.])
+        >>> error == gram_error(16.0, m=4) / 3
+        True
     """
     if not _SMALLEST < float(product.trace()) < _LARGEST:
         return np.full(len(product), np.nan), np.inf
@@ -96,7 +116,16 @@ def singular_values_from_gram(
 
 
 def gram_error(largest_eigenvalue: float, m: int) -> float:
-    """δ: what the squares of the singular values may be off by, see above."""
+    """δ = 16·√m·u·σ₁², the bound on the error of the squares of the singular values.
+
+    Args:
+        largest_eigenvalue: σ₁².
+        m: rows of Y.
+
+    Example:
+        >>> gram_error(1.0, m=4) == 32 * 2.0**-53
+        True
+    """
     return 16 * float(np.sqrt(m)) * _UNIT * largest_eigenvalue
 
 

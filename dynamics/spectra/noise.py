@@ -1,18 +1,19 @@
-"""Noise floors: how large a singular value rounding alone can produce.
+"""Noise floors: the largest singular value that rounding alone can produce.
 
-A number stored in a dtype is known to half a unit in the last place (ulp) only. The rounding
-errors of a matrix are themselves a matrix E, and by Weyl's inequality |s_i(W + E) - s_i(W)| <= ‖E‖
-its spectral norm is the level below which a singular value says nothing about the model.
+A number stored in a dtype is known only to half a unit in the last place (ulp). The rounding errors
+of a matrix are a matrix E themselves, and by Weyl's inequality |s_i(W + E) - s_i(W)| <= ‖E‖. A
+singular value below the spectral norm of E therefore says nothing about the model.
 
-The errors are taken as independent, uniform within half an ulp either way. Three numbers follow:
+The errors are taken as independent and uniform, within half an ulp either way. Three numbers
+follow:
 
-    noise_norm         E‖E‖, the expectation
-    noise_norm_bound   exceeded by one matrix in a thousand: `noise_floor` is this one
-    noise_limit        what no rounding whatever can exceed; 2 to 50 times larger
+    noise_norm         the expectation of ‖E‖
+    noise_norm_bound   one matrix in a thousand exceeds it; `noise_floor` is this number
+    noise_limit        no rounding can exceed it; 2 to 50 times larger
 
-Independence fails where stored values repeat a pattern: a rank-one product in an 8-bit float has
-up to twice the noise of the bound, and numbers that fill no more than one ulp are not spread
-evenly within it. Nothing short of `noise_limit` covers constant matrices.
+The errors are not independent where the stored values repeat a pattern. A rank-one product in an
+8-bit float has up to twice the noise of the bound. Numbers that all lie within one ulp are not
+spread evenly within it. Only `noise_limit` covers constant matrices.
 """
 
 from collections import Counter
@@ -26,7 +27,7 @@ from dynamics.errors import DynamicsError
 from dynamics.spectra.random_matrices import TRACY_WIDOM_999, TRACY_WIDOM_MEAN
 from dynamics.spectra.variance_profiles import edge_of_profile
 
-# (values (m, n), dtype), and the scale where integers were multiplied by one
+# (values (m, n), dtype), and the scale of integers that were multiplied by one
 Stored = tuple[np.ndarray, str] | tuple[np.ndarray, str, ArrayLike]
 
 # dtype -> (bits of the stored significand, exponent of the smallest normal number)
@@ -41,14 +42,18 @@ _PRECISION: dict[str, tuple[int, int]] = {
 _SCALED = "int8"
 
 _DRAWS = 4
-_BLOCK = 2**17  # numbers worked on at a time: they and their intermediates fit into caches
+_BLOCK = 2**17  # entries worked on at a time: they and the intermediates fit into caches
 
 
 def precision(dtype: str) -> tuple[int, int]:
-    """(bits of the stored significand, exponent of the smallest normal number).
+    """(bits of the stored significand, exponent of the smallest normal number) of a float dtype.
 
     Raises:
-        DynamicsError: `dtype` is no floating-point dtype known here.
+        DynamicsError: `dtype` has no rounding model here.
+
+    Example:
+        >>> precision("bfloat16")
+        (7, -126)
     """
     if dtype not in _PRECISION:
         raise DynamicsError(
@@ -59,13 +64,24 @@ def precision(dtype: str) -> tuple[int, int]:
 
 
 def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The spacing of `dtype`'s numbers above each |value|, float64, the shape of `values`.
+    """The distance from each |value| to the next larger number of `dtype`.
 
-    2^(e - p) for 2^e <= |x| < 2^(e+1) and p significand bits, e no smaller than that of the
-    smallest normal number; for zero the smallest number above it.
+    It is 2^(e - p) for 2^e <= |x| < 2^(e+1) and p significand bits, where e is at least that of the
+    smallest normal number. For zero it is the smallest positive number.
+
+    Args:
+        values: numbers of `dtype`, in any float dtype that holds them exactly.
+        dtype: a float dtype.
+
+    Returns:
+        float64, the shape of `values`.
 
     Raises:
-        DynamicsError: `dtype` is no floating-point dtype known here.
+        DynamicsError: `dtype` has no rounding model here.
+
+    Example:
+        >>> ulp(np.array([1.0, 3.0, 4.0]), "float8_e4m3fn")  # 3 significand bits
+        array([0.125, 0.25 , 0.5  ])
     """
     significand, smallest = precision(dtype)
     binade = np.maximum(_binade(values, dtype), 2.0**smallest)
@@ -73,9 +89,10 @@ def ulp(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _binade(values: ArrayLike, dtype: str) -> np.ndarray:
-    """2^e of each 2^e <= |x| < 2^(e+1), 0 for zeros and numbers below the smallest normal one.
+    """2^e of each 2^e <= |x| < 2^(e+1); 0 for zeros and numbers below the smallest normal one.
 
-    The bits of the exponent alone, in the width that the values have: frexp takes ten times longer.
+    These are the bits of the exponent alone, in the width of the values: frexp takes ten times
+    longer.
     """
     given = np.asarray(values)
     narrow = given.dtype.itemsize <= 4 and given.dtype.kind == "f" and dtype != "float64"
@@ -86,20 +103,29 @@ def _binade(values: ArrayLike, dtype: str) -> np.ndarray:
 
 
 def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> np.ndarray:
-    """Mean square of each entry's rounding error, float64, (m, n) like `values`.
+    """The mean square of each entry's rounding error.
 
-    ulp²/12, uniform within half an ulp either way; ulp²/16 for powers of two, below which the
-    spacing halves: ∫x² over [-ulp/4, ulp/2]. A zero may be an underflow and has the error of the
-    smallest numbers, but in a row or column of zeros (padding, B of a fresh adapter) it is exact.
-    int8: scale²/12.
+    It is ulp²/12, of errors that are uniform within half an ulp either way. For powers of two it is
+    ulp²/16, because the spacing halves below them: ∫x² over [-ulp/4, ulp/2]. A zero may be an
+    underflow and has the error of the smallest numbers; but in a row or column of zeros (padding, B
+    of a fresh adapter) it is exact. For int8 it is scale²/12.
 
     Args:
-        values: (m, n), the numbers themselves, for int8 dequantised.
-        dtype: a floating-point dtype, or "int8".
-        scale: of int8, what one step of the integers is worth: a number, (m, 1) or (1, n).
+        values: (m, n), the numbers themselves; for int8, the dequantised ones.
+        dtype: a float dtype, or "int8".
+        scale: for int8, the value of one step of the integers: a number, (m, 1) or (1, n).
+
+    Returns:
+        (m, n) float64.
 
     Raises:
-        DynamicsError: an unknown dtype, int8 without its scale, or a scale with another dtype.
+        DynamicsError: `dtype` has no rounding model, int8 comes without a scale, or another dtype
+            comes with one.
+
+    Example:
+        >>> variance = rounding_variance(np.array([[1.5, 1.0]]), "float16")  # an ulp of 2⁻¹⁰
+        >>> (variance * 2**20).round(4)  # 1/12 and, for a power of two, 1/16
+        array([[0.0833, 0.0625]])
     """
     return _rounding_variance(values, dtype, scale, partial(_nonzero_columns, values))
 
@@ -107,7 +133,7 @@ def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = 
 def _rounding_variance(
     values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    # `columns` says which ones of the whole matrix hold anything but zeros, (n,).
+    # `columns()` says which columns of the whole matrix hold anything but zeros, (n,).
     if dtype == _SCALED or scale is not None:
         return np.square(_spacing(values, dtype, scale, columns)) / 12
     significand, smallest = precision(dtype)
@@ -122,10 +148,18 @@ def _rounding_variance(
 
 
 def noise_variance(*stored: Stored) -> np.ndarray:
-    """Summed `rounding_variance` of the terms of a sum or difference, (m, n).
+    """The sum of `rounding_variance` over the terms of a sum or difference, (m, n) float64.
 
-    Their errors are independent. A matrix that was rounded K times, once at each merge, is K
-    terms; equal terms (the same tuple) cost the work of one.
+    The errors of the terms are independent. Pass a matrix that was rounded K times, once at each
+    merge, as K terms; the same tuple passed K times is computed once.
+
+    Args:
+        stored: (values, dtype) or (values, "int8", scale) of each term, all values (m, n).
+
+    Example:
+        >>> term = np.array([[1.5]]), "float32"
+        >>> noise_variance(term, term) == 2 * rounding_variance(*term)
+        array([[ True]])
     """
     counts = Counter(map(id, stored))
     total: np.ndarray | None = None
@@ -138,16 +172,25 @@ def noise_variance(*stored: Stored) -> np.ndarray:
 
 
 def noise_norm(variance: np.ndarray) -> float:
-    """Expected spectral norm of independent, centred noise with these entry variances (m, n).
+    """The expected spectral norm of independent, centred noise with these variances.
 
-    √(λ₊ - 1.2065γ): the edge λ₊ of the limiting spectrum of EEᵀ and the mean of the Tracy-Widom
-    law on its scale γ, both of the variances r_i c_j / Σv that have the row sums r and column sums
-    c of `variance` (`edge_of_profile`). For equal variances λ₊ = σ²(√m + √n)². At least 0.87 times
-    the norm of the largest row or column, which alone has up to that.
+    It is √(λ₊ - 1.2065γ), with the edge λ₊ of the limiting spectrum of EEᵀ and the mean of the
+    Tracy-Widom law on its scale γ. Both are those of the variances r_i c_j / Σv, which have the row
+    sums r and the column sums c of `variance` (`edge_of_profile`). For equal variances,
+    λ₊ = σ²(√m + √n)². The result is at least 0.87 times the norm of the largest row or column,
+    because a single row or column has up to that.
 
-    Against simulated rounding of Gaussian matrices, 32 x 32 to 2048 x 2048, it is 0.99 to 1.07
-    times the mean; of graded ones (rows and columns over 2 or 3 decades) 0.99 to 1.15; of one row
-    100 times larger than the rest up to 1.27.
+    Compared with simulated rounding, it is 0.99 to 1.07 times the mean for Gaussian matrices of
+    32 x 32 to 2048 x 2048, 0.99 to 1.15 times for graded ones (rows and columns over 2 or 3
+    decades), and up to 1.27 times for a matrix with one row 100 times larger than the rest.
+
+    Args:
+        variance: (m, n), of each entry.
+
+    Example:
+        >>> norm = noise_norm(np.ones((400, 100)))
+        >>> bool(0.95 < norm / (20 + 10) < 1)  # a little below the edge √400 + √100
+        True
     """
     rows, cols = variance.sum(axis=1), variance.sum(axis=0)
     if not rows.any():
@@ -158,22 +201,38 @@ def noise_norm(variance: np.ndarray) -> float:
 
 
 def noise_norm_bound(variance: np.ndarray) -> float:
-    """What the spectral norm of such noise exceeds with a probability of about 1/1000.
+    """The spectral norm that such noise exceeds with a probability of about 1/1000.
 
-    The larger of √(λ₊ + 3.27γ), the 99.9 % point of the Tracy-Widom law, and
+    It is the larger of two numbers. One is √(λ₊ + 3.27γ), the 99.9 % point of the Tracy-Widom law.
+    The other is
 
         √(max_i Σ_j v_ij) + √(max_j Σ_i v_ij),
 
-    the leading term of Bandeira & van Handel 2016 (Ann. Probab. 44(4), theorem 3.1), which also
-    holds where variances are no products of a row's and a column's. A high-probability statement,
-    not a certain one: `noise_limit` is that. 1.01 to 1.5 times the norm for Gaussian matrices, up
-    to 3.3 times for graded ones.
+    the leading term of Bandeira & van Handel 2016 (Ann. Probab. 44(4), theorem 3.1). It also holds
+    where the variances are not products of a row's and a column's. The bound holds with high
+    probability, not with certainty; `noise_limit` is certain. It is 1.01 to 1.5 times the actual
+    norm for Gaussian matrices, and up to 3.3 times for graded ones.
+
+    Args:
+        variance: (m, n), of each entry.
+
+    Example:
+        >>> variance = np.ones((400, 100))
+        >>> bool(1 < noise_norm_bound(variance) / noise_norm(variance) < 1.1)
+        True
     """
     return bound_of_sums(variance.sum(axis=1), variance.sum(axis=0))
 
 
 def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
-    """`noise_norm_bound` of variances with these row sums (m,) and column sums (n,)."""
+    """`noise_norm_bound` of variances with these row sums (m,) and column sums (n,).
+
+    Example:
+        >>> bound_of_sums(np.full(400, 100.0), np.full(100, 400.0)) == noise_norm_bound(
+        ...     np.ones((400, 100))
+        ... )
+        True
+    """
     if not rows.any():
         return 0.0
     edge, scale = edge_of_profile(rows, cols)
@@ -184,8 +243,16 @@ def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
 def noise_limit(*stored: Stored) -> float:
     """What the spectral norm of the rounding of a sum or difference can never exceed.
 
-    √(max_i Σ_j h_ij · max_j Σ_i h_ij) with h the sum of the terms' largest errors, ulp/2 or
-    scale/2: ‖E‖₂² <= ‖E‖₁‖E‖_∞ for any signs. About √n times the bound: it is for proofs.
+    It is √(max_i Σ_j h_ij · max_j Σ_i h_ij), where h is the sum of the terms' largest errors, ulp/2
+    or scale/2: ‖E‖₂² <= ‖E‖₁‖E‖_∞ for any signs. It is about √n times `noise_floor`, and meant for
+    proofs.
+
+    Args:
+        stored: (values, dtype) or (values, "int8", scale) of each term, all values (m, n).
+
+    Example:
+        >>> noise_limit((np.full((3, 3), 1.5), "float16")) == 3 * 2.0**-11  # 3 · ulp / 2
+        True
     """
     half = np.zeros(stored[0][0].shape)
     for term in stored:
@@ -198,15 +265,22 @@ def noise_limit(*stored: Stored) -> float:
 def noise_floor(
     *stored: Stored, sums: Callable[[Stored], tuple[np.ndarray, np.ndarray]] | None = None
 ) -> float:
-    """What a singular value of a sum or difference of stored matrices must exceed.
+    """The level that a singular value of a sum or difference of stored matrices must exceed.
 
-    `noise_norm_bound` of `noise_variance`. Not the expectation: every second matrix that is nothing
-    but rounding would exceed it.
+    It is `noise_norm_bound` of `noise_variance`, and not the expectation: every second matrix that
+    is nothing but rounding would exceed that.
 
     Args:
-        stored: (values, dtype) or (values, "int8", scale) of each term, values (m, n) alike. One
-            term for a matrix as it is, two for the difference of two checkpoints.
-        sums: `variance_sums`, or what remembers them: a checkpoint is part of many differences.
+        stored: (values, dtype) or (values, "int8", scale) of each term, all values (m, n). One term
+            for a matrix itself, two for the difference of two checkpoints.
+        sums: computes `variance_sums`. A backend passes a method that computes them once per array,
+            because a checkpoint is part of many differences.
+
+    Example:
+        >>> weight = np.random.default_rng(0).standard_normal((64, 32))
+        >>> fine, coarse = (noise_floor((weight, dtype)) for dtype in ("float32", "float64"))
+        >>> fine / coarse == 2.0**29  # significands of 23 and 52 bits
+        True
     """
     sums = sums or variance_sums
     counts = Counter(map(id, stored))
@@ -219,10 +293,20 @@ def noise_floor(
 
 
 def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:
-    """The row sums (m,) and column sums (n,) of `rounding_variance`, all that `noise_floor` needs.
+    """The row sums and column sums of `rounding_variance`: all that `noise_floor` needs.
 
-    By blocks of rows: of an embedding, neither the variances nor their intermediates are ever held
-    whole.
+    They are added up from blocks of rows, so the variances of an embedding are never held whole.
+
+    Args:
+        term: (values, dtype) or (values, "int8", scale), values (m, n).
+
+    Returns:
+        (m,) and (n,) float64.
+
+    Example:
+        >>> rows, cols = variance_sums((np.full((2, 3), 1.5), "float16"))
+        >>> (rows * 12 * 2**20).round(9), (cols * 12 * 2**20).round(9)  # ulp² = 2⁻²⁰
+        (array([3., 3.]), array([2., 2., 2.]))
     """
     values, dtype, *given = term
     m, n = values.shape
@@ -239,11 +323,23 @@ def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product_noise_norm(left: Stored, right: Stored) -> float:
-    """Expected ‖(L + δL)(R + δR) - LR‖ = ‖δL·R + L·δR + δL·δR‖, for L (m, r) and R (r, n).
+    """The expectation of ‖(L + δL)(R + δR) - LR‖ = ‖δL·R + L·δR + δL·δR‖.
 
-    The two first-order terms meet in r of the m and r of the n directions only: no profile of
-    variances describes that, so it is the mean of 4 simulated roundings (seeded, each within a few
-    per cent of the mean), measured as [δL, L + δL] @ [R; δR] without forming an (m, n) matrix.
+    The two first-order terms meet only in r of the m and r of the n directions, which no profile of
+    variances describes. The result is therefore the mean of 4 simulated roundings. They are
+    seeded, and each is within a few per cent of the mean. They are measured as
+    [δL, L + δL] @ [R; δR], so no (m, n) matrix is formed.
+
+    Args:
+        left: L (m, r), its dtype, and for int8 its scale.
+        right: R (r, n), likewise.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> left, right = rng.standard_normal((90, 4)), rng.standard_normal((4, 60))
+        >>> factors = (left, "bfloat16"), (right, "bfloat16")
+        >>> bool(1 < product_noise_bound(*factors) / product_noise_norm(*factors) < 3)
+        True
     """
     rng = np.random.default_rng(0)
     widths = [np.sqrt(3 * rounding_variance(*factor)) for factor in (left, right)]
@@ -259,15 +355,21 @@ def product_noise_norm(left: Stored, right: Stored) -> float:
 def product_noise_bound(
     left: Stored, right: Stored, norms: tuple[float, float] | None = None
 ) -> float:
-    """‖δL‖‖R‖ + ‖L‖‖δR‖ + ‖δL‖‖δR‖ with `noise_floor` for ‖δL‖ and ‖δR‖.
+    """‖δL‖‖R‖ + ‖L‖‖δR‖ + ‖δL‖‖δR‖, with `noise_floor` for ‖δL‖ and ‖δR‖.
 
-    It holds whenever those two hold. About twice the expectation where r is small, because the
-    first two terms then lie in different directions.
+    The bound holds whenever these two floors hold. It is about twice the expectation where r is
+    small, because the first two terms then lie in different directions.
 
     Args:
-        left: (m, r) and its dtype.
-        right: (r, n), likewise.
+        left: L (m, r), its dtype, and for int8 its scale.
+        right: R (r, n), likewise.
         norms: ‖L‖ and ‖R‖, if they are known.
+
+    Example:
+        >>> left, right = (np.array([[1.5]]), "float32"), (np.array([[1.5]]), "float32")
+        >>> floor = noise_floor(left)
+        >>> product_noise_bound(left, right) == 2 * 1.5 * floor + floor**2
+        True
     """
     norm_left, norm_right = norms or (_norm(left[0]), _norm(right[0]))
     d_left, d_right = noise_floor(left), noise_floor(right)
@@ -282,11 +384,11 @@ def _norm(factor: np.ndarray) -> float:
 def _spacing(
     values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    # The widths of the intervals whose numbers are stored alike, (m, n).
+    # The widths of the intervals whose numbers are all stored as one number, (m, n).
     if (dtype == _SCALED) != (scale is not None):
         raise DynamicsError(
             f"A matrix stored as {dtype!r} came {'with' if scale is not None else 'without'} a "
-            f"scale; {_SCALED} has one (a number, (rows, 1) or (1, cols)), other dtypes have none."
+            f"scale; {_SCALED} needs one (a number, (rows, 1) or (1, cols)), others take none."
         )
     if scale is not None:
         return np.broadcast_to(np.abs(scale, dtype=np.float64), values.shape).copy()
@@ -300,9 +402,9 @@ def _nonzero_columns(values: np.ndarray) -> np.ndarray:
 
 
 def _clear_exact_zeros(
-    found: np.ndarray, values: np.ndarray, columns: Callable[[], np.ndarray]
+    errors: np.ndarray, values: np.ndarray, columns: Callable[[], np.ndarray]
 ) -> None:
-    """Set to 0 what belongs to rows and columns of zeros; `columns()` (n,) says which are not."""
+    """Set the errors in rows and columns of zeros to 0; `columns()` (n,) says which are not."""
     if not np.all(values):
-        found[~np.any(values, axis=1)] = 0
-        found[:, ~columns()] = 0
+        errors[~np.any(values, axis=1)] = 0
+        errors[:, ~columns()] = 0

@@ -22,7 +22,7 @@ from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
 from dynamics.spectra import calibration, gpu_backend, noise, torch_spectrum
 from dynamics.spectra.backend import NumpyBackend
-from dynamics.spectra.calibration import Rates, kept_rates, measured_rates
+from dynamics.spectra.calibration import Rates, load_rates, measure_rates
 from dynamics.spectra.gpu_backend import GpuBackend, backend_for
 from dynamics.spectra.gram import gram_error
 from dynamics.spectra.numpy_spectrum import EPS
@@ -179,9 +179,9 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
         return SLOW
 
     for _ in range(2):
-        assert kept_rates("a", measure) == SLOW
-    assert kept_rates("b", lambda: FAST) == FAST
-    assert (kept_rates("a", measure), len(measured)) == (SLOW, 1)
+        assert load_rates("a", measure) == SLOW
+    assert load_rates("b", lambda: FAST) == FAST
+    assert (load_rates("a", measure), len(measured)) == (SLOW, 1)
     (file,) = (tmp_path / "cache").rglob("*.*")
     for damage in (
         "",
@@ -191,17 +191,17 @@ def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
         '{"a": {}}',
     ):
         file.write_text(damage)
-        assert kept_rates("a", measure) == SLOW
+        assert load_rates("a", measure) == SLOW
     assert len(measured) == 6
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory
-    assert kept_rates("a", measure) == SLOW
+    assert load_rates("a", measure) == SLOW
 
 
 def test_the_rates_of_this_machine_tell_its_times(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "_SIDES", (32, 64, 128))
     same = (lambda x: x, np.isfinite, lambda x: x.T @ x, np.linalg.eigvalsh)
-    rates = measured_rates(*same)
+    rates = measure_rates(*same)
     assert 0 < rates.start < 1e-3
     assert 0 <= rates.number < 1e-6
     assert 0 <= rates.product < 1e-6
