@@ -1,21 +1,32 @@
 """What several test packages share."""
 
 import logging
+import os
 
 import pytest
+from filelock import FileLock
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def short_demo(tmp_path_factory):
-    """The demo's folder, from a run of seconds; see `short_config`."""
+    """The demo's folder, from a run of seconds; see `short_config`. Made once for all processes."""
     from probes.relora.demo import run_demo
     from tests.short_run import TEXT, short_config
 
-    folder = tmp_path_factory.mktemp("demo")
-    text = folder / "text"
-    text.mkdir()
-    (text / "numbers.txt").write_text(TEXT)
-    run_demo(folder / "out", short_config(), text=text)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "finished").exists():
+            (folder / "text").mkdir(parents=True)
+            (folder / "text/numbers.txt").write_text(TEXT)
+            run_demo(folder / "out", short_config(), text=folder / "text")
+            (folder / "finished").touch()
     return folder / "out"
 
 
