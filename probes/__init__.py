@@ -1,4 +1,4 @@
-"""Probes touch live models: the recorder that attaches to a training run, and its schedules."""
+"""Probes read models while they train: the recorder of a training run, and its schedules."""
 
 from probes.recorder import Recorder
 from probes.schedule import at_steps, every, log_spaced

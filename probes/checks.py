@@ -1,8 +1,8 @@
 """Live checks: what a merge did to the effective weights, what a reset left in the optimizer.
 
-They measure at the moment when it can be told exactly, and give JSON-like facts: ReLoRA's
-callback puts them into the attributes of its events, where `dynamics audit` reads them. What
-fails is also a FailedCheckWarning at once.
+They measure right at the merge and the reset, when the answer is exact, and return JSON-like
+facts. The callback of ReLoRA stores the facts as attributes of its events, where `dynamics audit`
+reads them. A check that fails also gives a FailedCheckWarning at once.
 """
 
 import math
@@ -23,21 +23,29 @@ from probes.model.parameters import Factors, Tracked, tracked_parameters
 
 
 class FailedCheckWarning(UserWarning):
-    """A live check failed: the training goes on, and goes wrong."""
+    """A live check failed: training continues, but it no longer does what it should."""
 
 
 def record_defects(matrices: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What one record alone shows to be wrong: array path -> one line; empty for a sound one.
+    """Defects that a single record shows: NaN or Inf, and dead adapters.
 
-    NaN or Inf anywhere, and an adapter whose A and B are both zero: no gradient can reach either.
+    An adapter is dead if its A and B are both zero: no gradient can reach either of them.
 
     Args:
-        matrices: array path (`layout.matrix_path`, `layout.factor_path`) -> (m, n).
+        matrices: array path (`dynamics.recordings.matrix_path`, `factor_path`) -> (m, n) array.
+
+    Returns:
+        Array path -> one line that says what is wrong; empty for a sound record.
+
+    Example:
+        >>> from probes.checks import record_defects
+        >>> record_defects({"weight/q_proj": np.array([[1.0, np.nan]])})
+        {'weight/q_proj': 'weight/q_proj holds NaN or Inf'}
     """
     defects = {
         path: f"{path} holds NaN or Inf"
         for path, values in matrices.items()
-        # Spectra are padded with NaN; what was wrong was seen when they were measured.
+        # Spectra are padded with NaN. Their defects are found when they are measured.
         if not path.startswith(f"{SPECTRA}/") and not np.isfinite(values).all()
     }
     for path, values in matrices.items():
@@ -51,42 +59,69 @@ def record_defects(matrices: Mapping[str, np.ndarray]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class WeightBeforeMerge:
-    """One adapted weight just before a merge; copies on the CPU."""
+    """One adapted weight just before a merge; its tensors are copies on the CPU."""
 
     tracked: Tracked
-    weight: torch.Tensor  # W_eff, in the dtype that the merge will store it in
+    weight: torch.Tensor  # W_eff, in the dtype in which the merge will store it
     factors: Factors
 
 
 def weights_before_merge(model: nn.Module) -> list[WeightBeforeMerge]:
-    """Copies of every adapted weight and its factors, to be given to `merge_facts`."""
-    kept = []
+    """Copies of every adapted weight and its factors, for `merge_facts`.
+
+    Args:
+        model: a model with LoRA layers of PEFT, just before a merge.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from probes.checks import weights_before_merge
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6))
+        >>> model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0"]))
+        >>> [(copy.tracked.name, tuple(copy.weight.shape)) for copy in weights_before_merge(model)]
+        [('0.weight', (4, 6))]
+    """
+    copies = []
     for tracked in tracked_parameters(model):
         factors = tracked.factors()
         if factors is not None:
             a, b = (each.to("cpu", copy=True) for each in (factors.a, factors.b))
-            weight = tracked.effective_weight().cpu()  # a new tensor, of W and the adapter
-            kept.append(WeightBeforeMerge(tracked, weight, factors._replace(a=a, b=b)))
-    return kept
+            weight = tracked.effective_weight().cpu()  # a new tensor, because of the adapter
+            copies.append(WeightBeforeMerge(tracked, weight, factors._replace(a=a, b=b)))
+    return copies
 
 
 @torch.no_grad()
 def merge_facts(before: list[WeightBeforeMerge]) -> dict[str, Any]:
-    """What a merge and the reset after it did, of the layer where W_eff changed most.
+    """What a merge, and the reset of the adapters after it, did to the effective weights.
 
-    With W the effective weight before, W' after, D = s·B·A merged, all in float64:
+    The facts are those of the layer where W_eff changed most. W is the effective weight before,
+    W' the one after, and D = s·B·A the update that was merged; all in float64:
 
-    relative_change   ‖W' - W‖ / ‖D‖ (of ‖W‖ where D is zero); 0 for a merge that keeps W_eff
-    tolerance         the largest that rounding can make of it: W and W' rounded once each,
-                      eps·‖W‖, and the product twice, (r + 2)·eps·s·‖B‖‖A‖
-    scale             <Δbase, D> / ‖D‖², 1 for a faithful merge, 1/s for one without its scale
+    relative_change   ‖W' - W‖ / ‖D‖ (divided by ‖W‖ where D is zero); 0 if the merge keeps W_eff
+    tolerance         the largest relative_change that rounding can cause: W and W' rounded once
+                      each, eps·‖W‖, and the product twice, (r + 2)·eps·s·‖B‖‖A‖
+    scale             <Δbase, D> / ‖D‖²: 1 for a faithful merge, 1/s for a merge of B·A without s
     worst_scaling, worst_layer   s and name of that layer
 
     Args:
-        before: from `weights_before_merge`, taken before the merge.
+        before: the result of `weights_before_merge`, taken before the merge.
 
     Returns:
-        The facts, JSON-like; empty if nothing is adapted.
+        The facts, JSON-like; empty if no weight is adapted.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from probes.checks import merge_facts, weights_before_merge
+        >>> from probes.relora import merge_and_reset
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> config = LoraConfig(r=2, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(layers, config)
+        >>> before = weights_before_merge(model)
+        >>> merge_and_reset(model, seed=0, step=100, with_scaling=False)
+        1
+        >>> facts = merge_facts(before)
+        >>> round(facts["relative_change"], 3), round(facts["scale"], 3), facts["worst_scaling"]
+        (0.5, 0.5, 2.0)
     """
     facts = [_facts_of(each) for each in before]
     return max(facts, key=lambda each: each[events.CHANGE] / each[events.TOLERANCE], default={})
@@ -108,7 +143,7 @@ def _facts_of(before: WeightBeforeMerge) -> dict[str, Any]:
     scale = 1 + (base_error * update).sum().item() / size**2 if size > 0 else 1.0
     return {
         events.CHANGE: (after - weight).norm().item() / relative_to,
-        # Not 0 where everything is: the worst layer is found by a quotient.
+        # Never 0, because the worst layer is the one with the largest quotient change/tolerance.
         events.TOLERANCE: max(rounding / relative_to, torch.finfo(torch.float64).tiny),
         events.SCALE: scale,
         events.SCALING: scaling,
@@ -120,19 +155,34 @@ def _facts_of(before: WeightBeforeMerge) -> dict[str, Any]:
 def optimizer_state_facts(
     optimizer: Any, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, float | int | str]:
-    """What is left in an Adam's state of these parameters; measured right after a reset.
+    """What Adam still holds for these parameters; call it right after a reset.
 
     zero_exp_avg, zero_exp_avg_sq   share of the entries of m and v that are zero or gone
-    momentum_without_variance       share with v = 0 and |m| > ε: the next step there is
-                                    lr·m̂/(√v̂ + ε) with little but the new gradient in v̂, and
-                                    can exceed any trained step by orders of magnitude
-    worst_parameter                 where that share is largest, or the state fullest
-    largest_step                    Adam's step count, 0 where the state is gone
-    parameters_with_state           how many of the parameters have any
+    momentum_without_variance       share of the entries with v = 0 and |m| > ε. The next step
+                                    there is lr·m̂/(√v̂ + ε), where v̂ holds little but the new
+                                    gradient: it can be orders of magnitude larger than any
+                                    earlier step
+    worst_parameter                 the parameter with the largest such share; if none has any,
+                                    the one with the fullest state
+    largest_step                    Adam's step count; 0 where the state is gone
+    parameters_with_state           how many of the parameters have any state
 
     Args:
         optimizer: a torch optimizer, or a wrapper of one such as accelerate's.
         parameters: name -> parameter.
+
+    Returns:
+        The facts, JSON-like.
+
+    Example:
+        >>> from probes.checks import optimizer_state_facts
+        >>> layer = torch.nn.Linear(6, 4)
+        >>> adam = torch.optim.Adam(layer.parameters())
+        >>> layer(torch.ones(3, 6)).sum().backward()
+        >>> adam.step()
+        >>> facts = optimizer_state_facts(adam, {"weight": layer.weight})
+        >>> facts["largest_step"], facts["zero_exp_avg"], facts["parameters_with_state"]
+        (1.0, 0.0, 1)
     """
     optimizer = innermost_optimizer(optimizer)
     epsilons = {
@@ -171,7 +221,25 @@ def optimizer_state_facts(
 
 
 def warn_about(verdicts: list[Verdict]) -> None:
-    """A FailedCheckWarning for each verdict that failed."""
+    """Give a FailedCheckWarning for each verdict that failed; other verdicts are ignored.
+
+    Args:
+        verdicts: e.g. of `dynamics.auditing.events.merge_verdict`.
+
+    Example:
+        >>> import warnings
+        >>> from dynamics.auditing.report import Severity, Verdict
+        >>> from probes.checks import warn_about
+        >>> bad = Verdict(
+        ...     check="moments", severity=Severity.FAIL, step=80, measured=0.5, threshold=0.0,
+        ...     meaning="Prune both moments with one mask.",
+        ... )
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     warn_about([bad])
+        >>> print(caught[0].message)
+        Step 80, moments: Prune both moments with one mask. Measured 0.5; at most 0 is sound.
+    """
     for verdict in verdicts:
         if verdict.severity is Severity.FAIL:
             where = f" ({verdict.matrix})" if verdict.matrix else ""
@@ -181,7 +249,7 @@ def warn_about(verdicts: list[Verdict]) -> None:
             assert math.isfinite(threshold)
             warnings.warn(
                 f"Step {verdict.step}, {verdict.check}{where}: {verdict.meaning} "
-                f"Measured {measured:.3g}, at most {threshold:.3g} is sound.",
+                f"Measured {measured:.3g}; at most {threshold:.3g} is sound.",
                 FailedCheckWarning,
                 stacklevel=3,
             )

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dynamics import schema
@@ -19,16 +18,17 @@ from probes.gradients.optimizer_hooks import OptimizerSteps
 from probes.model.optimizers import innermost_optimizer
 from probes.model.parameters import Selection, tracked_parameters
 from probes.model.provenance import model_config, package_versions
-from probes.model.sharding import meet, refuse_unreadable
+from probes.model.sharding import is_rank_0, refuse_unreadable, wait_for_ranks
 from probes.records.background_writer import (
     BLOCK,
     BackgroundWriter,
-    Record,
     SkippedRecordWarning,
     check_policy,
-    dtype_to_store,
 )
-from probes.records.matrices import DEFAULT_RECORD, Matrices, Spectra, check_record
+from probes.records.contents import DEFAULT_CONTENTS, check_contents
+from probes.records.matrices import MatrixContents
+from probes.records.record import Record, dtype_to_store
+from probes.records.spectra import SpectrumContents
 from probes.schedule import Schedule
 from probes.schedule import every as every_n
 
@@ -38,65 +38,84 @@ SKIPPED_STEP = "skipped_step"
 class Recorder:
     """Records a training run at chosen optimizer steps.
 
-        with Recorder(model, optimizer, "run.zarr", every=100):
-            train()
+    A record at step t holds the weights after t optimizer steps, the gradient that step t
+    consumed, and the values that were logged for step t. Step 0 holds the initial weights, without
+    a gradient; it is recorded on attaching. A record is handed to the writer when the next step
+    begins, or on closing. So whatever a Trainer logs after the step still belongs to the record.
 
-    A record at step t holds the weights after t optimizer steps, the gradient that the t-th step
-    consumed, and what was logged. Step 0, the initial weights, is recorded on attaching and has
-    no gradient. A record is handed to the writer when the next step begins, or on closing, so
-    that what a Trainer logs after the step still belongs to it.
+    Frozen weights have a recorded gradient too. It never appears in `parameter.grad`; see
+    `probes.gradients.probed.ProbedGradients`.
 
-    Frozen weights have a gradient too, kept out of `parameter.grad`; see `ProbedGradients`.
+    Training computes the same bits with and without a recorder: it draws no random number. It
+    leaves two hooks on each optimizer, and before a recorded step hooks on the recorded weights and
+    changed flags (`requires_grad`) on frozen ones. Closing removes them. The training thread only
+    copies tensors; another thread converts, compresses and writes.
 
-    The model and the optimizer are left as they were: two hooks on each optimizer, and before a
-    recorded step the frozen weights' flags and hooks, are the only trace. They are removed on
-    closing, no random number is drawn and training computes the same bits as without it. Copies
-    are taken in the training thread; the rest happens in a thread of its own.
+    Each record is checked when it is written. NaN, Inf or a dead adapter (A and B both zero) give
+    a `probes.checks.FailedCheckWarning`.
 
-    What a record alone shows to be wrong, NaN or Inf or a dead adapter, is a FailedCheckWarning
-    as soon as it is written.
-
-    With several processes, each attaches a recorder of the same arguments: they gather what is
-    sharded, one matrix at a time, average the frozen weights' gradients, and rank 0 writes.
-    Attach after DDP, `fully_shard` or `accelerator.prepare` have made the model and optimizer.
+    With several processes, attach a recorder with the same arguments in each of them, after DDP,
+    `fully_shard` or `accelerator.prepare` have made the model and the optimizer. The recorders
+    gather sharded tensors one matrix at a time and average the gradients of frozen weights; rank 0
+    writes.
 
     Args:
-        model: any torch module. Where PEFT put LoRA layers, `weight` is W_base + s·B·A.
-        optimizer: the torch optimizer whose steps count, or a wrapper with an `optimizer`; or a
-            list of them in the order in which they step: then the steps of the last one count.
-        store: path of the recording, or any zarr Store.
-        every: record each n-th step, or a function of the step (see `probes.schedule`).
-        select: globs or a predicate over parameters; every two-dimensional one by default.
-        record: which of "weight", "gradient", "adapter" and "probed_gradient" to write; the last
-            are the gradients of frozen weights, among the other gradients. In place of "gradient",
-            "gradient_before_clipping" takes it as the last backward pass left it.
-        spectra_only: store singular values in place of matrices, for models whose matrices are too
-            large to keep: they are measured in float64 on the device that trains, at the record
-            step, while training waits. `record` then takes "update" and "displacement" too, each
-            for a copy of the weights in CPU memory.
-        resume_at: None starts a new recording at step 0. A number says that training goes on
-            after that many steps: an existing recording is continued, its records after that
-            step are dropped, and an event "resume" says so.
-        queue_size: records that may wait to be written.
-        when_full: what a further record does: "block" waits for the writer, "skip" drops it with a
-            warning and an event "skipped".
-        take_over: continue a recording whose writer died on another machine; see `RecordingWriter`.
-        storage_dtype: round weights and gradients of more precision to "float32", "bfloat16" or
-            "float16"; the noise floors know. They keep their own dtype by default.
+        model: any torch module. Where PEFT added LoRA layers, `weight` is W_base + s·B·A.
+        optimizer: a torch optimizer, or a wrapper that holds one as `optimizer`. Or a list of
+            them, in the order in which they step; steps are counted by the last one in the list.
+        store: path or URL of the recording, any zarr Store, or an Icechunk repository.
+        every: n, to record every n-th step; or a function of the step, see `probes.schedule`.
+        select: globs over parameter names, or a predicate of (name, parameter); all
+            two-dimensional parameters by default.
+        record: what to write: some of "weight", "gradient", "adapter" and "probed_gradient" (all
+            four by default). "probed_gradient" adds the gradients of frozen weights to the other
+            gradients. "gradient_before_clipping" in place of "gradient" takes each gradient as the
+            last backward pass left it.
+        spectra_only: store singular values instead of matrices, for models whose matrices are too
+            large to keep. They are measured in float64 at the record step, on the device that
+            trains, while training waits. `record` then also takes "update" and "displacement";
+            each of them keeps one copy of the weights in CPU memory.
+        resume_at: None starts a new recording at step 0. A number says that training continues
+            after that many steps. An existing recording is then continued: its records after that
+            step are dropped, and an event "resume" is added.
+        queue_size: how many records may wait to be written.
+        when_full: what happens to one more record: "block" makes training wait for the writer;
+            "skip" drops the record with a warning and an event "skipped".
+        take_over: continue a recording whose writer died on another machine; see
+            `RecordingWriter`.
+        storage_dtype: "float32", "bfloat16" or "float16": round weights and gradients that have
+            more precision. The noise floors account for it. By default they keep their own dtype.
         compression: "lz4", "zstd" (both over transposed bits) or "none".
-        level: the compression's; see `dynamics.recordings.Compression`.
-        attrs: further JSON-like attributes of a new recording.
-        write: whether this process writes; by default rank 0 of torch.distributed does.
-        process_group: the ranks that gradients are averaged over where the recorder has to do it,
-            probed and before clipping; DDP's own by default.
-        grad_scaler: what scales the loss, so that those gradients are unscaled; accelerate's
-            optimizer knows its own.
+        level: compression level; see `dynamics.recordings.Compression`.
+        attrs: further JSON-like attributes for a new recording.
+        write: whether this process writes; by default, rank 0 of torch.distributed does.
+        process_group: the ranks over which the recorder averages gradients: those of frozen
+            weights and those before clipping. By default, the group of DDP.
+        grad_scaler: the scaler of the loss. The recorder needs it to unscale these same
+            gradients. It finds the scaler of accelerate's optimizer by itself.
 
     Raises:
-        DynamicsError: nothing is selected, an unknown word in `record`, FSDP1 or DeepSpeed, or
-            gradients must be averaged in several processes, the model is not in DDP and
+        DynamicsError: no parameter is selected; an unknown word in `record`; FSDP1 or DeepSpeed;
+            or several processes must average gradients, the model is not in DDP, and
             `process_group` is None.
-        OutputExistsError: the store holds a recording and `resume_at` is None.
+        OutputExistsError: the store already holds a recording and `resume_at` is None.
+
+    Example:
+        >>> from probes import Recorder
+        >>> model = torch.nn.Linear(6, 4)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with Recorder(model, optimizer, "linear.zarr", every=2) as recorder:
+        ...     for step in range(1, 5):
+        ...         loss = model(torch.ones(3, 6)).square().mean()
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         recorder.log(loss=loss)
+        ...         optimizer.step()
+        >>> run = dy.open_run("linear.zarr")
+        >>> run.steps.tolist(), list(run.matrices)
+        ([0, 2, 4], ['weight'])
+        >>> run.read("weight", 4, "gradient").values.shape
+        (4, 6)
     """
 
     def __init__(
@@ -107,7 +126,7 @@ class Recorder:
         *,
         every: int | Schedule = 100,
         select: Selection = None,
-        record: Sequence[str] = DEFAULT_RECORD,
+        record: Sequence[str] = DEFAULT_CONTENTS,
         spectra_only: bool = False,
         resume_at: int | None = None,
         queue_size: int = 2,
@@ -121,12 +140,12 @@ class Recorder:
         process_group: Any = None,
         grad_scaler: Any = None,
     ):
-        check_record(record, spectra_only)
+        check_contents(record, spectra_only)
         if spectra_only and (storage_dtype is not None or when_full != BLOCK):
             raise DynamicsError(
-                "spectra_only stores no matrices that storage_dtype could round, and too little "
-                f"to drop records for: leave out storage_dtype={storage_dtype!r} and "
-                f"when_full={when_full!r}."
+                "spectra_only=True stores no matrices that storage_dtype could round, and its "
+                f"records are too small to drop; found storage_dtype={storage_dtype!r} and "
+                f"when_full={when_full!r}: leave both out."
             )
         given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
         refuse_unreadable(model, given)
@@ -136,9 +155,10 @@ class Recorder:
         scalers = (getattr(each, "scaler", None) for each in given)
         self._tracked = tracked_parameters(model, select)
         self._due: Schedule = every if callable(every) else every_n(every)
-        self._writes = _is_rank_0() if write is None else write
+        self._writes = is_rank_0() if write is None else write
         words = frozenset(record)
-        self._contents = (Spectra if spectra_only else Matrices)(self._tracked, words, self._writes)
+        contents = SpectrumContents if spectra_only else MatrixContents
+        self._contents = contents(self._tracked, words, self._writes)
         self._gradients = StepGradients(
             model,
             self._tracked,
@@ -170,11 +190,18 @@ class Recorder:
         self._warned_of: set[str] = set()
 
     def attach(self) -> Self:
-        """Open the store, register the hooks and record the first step if it is due."""
+        """Open the store, register the hooks, and record the first step if it is due.
+
+        `with Recorder(...)` calls it.
+
+        Raises:
+            DynamicsError: the recorder is already attached, or the recorder of another rank that
+                it needs is missing after 120 s.
+        """
         if self._steps is not None:
-            raise DynamicsError("This recorder is attached already.")
+            raise DynamicsError("This recorder is already attached; close() it first.")
         if len(self._gradients.needed_ranks) > 1:
-            meet(self._gradients.needed_ranks)
+            wait_for_ranks(self._gradients.needed_ranks)
         if self._writes:
             self._open_store()
         self._steps = OptimizerSteps(
@@ -182,8 +209,8 @@ class Recorder:
         )
         atexit.register(self.close)
         if self._due(self._step):
-            # Whether a resumed recording has this record already, its writer alone knows. It is
-            # taken all the same: others may be gathering, and differences refer to it.
+            # A resumed recording may hold this record already; only the writing process knows. All
+            # take it nevertheless: other ranks may be gathering, and differences refer to it.
             self._take_record(keep=not (self._writes and self._step in self._recording.steps))
         self._arm_if_due()
         return self
@@ -206,16 +233,21 @@ class Recorder:
         self._writer = BackgroundWriter(self._recording, self._queue_size, self._when_full)
 
     def flush(self) -> None:
-        """Wait until all that was recorded is written; raises what the writer met.
+        """Wait until every record so far is written; afterwards, its step can log nothing more.
 
-        Nothing more can be logged about the step just done.
+        Raises:
+            RuntimeError: the writer failed.
         """
         self._finish_record(wait=True)
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """Remove the hooks and finish writing; raises what the writer met. Twice is once."""
+        """Remove the hooks and finish writing. Safe to call twice.
+
+        Raises:
+            RuntimeError: the writer failed.
+        """
         if self._steps is None:
             return
         writer = self._writer
@@ -241,15 +273,15 @@ class Recorder:
         return self._step
 
     def log(self, *, tokens: int | None = None, at: int | None = None, **scalars: Any) -> None:
-        """Note values of a step; they are kept if the step is recorded.
+        """Log values for a step; they are kept if the step is recorded.
 
         Args:
             tokens: tokens seen so far.
-            at: the step that they belong to: the one just done, or by default the next one, so
-                that a loop logs its loss before `optimizer.step()`.
+            at: the step that the values belong to: the next step (the default, for a loop that
+                logs its loss before `optimizer.step()`) or the step just done.
             scalars: numbers or one-element tensors.
         """
-        values = {name: _kept(value) for name, value in scalars.items()}
+        values = {name: _detached_copy(value) for name, value in scalars.items()}
         if tokens is not None:
             values["tokens"] = tokens
         if at is None or at == self._step + 1:
@@ -258,20 +290,26 @@ class Recorder:
             self._pending.logged.update(values)
 
     def event(self, kind: str, *, at: int | None = None, **attrs: Any) -> None:
-        """Note that something happened after the step just done (or after step `at`)."""
+        """Record an event after the step just done, or after step `at`.
+
+        Args:
+            kind: e.g. "merge", "optimizer_reset", or a word of your own.
+            at: optimizer steps done.
+            attrs: JSON-like facts about it.
+        """
         self._finish_record()
         happened = Event(self._step if at is None else at, kind, attrs)
         self._contents.note(happened)
         self._submit(lambda: self._recording.event(happened))
 
     def skip_step(self) -> None:
-        """Count a step that the training counts although no optimizer took it.
+        """Count a step that your training counts although no optimizer took it.
 
-        Where a gradient scaler meets Inf it leaves the step out; plain loops have not done a step
-        then, but the Trainer and Lightning go on counting, and name checkpoints so. The weights
-        stay as they are, the record has no gradient, and an event "skipped_step" says why.
+        A gradient scaler skips the step when it finds Inf. Plain loops do not count such a step,
+        but the Trainer and Lightning do, and they name checkpoints after it. Its record has the
+        unchanged weights and no gradient, and an event "skipped_step" says why.
         """
-        self._gradients.taken()
+        self._gradients.pop()
         self._gradients.disarm()
         self.event(SKIPPED_STEP, at=self._step + 1)
         self._step_done()
@@ -293,22 +331,22 @@ class Recorder:
 
     def _take_record(self, *, keep: bool = True) -> None:
         rate = self._optimizers[0].param_groups[0].get("lr")
-        record = Record(self._step, {} if rate is None else {"learning_rate": _kept(rate)})
+        record = Record(self._step, {} if rate is None else {"learning_rate": _detached_copy(rate)})
         record.logged |= self._logged
-        self._contents.fill(record, self._gradients.taken())
+        self._contents.fill(record, self._gradients.pop())
         if self._writes and keep:
             self._pending = record
         else:
-            self._contents.written(record)
+            self._contents.release(record)
 
     def _finish_record(self, *, wait: bool = False) -> None:
         if self._pending is not None:
             record, self._pending = self._pending, None
-            assert self._writer is not None, "who does not write has no pending record"
+            assert self._writer is not None, "only the writing process has pending records"
             if not self._writer.submit_record(lambda: self._write(record), wait=wait):
                 warnings.warn(
-                    f"The record at step {record.step} was dropped: the storage is slower than "
-                    "the training. Record less often, or with when_full='block'.",
+                    f"Dropped the record at step {record.step}: the storage is slower than the "
+                    "training. Record less often, or pass when_full='block'.",
                     SkippedRecordWarning,
                     stacklevel=2,
                 )
@@ -317,10 +355,10 @@ class Recorder:
     def _write(self, record: Record) -> None:
         written = record.write(self._recording, self._stored_as)
         for path, defect in (record.defects | record_defects(written)).items():
-            if path not in self._warned_of:  # once for each array, when it happens
+            if path not in self._warned_of:  # once for each array
                 self._warned_of.add(path)
                 warnings.warn(f"Step {record.step}: {defect}.", FailedCheckWarning, stacklevel=2)
-        self._contents.written(record)
+        self._contents.release(record)
 
     def _submit(self, job: Any) -> None:
         if self._steps is None:
@@ -329,10 +367,6 @@ class Recorder:
             self._writer.submit(job)
 
 
-def _is_rank_0() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def _kept(value: Any) -> Any:
-    """A copy without its graph; its value is not asked for before the writer needs it."""
+def _detached_copy(value: Any) -> Any:
+    """A copy without its graph. Reading the number would wait for the device: the writer does."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else value

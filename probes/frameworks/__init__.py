@@ -1,1 +1,1 @@
-"""One file per training framework that the recorder plugs into."""
+"""The recorder as a callback: one file per training framework."""

@@ -13,22 +13,28 @@ try:
 except ImportError as error:
     raise require_extra("relora", error) from error
 
-# What the Trainer logs about a step, as opposed to sums over the run.
+# What the Trainer logs about one step; its other values are sums over the run.
 _SCALARS = ("loss", "eval_loss", "grad_norm")
 
 
 class RecorderCallback(TrainerCallback):
     """Attaches a `Recorder` when training begins and closes it when training ends.
 
-    A training that starts from a checkpoint continues the recording at that checkpoint's step.
-    The Trainer's logged loss, gradient norm and evaluation loss become scalars of the record of
-    the same step: let `logging_steps` divide `every`. All processes take part in averaging the
-    gradients of frozen weights, and the main one records. After an exception in training nobody
-    calls callbacks any more: call `close` then, if the model or the recording is still needed.
+    A training that starts from a checkpoint continues the recording at the step of the checkpoint.
+    The loss, gradient norm and evaluation loss that the Trainer logs become scalars of the record
+    of the same step, so choose `logging_steps` that divide `every`. All processes help to average
+    the gradients of frozen weights; the main process records. After an exception in training, the
+    Trainer calls no callback: call `close` yourself if you still need the model or the recording.
 
     Args:
-        store: path of the recording, or any zarr Store.
+        store: path or URL of the recording, or any zarr Store.
         options: the other arguments of `Recorder`.
+
+    Example:
+        >>> from probes.frameworks.hf_trainer import RecorderCallback
+        >>> callback = RecorderCallback("run.zarr", every=100)
+        >>> trainer = Trainer(model, arguments, callbacks=[callback])  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     def __init__(self, store: StoreLike, **options: Any):
@@ -47,7 +53,7 @@ class RecorderCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Open the recording; see `Recorder.attach`."""
-        self.close()  # an earlier training that ended in an exception
+        self.close()  # an earlier training may have ended in an exception
         several = args.world_size > 1 and torch.distributed.is_initialized()
         options: dict[str, Any] = {
             "write": state.is_world_process_zero,
@@ -60,7 +66,7 @@ class RecorderCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Count a step that the gradient scaler skipped, as the Trainer has done."""
+        """Count a step that the gradient scaler skipped, because the Trainer counts it too."""
         if self.recorder is not None and state.global_step > self.recorder.step:
             self.recorder.skip_step()
         if not control.should_log and not control.should_evaluate:
@@ -76,20 +82,20 @@ class RecorderCallback(TrainerCallback):
     ) -> None:
         """Hand the logged scalars to the record of this step."""
         if self.recorder is not None and logs is not None:
-            known = {name: logs[name] for name in _SCALARS if name in logs}
+            scalars = {name: logs[name] for name in _SCALARS if name in logs}
             tokens = state.num_input_tokens_seen or None
-            self.recorder.log(tokens=tokens, at=state.global_step, **known)
+            self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
         if not control.should_evaluate:
             self._write_before_saving(control)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The evaluation's loss was the last that is logged about this step."""
+        """The loss of the evaluation is the last value that is logged for this step."""
         self._write_before_saving(control)
 
     def event(self, kind: str, step: int, attrs: dict[str, Any]) -> None:
-        """Note an event of the training, e.g. a merge after optimizer step `step`."""
+        """Record an event of the training, e.g. a merge after optimizer step `step`."""
         if self.recorder is not None:
             self.recorder.event(kind, at=step, **attrs)
 
@@ -106,7 +112,7 @@ class RecorderCallback(TrainerCallback):
             self.recorder.flush()
 
     def close(self) -> None:
-        """Finish the recording and leave the model as it was found. Twice is once."""
+        """Finish the recording and leave the model as it was. Safe to call twice."""
         if self.recorder is not None:
             recorder, self.recorder = self.recorder, None
             recorder.close()

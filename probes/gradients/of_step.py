@@ -1,4 +1,4 @@
-"""The gradients of one optimizer step: which are recorded, and how they are had."""
+"""The recorded gradients of one optimizer step: which they are, and how they are taken."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from probes.gradients.probed import DEFINITION, ProbedGradients, frozen_weights
 from probes.gradients.unclipped import BEFORE_CLIPPING, UnclippedGradients
 from probes.model.optimizers import optimizer_parameters
 from probes.model.parameters import Tracked
-from probes.model.sharding import data_parallel_group, is_sharded, needed_ranks, whole
+from probes.model.sharding import data_parallel_group, gather, is_sharded, needed_ranks
 
 PROBED_GRADIENT = "probed_gradient"
 GRADIENT_BEFORE_CLIPPING = "gradient_before_clipping"
@@ -24,26 +24,26 @@ CONSUMED = (
     "gradient scaler skipped has no gradient"
 )
 
-# name -> (what is kept of it, attributes of its array)
+# name -> (what the record keeps of it, attributes of its array)
 Gradients = dict[str, tuple[Any, dict[str, Any]]]
 
 
 class StepGradients:
-    """Takes the gradients that a step consumes: whole and unscaled.
+    """Takes the gradients that an optimizer step consumes: gathered and unscaled.
 
     Args:
-        model: what is trained.
+        model: the model that is trained.
         tracked: the recorded weights.
         optimizers: in the order in which they step.
-        record: words of `Recorder`.
-        process_group: the user's word, see `data_parallel_group`.
-        grad_scaler: what scales the loss, or None.
-        writes: whether this process writes; the others help to gather and to average.
-        keep: what a record has of a gradient: keep(gradient, owned=...), see `records`.
+        record: the words that `Recorder` was given as `record`.
+        process_group: the group that the user gave, see `data_parallel_group`.
+        grad_scaler: the scaler of the loss, or None.
+        writes: whether this process writes. Other processes only help to gather and to average.
+        keep: called as keep(gradient, owned=...); see `Contents.keep`.
 
     Attributes:
         definition: what the recorded gradients are, in one sentence each.
-        needed_ranks: the processes that must take part; empty for this one alone.
+        needed_ranks: the ranks that must take part; empty if this process can do it alone.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class StepGradients:
         self._grad_scaler = grad_scaler
         self._writes = writes
         self._keep = keep
-        self._found: Gradients = {}
+        self._gradients: Gradients = {}
         self._probed: ProbedGradients | None = None
         self._unclipped: UnclippedGradients | None = None
         probed, unclipped = PROBED_GRADIENT in record, GRADIENT_BEFORE_CLIPPING in record
@@ -86,32 +86,32 @@ class StepGradients:
         self.definition = f"{trained}. An array with the attribute 'probed' holds the {DEFINITION}"
 
     def arm(self) -> None:
-        """Watch the backward passes from now on: the next step is recorded."""
+        """Watch the backward passes from now on, because the next step is recorded."""
         for collector in (self._probed, self._unclipped):
             if collector is not None:
                 collector.arm()
 
     def disarm(self) -> None:
-        """Leave the model as it was found."""
+        """Stop watching, and leave the model as it was."""
         for collector in (self._probed, self._unclipped):
             if collector is not None:
                 collector.disarm()
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep what a step of this optimizer is about to consume."""
+        """Keep the gradients that a step of this optimizer is about to consume."""
         self._refuse_replaced()
         stepped, last = self._stepped_by(optimizer), optimizer is self._optimizers[-1]
         if self._consumed:
-            # Set where a fused optimizer unscales by itself, inside its step.
+            # A fused optimizer that unscales inside its step has this attribute.
             scale = getattr(optimizer, "grad_scale", None)
             for each in stepped:
                 if each.parameter.grad is not None:
-                    gradient = whole(each.parameter.grad, keep=self._writes)
+                    gradient = gather(each.parameter.grad, keep=self._writes)
                     if gradient is not None:
                         if scale is not None:
                             gradient = gradient / scale.to(gradient.device)
                         kept = self._keep(gradient, owned=scale is not None)
-                        self._found[each.name] = (kept, {})
+                        self._gradients[each.name] = (kept, {})
         if self._unclipped is not None:
             unclipped = self._unclipped.take(stepped, self._loss_scale(optimizer))
             self._add(unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
@@ -123,17 +123,17 @@ class StepGradients:
 
     def _add(self, gradients: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
         for name, gradient in gradients.items():
-            found = whole(gradient, keep=self._writes)
-            if found is not None:
-                self._found[name] = (self._keep(found, owned=True), attrs)
+            values = gather(gradient, keep=self._writes)
+            if values is not None:
+                self._gradients[name] = (self._keep(values, owned=True), attrs)
 
-    def taken(self) -> Gradients:
-        """Name -> (gradient, attributes of its array) of the step just done; forgets them."""
-        found, self._found = self._found, {}
-        return found
+    def pop(self) -> Gradients:
+        """The gradients of the step just done; forgets them."""
+        gradients, self._gradients = self._gradients, {}
+        return gradients
 
     def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[Tracked]:
-        """The tracked weights of one optimizer; the last one has those of none, too."""
+        """The tracked weights of one optimizer; the last one also gets those of no optimizer."""
         own = {id(parameter) for parameter in optimizer_parameters(optimizer)}
         others = {id(parameter) for parameter in self._trained()} - own
         last = optimizer is self._optimizers[-1]
@@ -148,14 +148,14 @@ class StepGradients:
             yield from optimizer_parameters(optimizer)
 
     def _refuse_replaced(self) -> None:
-        """Sharding replaces parameters: those that were found must be those that train."""
+        """Sharding replaces parameters: the tracked ones must still be those of the model."""
         present = {id(parameter) for parameter in self._model.parameters()}
         gone = [each.name for each in self._tracked if id(each.parameter) not in present]
         if gone:
             raise DynamicsError(
                 f"{len(gone)} recorded weights, such as {gone[0]}, are no longer parameters of "
-                "the model: attach the recorder after fully_shard(), accelerator.prepare() and the "
-                "like, to the model and the optimizer that they made."
+                "the model: attach the recorder to the model and the optimizer that fully_shard() "
+                "or accelerator.prepare() made, after calling it."
             )
 
     def _loss_scale(self, optimizer: torch.optim.Optimizer) -> float:

@@ -1,4 +1,4 @@
-"""When a training step consumes its gradients, and when it is over: hooks on the optimizers."""
+"""Hooks on optimizers: when a step consumes its gradients, and when it is over."""
 
 import functools
 import sys
@@ -13,17 +13,17 @@ import torch
 class OptimizerSteps:
     """Watches the steps of one optimizer, or of several that step in turn.
 
-    The gradients of a step are there when `optimizer.step()` begins, or, if it is given a closure
-    that computes them (LBFGS; Lightning gives every optimizer one), when the closure returns for
-    the first time: the weights are still those before the step.
+    Gradients are complete when `optimizer.step()` begins. If the step is given a closure that
+    computes them (LBFGS; Lightning gives every optimizer one), they are complete when the closure
+    returns for the first time: the weights are then still those before the step.
 
-    A step that a fused optimizer leaves out by itself, because its gradient scaler found Inf or
-    NaN, is none. Other optimizers are not even asked to step then.
+    Steps that a gradient scaler skips because it found Inf or NaN do not count. A fused optimizer
+    skips by itself, inside its step; the scaler does not call the step of other optimizers.
 
     Args:
-        optimizers: in the order in which they step; each step of the last one counts.
+        optimizers: in the order in which they step; steps are counted by the last one.
         begins: called when any of them begins to step.
-        consumes: called with the optimizer whose gradients are there.
+        consumes: called with the optimizer whose gradients are complete.
         done: called after each step of the last one.
     """
 
@@ -48,7 +48,7 @@ class OptimizerSteps:
         ]
 
     def remove(self) -> None:
-        """Leave the optimizers as they were found."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -90,9 +90,9 @@ class OptimizerSteps:
             self._warned = True
             warnings.warn(
                 f"{without} of {len(self._optimizers)} optimizers had not stepped when the last "
-                "one of the list did: the record of that step has none of their gradients. Give "
-                "the optimizers in the order in which they step, unless a gradient scaler skips "
-                "some of them.",
+                "one of the list did: the record of that step lacks their gradients. Give the "
+                "optimizers in the order in which they step. If a gradient scaler skipped a step, "
+                "ignore this.",
                 stacklevel=2,
             )
         self._stepped.clear()
@@ -100,17 +100,17 @@ class OptimizerSteps:
 
 
 def _leaves_out(optimizer: Any) -> bool:
-    # Set by GradScaler for optimizers that look themselves; the others do not get here. Asking
-    # for its value waits for the device, as GradScaler does for all other optimizers.
+    # GradScaler sets this for optimizers that check by themselves; it does not step the others.
+    # Reading the value waits for the device, as GradScaler itself does for the other optimizers.
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and float(found_inf) > 0
 
 
 def _is_within_step(optimizer: Any, caller: FrameType) -> bool:
-    """Whether a hook runs for a step that another step of the same optimizer called.
+    """Whether this hook runs inside another step of the same optimizer.
 
-    torch wraps the `step` of each class: where a class calls `super().step()`, both run the hooks.
-    Counting how deep we are would go wrong for ever after an exception in a step.
+    torch wraps the `step` of each class. Where a class calls `super().step()`, both run the hooks.
+    A counter of the depth would stay wrong after an exception in a step; the call stack does not.
     """
     frame = caller.f_back
     while frame is not None:

@@ -1,9 +1,9 @@
-"""Gradients of frozen weights, at the steps where somebody looks at them.
+"""Gradients of frozen weights, taken at recorded steps only.
 
-A layer with an adapter computes y = W_base x + s·B·A·x. Its base weight does not train, but the
-gradient that reaches it through its own path, dL/dW_base = Σ (dL/dy) xᵀ, is dL/dW_eff: what
-full-rank training would have got at the same weights. With dropout on the adapter's input the
-base path still sees the whole x, as a full-rank layer would.
+A layer with an adapter computes y = W_base x + s·B·A·x. Its base weight does not train. But the
+gradient that reaches it through its own path, dL/dW_base = Σ (dL/dy) xᵀ, equals dL/dW_eff: the
+gradient that full-rank training would get at the same weights. With dropout on the input of the
+adapter, the base path still sees all of x, as a full-rank layer would.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,21 +24,21 @@ DEFINITION = (
 
 
 class ProbedGradients:
-    """Collects dL/dW of frozen weights for single optimizer steps; training does not notice.
+    """Collects dL/dW of frozen weights for single optimizer steps, without changing the training.
 
-    `arm` makes the frozen weights require a gradient. Whatever arrives at one is moved into a
-    buffer of ours before anybody can see it in `parameter.grad`: clipping, gradient scalers,
-    optimizers and DDP find the same gradients as without us. `take` and `disarm` freeze the
-    weights again. In between, each weight costs one more matrix product in every backward pass
-    and a buffer of its size on its device; outside of it nothing.
+    `arm` makes the frozen weights require a gradient. A hook moves each gradient into a buffer of
+    this class before anything can see it in `parameter.grad`. So clipping, gradient scalers,
+    optimizers and DDP see the same gradients as without it. `take` and `disarm` freeze the weights
+    again. In between, each weight costs one more matrix product per backward pass, and a buffer of
+    its size on its device. At other steps it costs nothing.
 
-    Weights that cannot have a gradient (quantised ones) are passed over, and so are those that
-    carry one in spite of being frozen: it is the user's.
+    Two kinds of weights are skipped: those that cannot have a gradient (quantised ones), and frozen
+    ones that already hold a gradient, because it belongs to the user.
 
     Args:
-        tracked: the weights to choose the frozen ones from, anew whenever it arms.
-        trained: the parameters that the optimizer steps, asked whenever gradients arrive.
-        process_group: ranks to average over; each must arm and take at the same steps.
+        tracked: the weights; `arm` chooses the frozen ones among them each time.
+        trained: gives the parameters that the optimizers step, whenever gradients arrive.
+        process_group: the ranks to average over; each must arm and take at the same steps.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ProbedGradients:
         self._last_seen = 0
 
     def arm(self) -> None:
-        """Collect from now on, until `take` or `disarm`."""
+        """Collect gradients from now on, until `take` or `disarm`."""
         self.disarm()
         for each in self._tracked:
             parameter = each.parameter
@@ -74,7 +74,7 @@ class ProbedGradients:
     def take(self, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
         """Name -> gradient since `arm`, divided by `loss_scale`; freezes the weights again.
 
-        A weight that no backward pass reached, on no rank, is not among them.
+        A weight that no backward pass reached on any rank is left out.
         """
         names, sums = [each.name for each in self._armed], self._sums
         parameters = {each.name: each.parameter for each in self._armed}
@@ -88,7 +88,7 @@ class ProbedGradients:
         }
 
     def disarm(self) -> None:
-        """Freeze the weights again and forget what was collected. Twice is once."""
+        """Freeze the weights again and forget the collected gradients. Safe to call twice."""
         for handle in self._handles:
             handle.remove()
         for each in self._armed:
@@ -101,7 +101,7 @@ class ProbedGradients:
             assert gradient is not None
             if self._started_over():
                 self._sums.clear()
-            # As autograd would: the first is kept, in its dtype, and the next are added to it.
+            # As autograd does: keep the first one, in its dtype, and add the next ones to it.
             gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
             if name in self._sums:
                 self._sums[name] += gradient
@@ -111,10 +111,11 @@ class ProbedGradients:
         return collect
 
     def _started_over(self) -> bool:
-        """Whether the trained parameters' gradients were dropped since the last look.
+        """Whether gradients of the trained parameters were dropped since the last call.
 
-        `zero_grad` without a step: a gradient scaler met Inf, or a training loop skips a bad
-        batch. Within one accumulation, ever more parameters have a gradient, never fewer.
+        This is `zero_grad` without a step: a gradient scaler found Inf, or the training loop
+        skips a bad batch. Within one accumulation, the number of parameters that have a gradient
+        never falls.
         """
         seen = sum(parameter.grad is not None for parameter in self._trained())
         before, self._last_seen = self._last_seen, seen
@@ -122,17 +123,17 @@ class ProbedGradients:
 
 
 def frozen_weights(tracked: Sequence[Tracked]) -> list[Tracked]:
-    """Those of the tracked weights that do not train now.
+    """The tracked weights that do not train now.
 
     Raises:
-        DynamicsError: some of them are sharded: FSDP2 decides once which gradients it reduces.
+        DynamicsError: some of them are sharded. FSDP2 decides only once which gradients it reduces.
     """
     frozen = [each for each in tracked if not each.parameter.requires_grad]
     sharded = [each.name for each in frozen if is_sharded(each.parameter)]
     if sharded:
         raise DynamicsError(
             f"Gradients of frozen weights cannot be probed where they are sharded (FSDP2); "
-            f"{len(sharded)} are, such as {sharded[0]}: give record=['weight', 'gradient', "
-            "'adapter'] to the recorder, or select= without them."
+            f"{len(sharded)} are, such as {sharded[0]}: give the recorder record=['weight', "
+            "'gradient', 'adapter'], or select= without these weights."
         )
     return frozen

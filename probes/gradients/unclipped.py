@@ -1,4 +1,4 @@
-"""Gradients of trained weights as backward passes leave them, before anybody clips them."""
+"""Gradients of trained weights as the backward passes leave them, before clipping."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,16 +17,16 @@ BEFORE_CLIPPING = (
 
 
 class UnclippedGradients:
-    """Copies the gradients of trained weights at the end of each backward pass of some steps.
+    """Copies the gradients of trained weights at the end of each backward pass of recorded steps.
 
-    Between `arm` and `disarm` each weight's gradient is copied whenever a backward pass has added
-    to it; the next pass replaces the copy. Nobody has to say which micro-batch is the last one.
-    Costs a buffer of each weight's size on its device, and a copy per backward pass.
+    Between `arm` and `disarm`, a weight's gradient is copied whenever a backward pass has added
+    to it; the next pass replaces the copy. So nothing needs to know which micro-batch is the last
+    one. This costs a buffer of each weight's size on its device, and one copy per backward pass.
 
     Args:
-        tracked: the weights to choose the trained ones from, anew whenever it arms.
-        process_group: ranks to average over: under DDP the hooks run before its own averaging.
-            FSDP2 has averaged already when they run.
+        tracked: the weights; `arm` chooses the trained ones among them each time.
+        process_group: the ranks to average over. Under DDP the hooks run before DDP averages;
+            under FSDP2 they run after FSDP2 has averaged.
     """
 
     def __init__(self, tracked: Sequence[Tracked], process_group: Any = None):
@@ -37,7 +37,7 @@ class UnclippedGradients:
         self._copies: dict[str, torch.Tensor] = {}
 
     def arm(self) -> None:
-        """Copy from now on, until `disarm`."""
+        """Copy gradients from now on, until `disarm`."""
         self.disarm()
         for each in self._tracked:
             if each.parameter.requires_grad:
@@ -46,9 +46,9 @@ class UnclippedGradients:
                 self._armed.add(each.name)
 
     def take(self, stepped: Sequence[Tracked], loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
-        """Name -> the last copy since `arm`, divided by `loss_scale`, of the weights `stepped`.
+        """Name -> the last copy since `arm`, divided by `loss_scale`, for the weights `stepped`.
 
-        Without those whose gradient was dropped since (a training that skipped a batch).
+        Weights whose gradient was dropped since (the training skipped a batch) are left out.
         """
         local, copies = {}, {}
         for each in stepped:
@@ -63,7 +63,7 @@ class UnclippedGradients:
         return copies if loss_scale == 1 else {n: copy / loss_scale for n, copy in copies.items()}
 
     def disarm(self) -> None:
-        """Remove the hooks and forget the copies. Twice is once."""
+        """Remove the hooks and forget the copies. Safe to call twice."""
         for handle in self._handles:
             handle.remove()
         self._armed, self._handles, self._copies = set(), [], {}

@@ -1,1 +1,1 @@
-"""What is read of a live model."""
+"""What is read from a live model, and from its optimizer."""

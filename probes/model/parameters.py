@@ -1,4 +1,4 @@
-"""What a model computes with: its parameters, and W_base + s·B·A where PEFT put a LoRA layer."""
+"""The weights a model computes with: its parameters, or W_base + s·B·A in a LoRA layer of PEFT."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ Selection = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 class Factors(NamedTuple):
-    """A LoRA layer's factors: its adapter is scaling · B @ A, transposed for (in, out) weights."""
+    """Factors of a LoRA layer: its adapter is scaling · B @ A, transposed for (in, out) weights."""
 
     a: torch.Tensor  # (r, in)
     b: torch.Tensor  # (out, r)
@@ -25,16 +25,22 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Tracked:
-    """One matrix of a model, under its clean name; `lora_layer` is PEFT's where it has one."""
+    """One matrix of a model.
+
+    Attributes:
+        name: its parameter name, without the prefixes of wrappers.
+        parameter: the parameter; in a LoRA layer, the base weight.
+        lora_layer: the LoRA layer of PEFT that the parameter belongs to, or None.
+    """
 
     name: str
     parameter: nn.Parameter
     lora_layer: Any = None
 
     def effective_weight(self) -> torch.Tensor:
-        """The weight that the model computes with, as merging would store it.
+        """The weight that the model computes with, as merging would store it: (m, n).
 
-        The parameter itself where there is no adapter: training goes on to change it.
+        Without an adapter this is the parameter itself, which training will change.
         """
         weight = self.parameter.detach()
         adapter = _active_adapter(self.name, self.lora_layer)
@@ -44,7 +50,7 @@ class Tracked:
             return weight.clone().add_(self.lora_layer.get_delta_weight(adapter))
 
     def factors(self) -> Factors | None:
-        """The active adapter's factors as they train, None where there is no adapter."""
+        """The factors of the active adapter, not copied; None where there is no adapter."""
         adapter = _active_adapter(self.name, self.lora_layer)
         if adapter is None:
             return None
@@ -58,15 +64,16 @@ class Tracked:
 
 
 def tracked_parameters(model: nn.Module, select: Selection = None) -> list[Tracked]:
-    """The two-dimensional parameters that `select` chooses, LoRA factors not among them.
+    """The two-dimensional parameters that `select` chooses, without LoRA factors.
 
     Args:
-        model: any module; its wrappers' prefixes are stripped from the names.
+        model: any module. Prefixes of wrappers are removed from the names.
         select: globs over clean names ("*_proj" matches with or without ".weight"), or a
             predicate of (clean name, parameter); all by default.
 
     Raises:
-        DynamicsError: nothing is selected, or an adapter that is no plain LoRA is.
+        DynamicsError: nothing is selected, or a selected weight has an adapter that is not plain
+            LoRA.
     """
     lora = {id(layer.get_base_layer().weight): layer for layer in _lora_layers(model)}
     factors = {
@@ -75,7 +82,7 @@ def tracked_parameters(model: nn.Module, select: Selection = None) -> list[Track
         for parameter in layer.parameters()
         if id(parameter) not in lora
     }
-    found = []
+    tracked = []
     for raw_name, parameter in model.named_parameters():
         name = parameter_names.clean_name(raw_name)
         if (
@@ -84,9 +91,9 @@ def tracked_parameters(model: nn.Module, select: Selection = None) -> list[Track
             or not _selected(name, parameter, select)
         ):
             continue
-        found.append(Tracked(name, parameter, lora.get(id(parameter))))
-        _active_adapter(name, found[-1].lora_layer)  # refuses what cannot be recorded
-    if not found:
+        tracked.append(Tracked(name, parameter, lora.get(id(parameter))))
+        _active_adapter(name, tracked[-1].lora_layer)  # raises for what cannot be recorded
+    if not tracked:
         known = [
             parameter_names.clean_name(name)
             for name, each in model.named_parameters()
@@ -96,7 +103,7 @@ def tracked_parameters(model: nn.Module, select: Selection = None) -> list[Track
             f"No two-dimensional parameter matches select={select!r}; "
             f"the model has {len(known)}: {', '.join(known[:4])}, ..."
         )
-    return found
+    return tracked
 
 
 def _selected(name: str, parameter: nn.Parameter, select: Selection) -> bool:
@@ -106,7 +113,7 @@ def _selected(name: str, parameter: nn.Parameter, select: Selection) -> bool:
 
 
 def _lora_layers(model: nn.Module) -> Iterator[Any]:
-    if "peft" not in sys.modules:  # then no module of it can be in the model
+    if "peft" not in sys.modules:  # then the model cannot contain a layer of PEFT
         return
     from peft.tuners.lora import LoraLayer
 
@@ -116,15 +123,19 @@ def _lora_layers(model: nn.Module) -> Iterator[Any]:
 
 
 def _active_adapter(name: str, layer: Any) -> str | None:
-    """The adapter whose product adds to the base weight now; None if merged, disabled or none."""
+    """The adapter whose product adds to the base weight now; None if it is merged or disabled."""
     if layer is None or layer.merged or layer.disable_adapters:
         return None
     known = (*layer.lora_A, *layer.lora_embedding_A)
     active = [adapter for adapter in layer.active_adapters if adapter in known]
     if len(active) > 1:
         raise DynamicsError(
-            f"{name} has {len(active)} active adapters ({', '.join(active)}); record one."
+            f"{name} has {len(active)} active adapters ({', '.join(active)}), and only "
+            "one can be recorded: activate one with set_adapter()."
         )
     if active and layer.use_dora.get(active[0]):
-        raise DynamicsError(f"{name} has a DoRA adapter; only LoRA's W + s·B·A can be recorded.")
+        raise DynamicsError(
+            f"{name} has a DoRA adapter, and only the W + s·B·A of LoRA can be recorded: leave it "
+            "out with select=."
+        )
     return active[0] if active else None

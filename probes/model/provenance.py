@@ -1,4 +1,4 @@
-"""What a recording says about its origin: the model's config and the versions of packages."""
+"""Where a recording comes from: the config of the model and the versions of packages."""
 
 import dataclasses
 import json
@@ -15,13 +15,14 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "lightning", "zarr")
 def model_config(model: nn.Module) -> dict[str, Any]:
     """The config of a model as JSON-like values; {} where it has none.
 
-    It is the `config` of the outermost module that has one, so that wrappers (DDP, a
-    LightningModule) do not hide it: Hugging Face's, a dataclass as nanoGPT's, or a mapping.
+    This is the `config` of the outermost module that has one, so wrappers (DDP, a
+    LightningModule) do not hide it. It may be a Hugging Face config, a dataclass (nanoGPT), or a
+    mapping.
     """
     for module in model.modules():
-        found = _as_dict(getattr(module, "config", None))
-        if found:
-            return json.loads(json.dumps(found, default=str))
+        config = _as_dict(getattr(module, "config", None))
+        if config:
+            return json.loads(json.dumps(config, default=str))
     return {}
 
 
@@ -34,12 +35,12 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of this package and of those in use that decide what is computed and written."""
-    found = {"learning-dynamics": version("learning-dynamics")}
+    """Versions of this package, and of imported packages that decide what is recorded."""
+    versions = {"learning-dynamics": version("learning-dynamics")}
     for name in _PACKAGES:
         if name in sys.modules:
             try:
-                found[name] = version(name)
-            except PackageNotFoundError:  # a module of that name which no package brought
+                versions[name] = version(name)
+            except PackageNotFoundError:  # this module belongs to no installed package
                 continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""Tensors of a model whose parts lie on several processes: whole ones, means, and who must help."""
+"""Tensors whose parts lie on several processes: gathering, averaging, and who must take part."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -13,27 +13,32 @@ from dynamics.errors import DynamicsError
 from probes.model.optimizers import innermost_optimizer, optimizer_layers
 from probes.model.parameters import Tracked
 
-# How long a recorder waits for those of the other processes before it says who is missing. Ranks
-# leave the construction of a model at about the same time, but one may still be loading data.
+# How long a recorder waits for the recorders of other processes before it says which are missing.
+# All ranks finish constructing the model at about the same time, but one may still load data.
 PATIENCE = timedelta(seconds=120)
 
 _meetings = 0
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether reading the whole tensor needs other processes: FSDP2 and tensor parallelism."""
+    """Whether the tensor is split over processes (FSDP2, tensor parallelism)."""
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: torch.Tensor, *, keep: bool = True) -> torch.Tensor | None:
-    """All values of a tensor, on its device, not copied if they are there; None if not kept.
+def is_rank_0() -> bool:
+    """Whether this is the only process, or rank 0 of torch.distributed."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
-    A sharded one is gathered: every process must come here, for the same tensors in the same
-    order, and at most one whole tensor exists at a time beside what is kept.
+
+def gather(tensor: torch.Tensor, *, keep: bool = True) -> torch.Tensor | None:
+    """All values of a tensor, on its device; copied only if the tensor is sharded or sparse.
+
+    Every process that holds a part of a sharded tensor must call this, for the same tensors in
+    the same order. Besides what is kept, at most one gathered tensor exists at a time.
 
     Args:
         tensor: any tensor; a sparse one becomes dense.
-        keep: whether this process wants the values.
+        keep: whether this process wants the values. Otherwise it gets None.
     """
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
@@ -48,10 +53,13 @@ def means_over_ranks(
 ) -> dict[str, torch.Tensor]:
     """Name -> mean over the ranks, as DDP computes it; a rank without a value counts as zero.
 
+    Every rank of the group must call this.
+
     Args:
         parameters: name -> parameter, the same on each rank.
-        values: name -> this rank's value; may lack some. What no rank has is not returned.
-        group: the process group; every rank of it must come here.
+        values: name -> value of this rank. Names may be missing; a name that is missing on every
+            rank is missing in the result.
+        group: the process group.
     """
     if not parameters:
         return {}
@@ -63,7 +71,7 @@ def means_over_ranks(
     for (name, parameter), count in zip(parameters.items(), reached.tolist(), strict=True):
         if count > 0:
             mean = values[name] / ranks if name in values else torch.zeros_like(parameter.detach())
-            mean = mean.contiguous()  # collectives take nothing else
+            mean = mean.contiguous()  # collectives need it
             dist.all_reduce(mean, group=group)
             averaged[name] = mean
     return averaged
@@ -72,16 +80,16 @@ def means_over_ranks(
 def data_parallel_group(
     model: nn.Module, averaged: Sequence[Tracked], process_group: Any = None
 ) -> Any:
-    """The process group over which the gradients of `model` are averaged, None for one process.
+    """The process group over which the gradients of `model` are averaged; None for one process.
 
     Args:
-        model: what the user calls; DDP knows its own group.
-        averaged: the weights whose gradients DDP does not average for the recorder.
-        process_group: the user's word, or None.
+        model: the module that the user calls; DDP knows its own group.
+        averaged: the weights whose gradients the recorder must average itself.
+        process_group: the group that the user gave, or None.
 
     Raises:
-        DynamicsError: several processes train, there are such weights, and nobody said over
-            which processes gradients are averaged.
+        DynamicsError: several processes train, `averaged` is not empty, and neither DDP nor the
+            user says over which processes gradients are averaged.
     """
     if process_group is not None or not (dist.is_available() and dist.is_initialized()):
         return process_group
@@ -92,22 +100,23 @@ def data_parallel_group(
     if ranks > 1 and averaged:
         raise DynamicsError(
             f"Gradients of frozen weights, or before clipping, must be averaged over {ranks} "
-            f"processes, and {type(model).__name__} does not say which: give the "
-            "DistributedDataParallel module or process_group=torch.distributed.group.WORLD to the "
-            "recorder of every process, or record=['weight', 'gradient', 'adapter']."
+            f"processes, and {type(model).__name__} does not say which: in every process, give the "
+            "recorder the DistributedDataParallel module or "
+            "process_group=torch.distributed.group.WORLD, or record=['weight', 'gradient', "
+            "'adapter']."
         )
     return None
 
 
-def meet(ranks: Iterable[int]) -> None:
-    """Return when the recorder of each of these processes is here.
+def wait_for_ranks(ranks: Iterable[int]) -> None:
+    """Wait until the recorder of each of these processes is attached.
 
-    Without it a recorder that one process alone attaches would wait in its first collective for
-    ever. The processes meet in the key-value store that `init_process_group` made, which no
-    backend's collectives touch.
+    Without this, a recorder that only one process attaches would wait in its first collective
+    forever. The processes meet in the key-value store that `init_process_group` made, because no
+    collective of a backend uses it.
 
     Raises:
-        DynamicsError: one of them does not come within `PATIENCE`.
+        DynamicsError: a process does not arrive within `PATIENCE`.
     """
     global _meetings
     store = dist.distributed_c10d._get_default_store()
@@ -120,17 +129,17 @@ def meet(ranks: Iterable[int]) -> None:
         raise DynamicsError(
             f"Rank {dist.get_rank()} waited {PATIENCE.total_seconds():.0f} s for the recorders of "
             f"ranks {', '.join(missing)}: gathering and averaging need all of them. Attach a "
-            "recorder of the same arguments in every process; rank 0 alone writes."
+            "recorder with the same arguments in every process; only rank 0 writes."
         ) from None
     _meetings += 1
 
 
 def needed_ranks(tracked: Sequence[Tracked], averaged_over: Any) -> set[int]:
-    """The processes without which a record cannot be made; empty where this one can do it alone.
+    """The ranks that must take part in making a record; empty if this process can do it alone.
 
     Args:
         tracked: the recorded weights.
-        averaged_over: the process group of gradients that the recorder averages itself, or None.
+        averaged_over: the process group over which the recorder averages gradients, or None.
     """
     ranks = set() if averaged_over is None else set(dist.get_process_group_ranks(averaged_over))
     for each in tracked:
@@ -140,14 +149,14 @@ def needed_ranks(tracked: Sequence[Tracked], averaged_over: Any) -> set[int]:
 
 
 def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
-    """Raise for what keeps weights or gradients where their owner alone can find them.
+    """Refuse libraries that keep weights or gradients where a recorder cannot read them.
 
     Args:
-        model: what is trained.
-        optimizers: as they were given, wrappers and all.
+        model: the model that is trained.
+        optimizers: as the user gave them, with their wrappers.
 
     Raises:
-        DynamicsError: FSDP1, DeepSpeed's ZeRO, or an optimizer without the hooks of torch's.
+        DynamicsError: FSDP1, DeepSpeed ZeRO, or an optimizer without the hooks of torch.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -162,15 +171,15 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
         )
     for optimizer in optimizers:
         for layer in (*optimizer_layers(optimizer), *model.modules()):
-            # Not all of the package: its `deepspeed.ops` are optimizers as any other.
+            # Optimizers of `deepspeed.ops` are fine: they are ordinary torch optimizers.
             if type(layer).__module__.startswith("deepspeed.runtime"):
                 raise DynamicsError(
                     f"DeepSpeed's {type(layer).__name__} keeps gradients in buffers of its own, "
-                    "which cannot be recorded: train with DDP or FSDP2, or measure the "
-                    "checkpoints of DeepSpeed."
+                    "which cannot be recorded: train with DDP or FSDP2, or analyze the "
+                    "checkpoints that DeepSpeed saves."
                 )
         if not isinstance(innermost_optimizer(optimizer), torch.optim.Optimizer):
             raise DynamicsError(
-                f"A recorder takes torch optimizers or wrappers with an `optimizer`; found "
-                f"{type(optimizer).__module__}.{type(optimizer).__name__}."
+                "A recorder takes torch optimizers, or wrappers that hold one as `optimizer`; "
+                f"found {type(optimizer).__module__}.{type(optimizer).__name__}."
             )

@@ -1,1 +1,1 @@
-"""What a record holds, and how it gets to the store."""
+"""What a record holds, and how it reaches the store."""

@@ -1,4 +1,4 @@
-"""Spectra of live matrices, measured where they are: on the device that trains."""
+"""Spectra of matrices of a live model, measured on the device that trains."""
 
 import math
 
@@ -14,7 +14,7 @@ from probes.model.parameters import Factors
 
 
 @torch.no_grad()
-def measured(
+def live_spectrum(
     matrix: torch.Tensor,
     *,
     before: torch.Tensor | None = None,
@@ -22,28 +22,29 @@ def measured(
     rank_bound: int | None = None,
     adapter: Factors | None = None,
 ) -> Spectrum:
-    """What `dynamics.spectrum` gives for the stored matrix: float64 singular values, same floors.
+    """What `dynamics.spectrum` gives for the stored matrix: the same singular values and floors.
 
     Args:
-        matrix: (m, n), of any floating-point dtype: the noise is its rounding.
+        matrix: (m, n), of any floating-point dtype; the noise is the rounding to this dtype.
         before: an earlier matrix to subtract; its rounding counts too.
         merges: how often an adapter was merged in between, see `differences.Difference`.
-        rank_bound: the largest rank it can have, where adapters alone moved it.
-        adapter: what `matrix` is the sum of, beside its base; the product's rounding counts.
+        rank_bound: the largest rank that the difference can have, where only adapters changed it.
+        adapter: the adapter that is part of `matrix`; the rounding of its product counts.
 
     Returns:
-        All NaN, but for sizes and rank bound, where a number is NaN or Inf.
+        float64 singular values with their bounds. If a number is NaN or Inf, everything except the
+        sizes and the rank bound is NaN.
     """
     try:
-        return _measured(matrix, before, merges, rank_bound, adapter)
-    except torch.OutOfMemoryError:  # the training has the rest of the GPU, and is to go on
+        return _spectrum(matrix, before, merges, rank_bound, adapter)
+    except torch.OutOfMemoryError:  # training uses the rest of the GPU, and must go on
         matrix, before = matrix.cpu(), None if before is None else before.cpu()
         if adapter is not None:
             adapter = adapter._replace(a=adapter.a.cpu(), b=adapter.b.cpu())
-        return _measured(matrix, before, merges, rank_bound, adapter)
+        return _spectrum(matrix, before, merges, rank_bound, adapter)
 
 
-def _measured(
+def _spectrum(
     matrix: torch.Tensor,
     before: torch.Tensor | None,
     merges: int,
@@ -68,8 +69,8 @@ def _measured(
     return Spectrum(s, rows, cols, bound, error, bound_of_sums(row_sums, col_sums))
 
 
-def measured_adapter(factors: Factors) -> Spectrum:
-    """The spectrum of s·B·A from its factors, which are small and go to the CPU."""
+def adapter_spectrum(factors: Factors) -> Spectrum:
+    """The spectrum of s·B·A from its factors, on the CPU, because they are small."""
     dtype = _name(factors.a.dtype)
     a, b = (each.detach().cpu().double().numpy() for each in (factors.a, factors.b))
     left, right = (a.T, b.T) if factors.transposed else (b, a)

@@ -163,7 +163,7 @@ def test_what_failed_is_warned_about_and_nothing_else():
     with pytest.warns(FailedCheckWarning) as warned:
         warn_about([good, bad])
     assert [str(each.message) for each in warned] == [
-        "Step 6, moments: It broke. Measured 0.5, at most 0 is sound."
+        "Step 6, moments: It broke. Measured 0.5; at most 0 is sound."
     ]
 
 

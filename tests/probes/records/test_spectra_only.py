@@ -18,7 +18,7 @@ from dynamics.spectra.gram import gram_error
 from dynamics.spectra.spectrum import spectrum
 from probes import Recorder, at_steps
 from probes.checks import FailedCheckWarning
-from probes.records.live_spectra import measured
+from probes.records.live_spectra import live_spectrum
 from tests.dynamics.spectra.test_gram import HARD
 from tests.probes import adapted, training
 
@@ -43,7 +43,7 @@ def test_a_live_matrix_has_the_spectrum_and_floor_of_the_stored_one(dtype, shape
     matrix[shape[0] // 2 :, 0] = 0.5  # a power of two, below which numbers lie closer
     matrix = matrix.to(dtype)
 
-    live, stored = measured(matrix), spectrum(_stored(matrix))
+    live, stored = live_spectrum(matrix), spectrum(_stored(matrix))
 
     np.testing.assert_allclose(live.s, stored.s, rtol=0, atol=1e-13 * stored.s[0])
     assert live.noise_floor == pytest.approx(stored.noise_floor, rel=1e-12)
@@ -57,7 +57,7 @@ def test_a_larger_matrix_goes_the_same_way_live_and_stored(decay):
     matrix = torch.randn(400, 150, generator=generator, dtype=torch.float64)
     matrix *= 10 ** torch.linspace(0, -decay, 150, dtype=torch.float64)
 
-    live, stored = measured(matrix), spectrum(_stored(matrix))
+    live, stored = live_spectrum(matrix), spectrum(_stored(matrix))
 
     exact = np.linalg.svd(matrix.numpy(), compute_uv=False)
     for each in (live, stored):
@@ -73,7 +73,7 @@ def test_a_larger_matrix_goes_the_same_way_live_and_stored(decay):
 @pytest.mark.parametrize("shape", [(384, 96), (256, 256)])
 def test_the_error_bound_holds_for_torch_as_for_numpy(name, shape):
     matrix = HARD[name](np.random.default_rng(0), *shape)
-    live = measured(torch.from_numpy(matrix))
+    live = live_spectrum(torch.from_numpy(matrix))
     exact = scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
     assert np.abs(live.s - exact).max() <= live.error
     product = torch.from_numpy(matrix).T @ torch.from_numpy(matrix)
@@ -84,7 +84,7 @@ def test_the_error_bound_holds_for_torch_as_for_numpy(name, shape):
 def test_a_live_difference_counts_the_rounding_of_both_and_of_merges():
     now, before = (torch.randn(40, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
 
-    live = measured(now, before=before, merges=2, rank_bound=7)
+    live = live_spectrum(now, before=before, merges=2, rank_bound=7)
 
     exact = np.linalg.svd(now.double().numpy() - before.double().numpy(), compute_uv=False)
     terms = [(now.numpy(), "float32")] * 3 + [(before.numpy(), "float32")]
@@ -98,7 +98,7 @@ def test_blocks_of_a_tall_matrix_are_measured_as_the_whole(monkeypatch):
     tall = torch.randn(997, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     before = 0.9 * tall + 0.1
 
-    live, wide = measured(tall, before=before), measured(tall.T, before=before.T)
+    live, wide = live_spectrum(tall, before=before), live_spectrum(tall.T, before=before.T)
 
     exact = np.linalg.svd((tall - before).numpy(), compute_uv=False)
     for each in (live, wide):
@@ -188,13 +188,13 @@ def test_large_matrices_are_measured_where_the_model_is(tmp_path, device):
 @needs_cuda
 def test_a_matrix_for_which_a_gpu_has_no_memory_is_measured_on_the_cpu():
     matrix = torch.randn(2000, 1000, generator=torch.Generator().manual_seed(0))
-    here = measured(matrix, before=matrix / 2)
+    here = live_spectrum(matrix, before=matrix / 2)
     there = matrix.cuda()
     before = there / 2
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-4)
     try:
-        found = measured(there, before=before)
+        found = live_spectrum(there, before=before)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert np.abs(found.s - here.s).max() <= found.error + here.error
@@ -282,7 +282,7 @@ def test_what_needs_matrices_is_refused(twins):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"record": ["update"]}, "update follow from the weights"),
+        ({"record": ["update"]}, "update: analyze computes it from the weights"),
         ({"record": ["update", "momentum"], "spectra_only": True}, "record takes some of .*update"),
         ({"spectra_only": True, "storage_dtype": "bfloat16"}, "storage_dtype='bfloat16'"),
         ({"spectra_only": True, "when_full": "skip"}, "when_full='skip'"),

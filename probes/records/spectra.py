@@ -1,0 +1,166 @@
+"""Records that hold singular values only, measured while training waits."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dynamics import schema
+from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, Recording, matrix_path, spectra_arrays
+from dynamics.runs.differences import cycles_rank_bound
+from dynamics.runs.run import Event, Spectrum
+from probes.gradients.of_step import Gradients
+from probes.model.parameters import Factors, Tracked
+from probes.model.sharding import gather
+from probes.records.contents import DIFFERENCES, Contents
+from probes.records.live_spectra import adapter_spectrum, live_spectrum
+from probes.records.record import Record
+
+_ADAPTER_RANK = "adapter_rank"
+
+
+@dataclass
+class _Reference:
+    """An earlier weight, in CPU memory, that a difference subtracts."""
+
+    step: int
+    weight: torch.Tensor
+    adapter_rank: int | None  # 0 for an adapter of zeros, None without an adapter
+
+
+class SpectrumContents(Contents):
+    """Singular values, measured at the record step on the device that trains; see `Contents`.
+
+    `update` and `displacement` each keep a copy of the weights in CPU memory. If displacements
+    are recorded, the first record also holds the weights that they refer to: a resumed recording
+    reads them from there.
+    """
+
+    def __init__(self, tracked: Sequence[Tracked], record: frozenset[str], writes: bool):
+        super().__init__(tracked, record, writes)
+        self._descriptions = [_description(each) for each in tracked]
+        self._references: dict[str, dict[str, _Reference]] = {kind: {} for kind in DIFFERENCES}
+        self._merges: list[int] = []
+
+    def keep(self, gradient: torch.Tensor, *, owned: bool = False) -> Spectrum:
+        """The spectrum of the gradient."""
+        return live_spectrum(gradient)
+
+    def fill(self, record: Record, gradients: Gradients) -> None:
+        """Add the spectra of the gradients, and measure the weights as they are now."""
+        by_kind: dict[str, dict[str, Spectrum]] = {GRADIENT: {}}
+        for name, (spectrum, _) in gradients.items():
+            by_kind[GRADIENT][name] = spectrum
+        for each in self._needed():
+            for kind, spectrum in self._measure(each, record):
+                by_kind.setdefault(kind, {})[each.name] = spectrum
+        for kind, spectra in by_kind.items():
+            for name, spectrum in spectra.items():
+                if spectrum.noise_floor != spectrum.noise_floor:
+                    record.defects[f"{kind}/{name}"] = f"{kind} of {name} holds NaN or Inf"
+            if spectra:
+                arrays, attrs = spectra_arrays(kind, self._descriptions, spectra)
+                for path, values in arrays.items():
+                    record.add(path, torch.from_numpy(values), attrs)
+
+    def note(self, event: Event) -> None:
+        """Count merges: each of them rounds the weights once more."""
+        if event.kind == schema.MERGE:
+            self._merges.append(event.step)
+
+    def resume(self, recording: Recording) -> None:
+        """Read the merges, and the weights that displacements refer to."""
+        for event in recording.events:
+            self.note(event)
+        if schema.DISPLACEMENT in self._record and len(recording.steps):
+            first = self._references[schema.DISPLACEMENT]
+            for each in self._tracked:
+                path = matrix_path(WEIGHT, each.name)
+                values = recording.read(path, 0)
+                if values is None:
+                    continue
+                dtype = getattr(torch, recording.attr(path, "source_dtype", str))
+                rank = recording.attr(path, _ADAPTER_RANK, int, type(None))
+                weight = torch.from_numpy(values).to(dtype)
+                first[each.name] = _Reference(int(recording.steps[0]), weight, rank)
+
+    def _measure(self, each: Tracked, record: Record) -> Iterator[tuple[str, Spectrum]]:
+        """(kind, spectrum) of everything that is read from one weight."""
+        factors = _gather_factors(each.factors(), self._writes)
+        if not {WEIGHT, *DIFFERENCES} & self._record:
+            weight = None
+        else:
+            weight = gather(each.effective_weight(), keep=self._writes)
+        if not self._writes:
+            return
+        if factors is not None and ADAPTER in self._record:
+            yield ADAPTER, adapter_spectrum(factors)
+        if weight is None:
+            return
+        if WEIGHT in self._record:
+            yield WEIGHT, live_spectrum(weight)
+        for kind in DIFFERENCES:
+            if kind in self._record:
+                if (before := self._references[kind].get(each.name)) is not None:
+                    yield kind, self._difference_spectrum(weight, factors, before, record.step)
+                self._remember(kind, each.name, weight, factors, record)
+
+    def _difference_spectrum(
+        self, weight: torch.Tensor, factors: Factors | None, before: _Reference, step: int
+    ) -> Spectrum:
+        merges, bound = 0, None
+        if factors is not None:
+            merges = sum(before.step <= merge < step for merge in self._merges)
+            if before.adapter_rank is not None:
+                bound = cycles_rank_bound(
+                    factors.a.shape[0],
+                    before.adapter_rank,
+                    merges,
+                    merged_there=before.step in self._merges,
+                )
+        earlier = before.weight.to(weight.device)
+        adapter = None if bound is None else factors
+        return live_spectrum(
+            weight, before=earlier, merges=merges, rank_bound=bound, adapter=adapter
+        )
+
+    def _remember(
+        self,
+        kind: str,
+        name: str,
+        weight: torch.Tensor,
+        factors: Factors | None,
+        record: Record,
+    ) -> None:
+        """Keep the weight as the reference of later differences."""
+        references = self._references[kind]
+        if kind == schema.DISPLACEMENT and name in references:
+            return
+        rank = None if factors is None else _rank(factors)
+        if name in references:
+            references[name].weight.copy_(weight)
+            references[name].step, references[name].adapter_rank = record.step, rank
+            return
+        copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight)
+        references[name] = _Reference(record.step, copy, rank)
+        if kind == schema.DISPLACEMENT:
+            record.add(matrix_path(WEIGHT, name), copy, {_ADAPTER_RANK: rank})
+
+
+def _description(each: Tracked) -> Mapping[str, Any]:
+    rows, cols = each.parameter.shape
+    dtype = str(each.parameter.dtype).removeprefix("torch.")
+    return {"name": each.name, "rows": rows, "cols": cols, "source_dtype": dtype}
+
+
+def _gather_factors(factors: Factors | None, keep: bool) -> Factors | None:
+    if factors is None:
+        return None
+    a, b = (gather(each, keep=keep) for each in (factors.a, factors.b))
+    return None if a is None or b is None else factors._replace(a=a, b=b)
+
+
+def _rank(factors: Factors) -> int:
+    is_zero = not (bool(factors.a.any()) and bool(factors.b.any()))
+    return 0 if is_zero else int(factors.a.shape[0])
