@@ -4,13 +4,10 @@ All but the choice of a device runs on torch's CPU device as well.
 """
 
 import gc
-import json
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import xarray as xr
 
@@ -20,26 +17,14 @@ from dynamics.cli.app import main
 from dynamics.errors import DynamicsError
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import calibration, gpu_backend, noise, torch_spectrum
+from dynamics.spectra import gpu_backend, noise
 from dynamics.spectra.backend import NumpyBackend
-from dynamics.spectra.calibration import Rates, load_rates, measure_rates
+from dynamics.spectra.calibration import Rates
 from dynamics.spectra.gpu_backend import GpuBackend, backend_for
-from dynamics.spectra.gram import gram_error
-from dynamics.spectra.numpy_spectrum import EPS
 from dynamics.spectra.spectrum import spectrum
-from tests.dynamics.spectra.test_gram import HARD
-
-SIDES = calibration._SIDES
-SLOW = Rates(0.0, 1e-9, 1e-9, tuple(1e-9 * side**3 for side in SIDES))
-FAST = Rates(0.0, 1e-12, 1e-12, tuple(1e-12 * side**3 for side in SIDES))
-DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
-def device(request):
-    return torch.device(request.param)
+from tests.dynamics.spectra.conftest import needs_cuda
+from tests.dynamics.spectra.hard_matrices import DTYPES, reference, weight_with_zeros_and_powers
+from tests.dynamics.spectra.test_calibration import FAST, SIDES, SLOW
 
 
 @pytest.fixture
@@ -48,59 +33,18 @@ def backend(device):
     return GpuBackend(device, SLOW, FAST)
 
 
-def _exact(matrix):
-    return scipy.linalg.svd(matrix, compute_uv=False, lapack_driver="gesvd")
-
-
 # Numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize("shape", [(384, 96), (256, 256), (128, 384), (4000, 64)])
-def test_the_error_bounds_hold(name, shape, device, backend):
-    matrix = HARD[name](np.random.default_rng(0), *shape)
-    exact, there = _exact(matrix), torch.from_numpy(matrix).to(device)
-
-    found = spectrum(Dense(matrix, "float64"), backend=backend)
-    assert np.abs(found.s - exact).max() <= found.error
-    squares = torch_spectrum.eigvalsh(torch_spectrum.gram(there))[::-1]
-    assert np.abs(squares - exact**2).max() <= gram_error(squares[0], max(shape))
-    by_svd = torch_spectrum.singular_values(there)
-    assert np.abs(by_svd - exact).max() <= max(shape) * EPS * exact[0]
-
-
-@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1.1, np.pi, float(np.float32(0.1))])
-@pytest.mark.parametrize("shape", [(384, 384), (1536, 384), (8192, 2048), (50304, 32), (50304, 96)])
-def test_the_bound_of_gram_matrices_holds_where_all_sums_round_alike(value, shape, device):
-    if device.type == "cpu" and shape == (8192, 2048):
-        pytest.skip("takes minutes without a GPU")
-    there = torch.full(shape, value, dtype=torch.float64, device=device)
-    squares = torch_spectrum.eigvalsh(torch_spectrum.gram(there))[::-1]
-    exact = np.zeros(min(shape))
-    exact[0] = value**2 * shape[0] * shape[1]
-    assert np.abs(squares - exact).max() <= gram_error(exact[0], max(shape))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_floors_are_those_of_numpy(dtype, device, backend):
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(300, 200, generator=generator, dtype=torch.float64)
-    values[0] *= 2.0**-20
-    values[:, 50:60] = 0  # columns of padding
-    values[200:, 0] = 0.5  # a power of two, below which numbers lie closer
-    stored = values.to(getattr(torch, dtype))
+def test_noise_floors_are_those_of_numpy(dtype, backend):
+    stored = weight_with_zeros_and_powers(dtype)
     array = (stored if dtype == "float64" else stored.float()).numpy()
 
     here, there = spectrum(Dense(array, dtype)), spectrum(Dense(array, dtype), backend=backend)
 
     assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
     assert np.abs(there.s - here.s).max() <= there.error + here.error
-    for one, other in zip(
-        noise.variance_sums((array, dtype)),
-        torch_spectrum.variance_sums(stored.to(device), dtype),
-        strict=True,
-    ):
-        np.testing.assert_allclose(other, one, rtol=1e-12)
 
 
 def test_differences_and_integers_are_measured_as_by_numpy(backend):
@@ -108,7 +52,7 @@ def test_differences_and_integers_are_measured_as_by_numpy(backend):
     now, before = (Dense(rng.standard_normal((300, 200), np.float32), "float32") for _ in "ab")
     difference = Difference(now, before, merges=2, rank_bound=40)
     here, there = spectrum(difference), spectrum(difference, backend=backend)
-    exact = _exact(now.values.astype(np.float64) - before.values)
+    exact = reference(now.values.astype(np.float64) - before.values)
     assert np.abs(there.s - exact).max() <= there.error
     assert there.rank_bound == 40
     assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
@@ -122,8 +66,8 @@ def test_arrays_as_files_give_them_are_taken_without_a_warning(backend):
         array.flags.writeable = False
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found = spectrum(Dense(array, "float32"), backend=backend)
-        assert np.abs(found.s - spectrum(Dense(values, "float32")).s).max() <= 2 * found.error
+            computed = spectrum(Dense(array, "float32"), backend=backend)
+        assert np.abs(computed.s - spectrum(Dense(values, "float32")).s).max() <= 2 * computed.error
         assert backend.is_finite(array)
     values[7, 8] = np.nan
     assert not backend.is_finite(values)
@@ -156,56 +100,6 @@ def test_a_matrix_goes_where_it_takes_less_time():
     assert not GpuBackend(torch.device("cpu"), SLOW, SLOW).takes((1024, 1024))
     small = np.ones((100, 100))
     assert not GpuBackend(torch.device("cpu"), SLOW, FAST).takes(small.shape)
-
-
-@pytest.mark.parametrize("n", [10, 64, 100, 512, 700, 1024, 8192])
-def test_the_time_of_eigenvalues_is_a_power_between_and_beyond_the_measured_sides(n):
-    rates = Rates(0.0, 0.0, 0.0, tuple(3e-9 * side**2.5 for side in SIDES))
-    of_eigenvalues = 3e-9 * max(n, 64) ** 2.5
-    assert rates.seconds(n, 5 * n) == pytest.approx(of_eigenvalues)
-    more = replace(rates, start=9.0, number=2.0, product=0.5)
-    assert more.seconds(n, 5 * n) == more.seconds(5 * n, n)
-    assert more.seconds(5 * n, n) == pytest.approx(
-        9 + 2 * 5 * n**2 + 0.5 * 5 * n**3 + of_eigenvalues
-    )
-
-
-def test_rates_are_measured_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    measured = []
-
-    def measure():
-        measured.append(1)
-        return SLOW
-
-    for _ in range(2):
-        assert load_rates("a", measure) == SLOW
-    assert load_rates("b", lambda: FAST) == FAST
-    assert (load_rates("a", measure), len(measured)) == (SLOW, 1)
-    (file,) = (tmp_path / "cache").rglob("*.*")
-    for damage in (
-        "",
-        "[1]",
-        "null",
-        json.dumps(dict.fromkeys(json.loads(file.read_text()), 3)),
-        '{"a": {}}',
-    ):
-        file.write_text(damage)
-        assert load_rates("a", measure) == SLOW
-    assert len(measured) == 6
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no directory
-    assert load_rates("a", measure) == SLOW
-
-
-def test_the_rates_of_this_machine_tell_its_times(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "_SIDES", (32, 64, 128))
-    same = (lambda x: x, np.isfinite, lambda x: x.T @ x, np.linalg.eigvalsh)
-    rates = measure_rates(*same)
-    assert 0 < rates.start < 1e-3
-    assert 0 <= rates.number < 1e-6
-    assert 0 <= rates.product < 1e-6
-    assert 0 < rates.eigenvalues[0] < rates.eigenvalues[-1] < 1
 
 
 # Analyses -----------------------------------------------------------------------------------------

@@ -92,12 +92,12 @@ def test_the_rounding_variance_is_that_of_simulated_rounding(dtype, scale):
 
 def test_a_power_of_two_is_known_better_than_its_neighbours():
     # float8_e5m2 has 1, 1.25, 1.5, 1.75: numbers in [1 - 1/16, 1 + 1/8] become 1.
-    found = rounding_variance(np.array([[1.0, 1.25]]), "float8_e5m2")
+    computed = rounding_variance(np.array([[1.0, 1.25]]), "float8_e5m2")
     exact = ((1 / 8) ** 3 + (1 / 16) ** 3) / 3 / (1 / 8 + 1 / 16)
-    np.testing.assert_allclose(found, [[exact, 0.25**2 / 12]], rtol=1e-15)
+    np.testing.assert_allclose(computed, [[exact, 0.25**2 / 12]], rtol=1e-15)
     smallest = 2.0**-14  # below it the spacing stays
-    found = rounding_variance(np.array([[smallest]]), "float8_e5m2")
-    np.testing.assert_allclose(found, [[(smallest / 4) ** 2 / 12]], rtol=1e-15)
+    computed = rounding_variance(np.array([[smallest]]), "float8_e5m2")
+    np.testing.assert_allclose(computed, [[(smallest / 4) ** 2 / 12]], rtol=1e-15)
 
 
 def test_a_zero_may_be_an_underflow_but_rows_and_columns_of_zeros_are_exact():
@@ -112,8 +112,8 @@ def test_a_zero_may_be_an_underflow_but_rows_and_columns_of_zeros_are_exact():
 
 @pytest.mark.parametrize("scale", [0.1, np.full((3, 1), 0.1), np.full((1, 5), 0.1)])
 def test_integers_are_known_to_half_a_step_of_their_scale(scale):
-    found = rounding_variance(np.zeros((3, 5)), "int8", scale)
-    np.testing.assert_allclose(found, np.full((3, 5), 0.01 / 12), rtol=1e-15)
+    computed = rounding_variance(np.zeros((3, 5)), "int8", scale)
+    np.testing.assert_allclose(computed, np.full((3, 5), 0.01 / 12), rtol=1e-15)
     assert noise_limit((np.zeros((3, 5)), "int8", scale)) == pytest.approx(0.05 * np.sqrt(15))
 
 
@@ -311,9 +311,9 @@ def test_a_rank_16_product_in_bfloat16_has_rank_16_above_the_floor(shape):
     for seed in range(100):
         rng = np.random.default_rng(seed)
         product = rng.standard_normal((shape[0], 16)) @ rng.standard_normal((16, shape[1]))
-        found = spectrum(Dense(_rounded(product, "bfloat16"), "bfloat16"))
-        assert numerical_rank(found.s, found.floor) == 16
-        assert effective_rank(np.where(found.s > found.floor, found.s, 0)) <= 16
+        computed = spectrum(Dense(_rounded(product, "bfloat16"), "bfloat16"))
+        assert numerical_rank(computed.s, computed.floor) == 16
+        assert effective_rank(np.where(computed.s > computed.floor, computed.s, 0)) <= 16
 
 
 @pytest.mark.parametrize("shape", PAPER_AND_TRANSPOSES)
@@ -326,15 +326,17 @@ def test_rounding_an_initialisation_loses_what_is_below_its_floor_and_nothing_el
     below = []
     for seed in range(20):
         exact = 0.02 * np.random.default_rng(seed).standard_normal(shape)
-        found = spectrum(Dense(_rounded(exact, "bfloat16"), "bfloat16"))
+        computed = spectrum(Dense(_rounded(exact, "bfloat16"), "bfloat16"))
         original = spectrum(Dense(exact, "float64"))
         assert numerical_rank(original.s, original.floor) == min(shape)
-        assert numerical_rank(found.s, found.floor) == numerical_rank(original.s, found.floor)
-        below.append(min(shape) - numerical_rank(found.s, found.floor))
+        assert numerical_rank(computed.s, computed.floor) == numerical_rank(
+            original.s, computed.floor
+        )
+        below.append(min(shape) - numerical_rank(computed.s, computed.floor))
     if shape[0] != shape[1]:
         assert not any(below)
     else:
-        predicted = 2 / np.pi * np.sqrt(shape[0]) * found.floor / 0.02
+        predicted = 2 / np.pi * np.sqrt(shape[0]) * computed.floor / 0.02
         assert np.mean(below) == pytest.approx(predicted, abs=3 * np.sqrt(predicted / 20))
         assert max(below) <= 2
 
@@ -360,7 +362,7 @@ def test_a_floor_takes_no_more_than_a_few_copies_of_the_matrix():
 def test_an_unknown_dtype_and_a_missing_scale_are_named():
     with pytest.raises(DynamicsError, match=r"'int4'; known: float64, .*, int8"):
         ulp(np.ones(1), "int4")
-    with pytest.raises(DynamicsError, match="'int8' came without a scale; int8 has one"):
+    with pytest.raises(DynamicsError, match="'int8' came without a scale; int8 needs one"):
         noise_floor((np.ones((2, 2)), "int8"))
     with pytest.raises(DynamicsError, match="'float32' came with a scale"):
         noise_floor((np.ones((2, 2)), "float32", 0.1))
@@ -388,5 +390,5 @@ def test_row_and_column_sums_are_those_of_the_variances(shape):
     values[:: shape[0]] = values[:, :: shape[1]] = 0
     term = (_rounded(values, "bfloat16"), "bfloat16")
     variance = noise_variance(term)
-    for found, axis in zip(variance_sums(term), (1, 0), strict=True):
-        np.testing.assert_allclose(found, variance.sum(axis=axis), rtol=1e-13)
+    for computed, axis in zip(variance_sums(term), (1, 0), strict=True):
+        np.testing.assert_allclose(computed, variance.sum(axis=axis), rtol=1e-13)

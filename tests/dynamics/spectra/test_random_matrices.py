@@ -80,19 +80,19 @@ def test_the_expected_spectrum_descends_within_the_edges_and_transposes(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_expected_values_are_the_means_of_simulations(shape):
-    found = _spectra(shape, 60)
-    mean = found.mean(axis=0)
+    computed = _spectra(shape, 60)
+    mean = computed.mean(axis=0)
     assert np.abs(mean - random_spectrum(*shape)).max() <= 0.02 * mean[0]
-    assert effective_rank(found).mean() == pytest.approx(random_effective_rank(*shape), rel=0.01)
-    assert stable_rank(found).mean() == pytest.approx(random_stable_rank(*shape), rel=0.02)
+    assert effective_rank(computed).mean() == pytest.approx(random_effective_rank(*shape), rel=0.01)
+    assert stable_rank(computed).mean() == pytest.approx(random_stable_rank(*shape), rel=0.02)
     assert mean[0] == pytest.approx(largest_singular_value(*shape), rel=0.01)
 
 
 def test_the_entries_distribution_does_not_matter():
     rng = np.random.default_rng(1)
     uniform = np.sqrt(3) * rng.uniform(-1, 1, (20, 96, 384))
-    found = proportional_effective_rank(np.linalg.svd(uniform, compute_uv=False))
-    assert found.mean() == pytest.approx(random_per(96, 384), rel=1e-3)
+    computed = proportional_effective_rank(np.linalg.svd(uniform, compute_uv=False))
+    assert computed.mean() == pytest.approx(random_per(96, 384), rel=1e-3)
 
 
 def test_the_per_of_an_initialisation_is_a_matter_of_shape():
@@ -105,8 +105,8 @@ def test_the_per_of_an_initialisation_is_a_matter_of_shape():
 
 @pytest.mark.parametrize("shape", [(32, 32), (96, 96)])
 def test_the_condition_number_of_square_matrices_is_edelmans_median(shape):
-    found = _spectra(shape, 400)
-    ratio = found[:, 0] / found[:, -1]
+    computed = _spectra(shape, 400)
+    ratio = computed[:, 0] / computed[:, -1]
     share = (ratio < random_condition_number(*shape)).mean()
     assert share == pytest.approx(0.5, abs=0.09)  # 3 standard errors, and 1/n
     assert random_condition_number(*shape) == pytest.approx(3.671 * shape[0], rel=1e-3)
@@ -114,25 +114,25 @@ def test_the_condition_number_of_square_matrices_is_edelmans_median(shape):
 
 @pytest.mark.parametrize("shape", [(32, 40), (96, 104), (96, 130), (32, 96), (96, 384), (64, 1024)])
 def test_the_condition_number_of_rectangular_matrices_is_the_ratio_of_the_edges(shape):
-    found = _spectra(shape, 200)
-    median = np.median(found[:, 0] / found[:, -1])
+    computed = _spectra(shape, 200)
+    median = np.median(computed[:, 0] / computed[:, -1])
     assert random_condition_number(*shape) == pytest.approx(median, rel=0.1)
     assert random_condition_number(*shape) == random_condition_number(*shape[::-1])
 
 
 def test_almost_square_matrices_have_half_known_condition_numbers():
     for shape in ((33, 32), (98, 96)):
-        found = _spectra(shape, 200)
-        median = np.median(found[:, 0] / found[:, -1])
+        computed = _spectra(shape, 200)
+        median = np.median(computed[:, 0] / computed[:, -1])
         assert median <= random_condition_number(*shape) <= 1.5 * median
     assert random_condition_number(1, 9) == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_initialisation_is_one_time_random_without_outliers(shape):
-    found = 0.02 * _spectra(shape, 100)
-    assert per_over_random(found, *shape).mean() == pytest.approx(1, abs=0.01)
-    assert outliers(found, *shape, 0.0).mean() <= 0.03
+    computed = 0.02 * _spectra(shape, 100)
+    assert per_over_random(computed, *shape).mean() == pytest.approx(1, abs=0.01)
+    assert outliers(computed, *shape, 0.0).mean() <= 0.03
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,6 +157,6 @@ def test_without_a_bulk_all_values_above_the_floor_are_outliers():
 
 
 def test_the_largest_value_of_one_in_a_thousand_is_larger_still():
-    found = _spectra((32, 96), 2000)[:, 0]
-    assert (found > largest_singular_value(32, 96, TRACY_WIDOM_999)).mean() <= 0.003
+    computed = _spectra((32, 96), 2000)[:, 0]
+    assert (computed > largest_singular_value(32, 96, TRACY_WIDOM_999)).mean() <= 0.003
     assert marchenko_pastur_median(32, 96) == marchenko_pastur_quantiles(0.5, 32, 96)

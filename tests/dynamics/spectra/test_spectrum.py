@@ -24,9 +24,9 @@ def _with_spectrum(s: np.ndarray, rows: int, cols: int) -> np.ndarray:
 @pytest.mark.parametrize("decay", [0.0, 0.2, 1.0])
 def test_computed_values_lie_within_their_error_bound_of_the_constructed_ones(shape, decay):
     exact = np.exp(-decay * np.arange(min(shape)))
-    found = spectrum(Dense(_with_spectrum(exact, *shape), "float64"))
-    assert np.abs(found.s - exact).max() <= found.error + 1e-14  # construction rounds too
-    assert found.error <= 1e-12 * found.s[0]
+    computed = spectrum(Dense(_with_spectrum(exact, *shape), "float64"))
+    assert np.abs(computed.s - exact).max() <= computed.error + 1e-14  # construction rounds too
+    assert computed.error <= 1e-12 * computed.s[0]
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def test_computed_values_lie_within_their_error_bound_of_the_constructed_ones(sh
 def test_a_products_values_equal_those_of_the_dense_product(m, r, n):
     left, right = RNG.standard_normal((m, r)), RNG.standard_normal((r, n))
     dense = np.linalg.svd(left @ right, compute_uv=False)
-    found = singular_values_of_product(left, right)
-    assert found.size == min(m, r, n)
-    assert np.abs(found - dense[: found.size]).max() <= 1e-10 * dense[0]
+    computed = singular_values_of_product(left, right)
+    assert computed.size == min(m, r, n)
+    assert np.abs(computed - dense[: computed.size]).max() <= 1e-10 * dense[0]
 
 
 @settings(max_examples=50, deadline=None)
@@ -47,19 +47,19 @@ def test_a_products_values_equal_those_of_the_dense_product(m, r, n):
 def test_an_adapter_never_has_more_rank_than_r(r, m, n, scale, seed):
     rng = np.random.default_rng(seed)
     factored = Factored(rng.standard_normal((m, r)), rng.standard_normal((r, n)), scale, "float32")
-    found = spectrum(factored)
+    computed = spectrum(factored)
     bound = min(r, m, n)
-    assert found.s.size == min(m, n)
-    assert found.rank_bound == bound
-    assert not found.s[bound:].any()
-    assert effective_rank(found.s) <= bound * (1 + 1e-12)
-    assert numerical_rank(found.s, found.floor) <= bound
+    assert computed.s.size == min(m, n)
+    assert computed.rank_bound == bound
+    assert not computed.s[bound:].any()
+    assert effective_rank(computed.s) <= bound * (1 + 1e-12)
+    assert numerical_rank(computed.s, computed.floor) <= bound
 
 
 def test_a_fresh_adapter_with_zero_b_is_the_zero_matrix():
-    found = spectrum(Factored(np.zeros((20, 4)), RNG.standard_normal((4, 30)), 2.0, "float32"))
-    assert not found.s.any()
-    assert effective_rank(found.s) == 0
+    computed = spectrum(Factored(np.zeros((20, 4)), RNG.standard_normal((4, 30)), 2.0, "float32"))
+    assert not computed.s.any()
+    assert effective_rank(computed.s) == 0
 
 
 def test_the_factored_spectrum_carries_the_scale():
@@ -72,6 +72,6 @@ def test_the_factored_spectrum_carries_the_scale():
 def test_a_difference_is_taken_in_float64():
     before = RNG.standard_normal((20, 10)).astype(np.float32)
     now = (before + np.float32(1e-3) * RNG.standard_normal((20, 10))).astype(np.float32)
-    found = spectrum(Difference(Dense(now, "float32"), Dense(before, "float32")))
+    computed = spectrum(Difference(Dense(now, "float32"), Dense(before, "float32")))
     exact = singular_values(now.astype(np.float64) - before.astype(np.float64))
-    np.testing.assert_array_equal(found.s, exact)
+    np.testing.assert_array_equal(computed.s, exact)
