@@ -38,13 +38,13 @@ PRAGMA user_version = {_VERSION};
 COMMIT;
 """
 # Other releases of these may give other last digits, and an analysis names the ones it was made by.
-_MEASURED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
+_COMPUTED_BY = f"{MEASURE_VERSION} numpy {np.__version__} scipy {scipy.__version__}"
 
 
 def content_key(matrix: Dense | Factored | Difference, backend: Backend | None = None) -> bytes:
     """A hash of everything that `spectrum(matrix)` is computed from, and of what computes it."""
     backend = backend or NumpyBackend()
-    digest = hashlib.blake2b((_MEASURED_BY + backend.version).encode(), digest_size=20)
+    digest = hashlib.blake2b((_COMPUTED_BY + backend.version).encode(), digest_size=20)
     if isinstance(matrix, Factored):
         other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
         parts = [matrix.left, matrix.right]
@@ -70,16 +70,16 @@ class SpectrumCache:
 
     Args:
         path: of the file.
-        measured_by: see `gpu_backend.backend_version`; two that differ share no spectra.
+        backend: see `gpu_backend.backend_version`; two that differ share no spectra.
 
     Raises:
         DynamicsError: the file is damaged, of another version, or something else; the file system
             refuses it, or another process keeps it locked.
     """
 
-    def __init__(self, path: str | Path, measured_by: str = ""):
+    def __init__(self, path: str | Path, backend: str = ""):
         self.path = Path(path)
-        self._measured_by = (_MEASURED_BY + measured_by).encode()
+        self._computed_by = (_COMPUTED_BY + backend).encode()
         self._spectra: dict[bytes, Spectrum] = {}
         self._cells: dict[bytes, tuple[bytes, bytes, bytes]] = {}
         self._flushed = time.monotonic()
@@ -108,12 +108,12 @@ class SpectrumCache:
         It must where nothing that it was made from has changed since. None: it never was measured.
         """
         cell = self._salted(cell)
-        found = self._cells.get(cell) or self._row(
+        row = self._cells.get(cell) or self._row(
             "SELECT dependencies, content, checksum FROM cells WHERE cell = ?", cell
         )
-        if found is None:
+        if row is None:
             return None, False
-        dependencies, content, checksum = found
+        dependencies, content, checksum = row
         if checksum != _checksum(cell, dependencies, content):
             raise self._damaged("the origins of a matrix do not fit their checksum")
         origins = trace_from_json(dependencies)
@@ -150,19 +150,19 @@ class SpectrumCache:
         self._flush_now_and_then()
 
     def _salted(self, cell: bytes) -> bytes:
-        return hashlib.blake2b(cell + self._measured_by, digest_size=20).digest()
+        return hashlib.blake2b(cell + self._computed_by, digest_size=20).digest()
 
     def _check(self) -> None:
         try:
             if not self._connection.execute("PRAGMA page_count").fetchone()[0]:
                 self._connection.executescript(_SCHEMA)
-            found = self._connection.execute("PRAGMA application_id").fetchone()[0]
+            application = self._connection.execute("PRAGMA application_id").fetchone()[0]
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.OperationalError as error:
             raise self._refused(error) from error
         except _DAMAGED as error:
             raise self._damaged(error) from error
-        if found != _APPLICATION:
+        if application != _APPLICATION:
             raise self._damaged("an SQLite file of something else")
         if version != _VERSION:
             raise DynamicsError(
@@ -207,15 +207,15 @@ class SpectrumCache:
         self._spectra, self._cells = {}, {}
         self._flushed = time.monotonic()
 
-    def _damaged(self, found: object) -> DynamicsError:
+    def _damaged(self, why: object) -> DynamicsError:
         return DynamicsError(
-            f"{self.path} is no readable cache of spectra: {_line(found)}. Delete it if it is one, "
-            "and all is measured once more; or choose another output, or no cache (--no-cache)."
+            f"{self.path} is not a readable cache of spectra: {_line(why)}. If it is one, delete "
+            "it, and everything is measured once more; else choose another output, or --no-cache."
         )
 
-    def _refused(self, found: object) -> DynamicsError:
+    def _refused(self, why: object) -> DynamicsError:
         return DynamicsError(
-            f"{self.path} cannot be used as a cache: {_line(found)}. Choose another output, or do "
+            f"{self.path} cannot be used as a cache: {_line(why)}. Choose another output, or do "
             "without (--no-cache); if it is locked, wait for the analysis that uses it."
         )
 
@@ -224,5 +224,5 @@ def _checksum(*row: object) -> bytes:
     return hashlib.blake2b(repr(row).encode(), digest_size=8).digest()
 
 
-def _line(found: object) -> str:
-    return " ".join(str(found).split())
+def _line(why: object) -> str:
+    return " ".join(str(why).split())

@@ -1,47 +1,84 @@
 """compare() and difference(): several runs in one Dataset, along the dimension `run`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis.analyze import analyze
+from dynamics.analysis.analyze import Progress, measure
+from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
+from dynamics.analysis.selection import Selection, SelectionOptions, Steps, selection_of
+from dynamics.analysis.storage import is_analysis, load
 from dynamics.errors import DynamicsError, MissingError
+from dynamics.formats import open_run
 from dynamics.runs.run import Run
 
 
-def compare(runs: Mapping[str, xr.Dataset | Run | str | Path], **options: Any) -> xr.Dataset:
+def compare(
+    runs: Mapping[str, xr.Dataset | Run | str | Path],
+    *,
+    progress: Progress | None = None,
+    execution: Execution | None = None,
+    metrics: Iterable[str] | None = None,
+    components: Iterable[str] | None = None,
+    kinds: Iterable[str] | None = None,
+    steps: Steps | None = None,
+    select: str | Sequence[str] | None = None,
+    **options: Unpack[ExecutionOptions],
+) -> xr.Dataset:
     """Several analyses side by side.
 
     Args:
-        runs: label -> an analysis, or a run (or its path) that is analysed with `options`.
-        options: arguments of `analyze` for the runs that are no analyses yet.
+        runs: label -> an analysis, or a run, or the path of one of the two. Runs are measured.
+        progress: see `analyze`; the label of the run stands before the matrix's name.
+        execution: how runs are measured, see `analyze`. They share one cache.
+        metrics: see `analyze`; this and the following hold for the runs that are measured.
+        components: see `analyze`.
+        kinds: see `analyze`.
+        steps: see `analyze`.
+        select: see `analyze`.
+        options: fields of `Execution`.
 
     Returns:
         The union of their kinds, steps and matrices with a new first dimension `run`. Where one
-        run lacks what another has, values are NaN and `status` is "not_recorded". `rows` and
+        run lacks what another one has, values are NaN and `status` is "not_recorded". `rows` and
         `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`
         and `problems` become JSON objects by run.
 
     Raises:
         DynamicsError: fewer than two runs, or an analysis that already compares runs.
+
+    Example:
+        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> both.run.values.tolist()
+        ['full', 'relora']
     """
     if len(runs) < 2:
         raise DynamicsError(f"Comparing takes two runs or more; found {len(runs)}: {list(runs)}.")
-    analyses = {}
-    for label, each in runs.items():
-        analysis = each if isinstance(each, xr.Dataset) else analyze(each, **options)
-        if schema.RUN in analysis.dims:
-            raise DynamicsError(f"{label!r} compares runs already; give single-run analyses.")
-        analyses[label] = analysis
-    steps = sorted(
+    execution = execution_with(execution, options)
+    choice: SelectionOptions = {
+        "metrics": None if metrics is None else list(metrics),
+        "components": None if components is None else list(components),
+        "kinds": None if kinds is None else list(kinds),
+        "steps": steps if steps is None or isinstance(steps, str) else list(steps),
+        "select": select,
+    }
+    # All of them before the work begins: what cannot be served is refused at once.
+    planned = {label: _planned(label, each, choice) for label, each in runs.items()}
+    analyses = {
+        label: each
+        if isinstance(each, xr.Dataset)
+        else measure(each, execution, progress=_labelled(progress, label))
+        for label, each in planned.items()
+    }
+    all_steps = sorted(
         {step for each in analyses.values() for step in each[schema.STEP].values.tolist()}
     )
-    kinds = [
+    all_kinds = [
         kind
         for kind in schema.KINDS
         if any(kind in each[schema.KIND] for each in analyses.values())
@@ -55,8 +92,8 @@ def compare(runs: Mapping[str, xr.Dataset | Run | str | Path], **options: Any) -
     aligned = [
         each.reset_coords(schema.MATRIX_COORDS, drop=True).reindex(
             {
-                schema.STEP: steps,
-                schema.KIND: kinds,
+                schema.STEP: all_steps,
+                schema.KIND: all_kinds,
                 schema.MATRIX: matrices,
                 schema.INDEX: np.arange(width),
             },
@@ -76,6 +113,23 @@ def compare(runs: Mapping[str, xr.Dataset | Run | str | Path], **options: Any) -
         by_run = {label: json.loads(each.attrs.get(name, "[]")) for label, each in analyses.items()}
         both.attrs[name] = json.dumps(by_run)
     return both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
+
+
+def _planned(
+    label: str, run: xr.Dataset | Run | str | Path, choice: SelectionOptions
+) -> xr.Dataset | Selection:
+    """The analysis of a run, if it is one, or what will be measured of it."""
+    if not isinstance(run, xr.Dataset | Run) and is_analysis(run):
+        run = load(run)
+    if not isinstance(run, xr.Dataset):
+        return selection_of(run if isinstance(run, Run) else open_run(run), **choice)
+    if schema.RUN in run.dims:
+        raise DynamicsError(f"{label!r} compares runs already; give single-run analyses.")
+    return run
+
+
+def _labelled(progress: Progress | None, label: str) -> Progress | None:
+    return progress and (lambda done, total, name: progress(done, total, f"{label}: {name}"))
 
 
 def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:

@@ -1,75 +1,83 @@
-"""follow(): the analysis of a run in progress, measured anew whenever there is something new."""
+"""follow(): the analysis of a run in progress, again whenever there is something new."""
 
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import xarray as xr
 
 from dynamics import schema
 from dynamics.analysis.analyze import StoppedError, UnmeasuredWarning, measure
-from dynamics.analysis.selection import Selection, selected
+from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
+from dynamics.analysis.selection import Selection, Steps, selection_of, steps_so_far
 from dynamics.errors import FormatError, MissingError
+from dynamics.formats import open_run
 from dynamics.runs.run import Run
 from dynamics.schema import Status
-from dynamics.spectra.gpu_backend import CPU
 
 _NAP = 0.1  # seconds between two looks at `stopped`
 
 
 def follow(
-    open_run: Callable[[], Run],
+    run: str | Path | Callable[[], Run],
     *,
     stopped: Callable[[], bool],
     interval: float = 10.0,
-    cache: str | Path | None = None,
-    strict: bool = False,
-    workers: int = 1,
-    scheduler: str | None = None,
-    device: str = CPU,
     waiting: Callable[[str | None], object] = lambda reason: None,
     before: Callable[[Selection], object] = lambda chosen: None,
     metrics: Iterable[str] | None = None,
     components: Iterable[str] | None = None,
     kinds: Iterable[str] | None = None,
-    steps: Callable[[Run], Iterable[int] | None] = lambda run: None,
+    steps: Steps | None = None,
     select: str | Sequence[str] | None = None,
+    execution: Execution | None = None,
+    **options: Unpack[ExecutionOptions],
 ) -> Iterator[xr.Dataset]:
-    """The analysis of a run, again each time that it has changed, until `stopped` says so.
+    """The analysis of a run, again each time that the run has changed, until `stopped` says so.
 
-    The run is opened anew at every look. Where its steps, events, scalars and the origins of its
-    matrices are what they were, nothing is read; where a matrix has no origin (`Run.origin`), a
-    change of it alone goes unseen until there is something else new. What cannot be measured yet
-    (no run, no record, no matrix of a kind) is waited for; a checkpoint that cannot be read is
-    tried again at each look, and once more before the end.
+    The run is opened anew at every look. Nothing is read where its steps, events, scalars and the
+    origins of its matrices are the same as before. A matrix without an origin (`Run.origin`) can
+    change unseen, until something else is new. What cannot be measured yet is waited for: a run
+    that does not exist, a run without records, a run without matrices of a kind. A checkpoint that
+    cannot be read is tried again at each look, and once more before the end.
 
     Args:
-        open_run: opens the run.
+        run: the path of a run, or a function that opens it.
         stopped: whether to end; asked ten times a second, and between two matrices.
         interval: seconds between the end of an analysis and the next look.
-        cache: see `analyze`; without it, whatever is new lets everything be measured again.
-        strict: see `analyze`; a checkpoint that cannot be read is waited for here.
-        workers: see `analyze`; processes start anew for each analysis.
-        scheduler: see `analyze`.
-        device: see `analyze`.
-        waiting: called with why there is nothing to measure when that begins, with None when it
-            ends.
+        waiting: called with the reason when there is nothing to measure, and with None when there
+            is something again.
         before: called with what is going to be measured; may raise.
         metrics: see `analyze`.
         components: see `analyze`.
         kinds: see `analyze`.
-        steps: gives the steps to measure of what there is; all by default.
+        steps: see `analyze`; those that the run has by now are measured.
         select: see `analyze`.
+        execution: see `analyze`. Without a cache, everything is measured again when anything is
+            new. With `strict`, a checkpoint that cannot be read is still waited for. Processes
+            start anew for each analysis.
+        options: fields of `Execution`.
 
     Yields:
-        What `analyze` returns. `attrs["problems"]` is no warning: a file may just be half written.
-        Of two analyses that differ in these texts alone only one comes before the end.
+        What `analyze` returns. `attrs["problems"]` gives no warnings: a file may just be half
+        written. Two analyses that differ in these texts alone are not both yielded before the end.
 
     Raises:
         MissingError: an unknown metric, component or kind, or no matrix is selected.
-        DynamicsError: what `open_run`, `before` and `analyze` raise besides FormatErrors.
+        DynamicsError: what opening, `before` and `analyze` raise, but for FormatErrors.
+
+    Example:
+        >>> from dynamics.analysis.following import follow
+        >>> looks = iter([False, False, True])
+        >>> for ranks in follow("run.zarr", stopped=lambda: next(looks, True), kinds=["weight"]):
+        ...     print(ranks.sizes["kind"])
+        1
     """
+    execution = execution_with(execution, options)
+    opened = run if callable(run) else partial(open_run, run)
     metrics, components, kinds = (_listed(each) for each in (metrics, components, kinds))
     state: object = None
     last: xr.Dataset | None = None
@@ -79,25 +87,18 @@ def follow(
         if ending and not unreadable:
             return
         try:
-            run = open_run()
-            chosen = _selected(run, metrics, components, kinds, steps(run), select)
-            found = _state(chosen)
-            if found != state or unreadable:
+            chosen = _selection(opened(), metrics, components, kinds, steps, select)
+            present = _state(chosen)
+            if present != state or unreadable:
                 before(chosen)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UnmeasuredWarning)
                     result = measure(
-                        chosen,
-                        cache=cache,
-                        strict=strict,
-                        workers=workers,
-                        scheduler=scheduler,
-                        device=device,
-                        stopped=(lambda: False) if ending else stopped,
+                        chosen, execution, stopped=(lambda: False) if ending else stopped
                     )
                 if is_waiting:
                     waiting(None)
-                state, is_waiting = found, False
+                state, is_waiting = present, False
                 unreadable = bool((result[schema.STATUS] == Status.UNREADABLE).any())
                 if not _same(result, last, but_for_problems=not ending):
                     last = result
@@ -117,21 +118,22 @@ class _NotYetError(MissingError):
     """What was asked for is not there, but may come."""
 
 
-def _selected(
+def _selection(
     run: Run,
     metrics: list[str] | None,
     components: list[str] | None,
     kinds: list[str] | None,
-    steps: Iterable[int] | None,
+    steps: Steps | None,
     select: str | Sequence[str] | None,
 ) -> Selection:
-    if not run.steps.size or (steps is not None and not (steps := list(steps))):
+    present = steps_so_far(run, steps)
+    if not run.steps.size or present == []:
         raise _NotYetError(f"{run.path} has no records to measure yet.")
     for kind in kinds or ():
         if kind in schema.KINDS and kind not in (*run.kinds, *run.absent_kinds):
             raise _NotYetError(f"{run.path} has no {kind} matrices yet.")
-    return selected(
-        run, metrics=metrics, components=components, kinds=kinds, steps=steps, select=select
+    return selection_of(
+        run, metrics=metrics, components=components, kinds=kinds, steps=present, select=select
     )
 
 

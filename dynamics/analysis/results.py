@@ -25,16 +25,16 @@ _AT_ONCE = 2**20  # singular values that metrics are computed of, about
 _SPECTRUM = ("rows", "cols", "rank_bound", "error", "noise_floor")
 
 
-class Results:
+class ResultBuilder:
     """The cells of an analysis: put in as they are measured, a Dataset at the end.
 
     Args:
         chosen: what is measured.
-        measured_by: what measures besides NumPy, see `gpu_backend.backend_version`.
+        backend: the version of what measures besides NumPy, see `gpu_backend.backend_version`.
     """
 
-    def __init__(self, chosen: Selection, measured_by: str = ""):
-        self._chosen, self._measured_by = chosen, measured_by
+    def __init__(self, chosen: Selection, backend: str = ""):
+        self._chosen, self._backend = chosen, backend
         infos = [each.info for each in chosen.matrices]
         shape = (len(chosen.kinds), len(chosen.steps), len(infos))
         width = max(min(info.rows, info.cols) for info in infos)
@@ -59,10 +59,10 @@ class Results:
         if outcome.listed:
             self._problems[m, t, k] = str(outcome.problem)
         self._singular[k, t, m] = np.nan
-        if (found := outcome.spectrum) is not None:
-            self._singular[k, t, m, : found.s.size] = found.s
+        if (spectrum := outcome.spectrum) is not None:
+            self._singular[k, t, m, : spectrum.s.size] = spectrum.s
             for each in _SPECTRUM:
-                self._numbers[each][k, t, m] = getattr(found, each)
+                self._numbers[each][k, t, m] = getattr(spectrum, each)
 
     @property
     def problems(self) -> list[str]:
@@ -94,7 +94,7 @@ class Results:
                 {"long_name": name.replace("_", " ")},
             )
         return dataset.assign_attrs(
-            _provenance(run, self._measured_by), problems=json.dumps(self.problems)
+            _provenance(run, self._backend), problems=json.dumps(self.problems)
         )
 
     def _metrics(self) -> dict[str, np.ndarray]:
@@ -202,7 +202,7 @@ def matrix_coords(infos: list[tuple[str, MatrixInfo]]) -> dict[str, Any]:
     }
 
 
-def _provenance(run: Run, measured_by: str) -> dict[str, str | int]:
+def _provenance(run: Run, backend: str) -> dict[str, str | int]:
     return {
         "format": schema.ANALYSIS_FORMAT,
         "format_version": schema.ANALYSIS_VERSION,
@@ -210,7 +210,7 @@ def _provenance(run: Run, measured_by: str) -> dict[str, str | int]:
         "source_format": run.format,
         "source_attrs": json.dumps(dict(run.attrs), default=str),
         "events": json.dumps([asdict(event) for event in run.events]),
-        "measured_by": measured_by or "cpu",
+        "measured_by": backend or "cpu",
         "versions": json.dumps(
             {name: version(name) for name in ("learning-dynamics", "numpy", "scipy")}
         ),

@@ -2,21 +2,23 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar
 
 from dynamics import schema
 from dynamics.components import COMPONENTS, DEFAULT_COMPONENTS, check_components
 from dynamics.components.parameters import Measurable
-from dynamics.errors import MissingError
+from dynamics.errors import DynamicsError, MissingError
 from dynamics.metrics import Metric, select_metrics
 from dynamics.runs.dependencies import TracedRun
 from dynamics.runs.parameter_names import matches
-from dynamics.runs.run import MatrixInfo, Run
+from dynamics.runs.run import MatrixInfo, Run, abridged
 
 Item = TypeVar("Item")
+# Steps as the command line takes them, "0,100,200:400", or one after the other.
+Steps = str | Iterable[int]
 
 
-class Chosen(NamedTuple):
+class ChosenMatrix(NamedTuple):
     """A matrix to measure: the component it belongs to, what it is, and how it is read."""
 
     component: str
@@ -40,40 +42,46 @@ class Selection:
     metrics: dict[str, Metric]
     kinds: list[str]
     steps: list[int]
-    matrices: list[Chosen]
+    matrices: list[ChosenMatrix]
 
 
-def selected(
+class SelectionOptions(TypedDict, total=False):
+    """What to measure, as keyword arguments; see `analyze`."""
+
+    metrics: Iterable[str] | None
+    components: Iterable[str] | None
+    kinds: Iterable[str] | None
+    steps: Steps | None
+    select: str | Sequence[str] | None
+
+
+def selection_of(
     run: Run,
     *,
     metrics: Iterable[str] | None = None,
     components: Iterable[str] | None = None,
     kinds: Iterable[str] | None = None,
-    steps: Iterable[int] | None = None,
+    steps: Steps | None = None,
     select: str | Sequence[str] | None = None,
 ) -> Selection:
-    """The selection that `analyze` describes.
+    """What `analyze` measures of a run when it is called with these arguments.
 
     Raises:
-        MissingError: an unknown metric, component, kind or step, or nothing selected.
+        MissingError: an unknown metric, component, kind or step, or nothing is selected.
+        DynamicsError: a text of `steps` holds something else than steps and ranges.
     """
     table = select_metrics(metrics)
     names = check_components(_listed("components", components) or list(DEFAULT_COMPONENTS))
     chosen_kinds = _kinds(run, _listed("kinds", kinds))
-    wanted_steps = _listed("steps", steps)
-    chosen_steps = (
-        sorted({run.check_step(int(step)) for step in wanted_steps})
-        if wanted_steps is not None
-        else run.steps.tolist()
-    )
+    chosen_steps = run.steps.tolist() if steps is None else sorted(set(_steps(run, steps)))
     if not chosen_steps:
-        raise MissingError(f"{run.path} has no records yet; nothing to measure.")
+        raise MissingError(f"{run.path} has no records yet; there is nothing to measure.")
     for component in names:
         if component not in DEFAULT_COMPONENTS:
             run.require_matrices(f"Component {component}")
     traced = TracedRun(run)
     offered = [
-        Chosen(component, info, read)
+        ChosenMatrix(component, info, read)
         for component in names
         for info, read in COMPONENTS[component](traced)
     ]
@@ -86,16 +94,91 @@ def selected(
     return Selection(traced, table, chosen_kinds, chosen_steps, chosen)
 
 
+class StepRange(NamedTuple):
+    """A part of "0,100,200:400".
+
+    Attributes:
+        text: as it was written.
+        first: the first step, None where it was left out.
+        last: the last step, likewise; it belongs to the range.
+    """
+
+    text: str
+    first: int | None
+    last: int | None
+
+    def of(self, run: Run) -> list[int]:
+        """The steps of the run in this range."""
+        return [
+            step
+            for step in run.steps.tolist()
+            if (self.first is None or self.first <= step)
+            and (self.last is None or step <= self.last)
+        ]
+
+
+def steps_so_far(run: Run, steps: Steps | None) -> list[int] | None:
+    """The steps of `steps` that a run in progress has by now, None for all."""
+    if steps is None:
+        return None
+    if isinstance(steps, str):
+        return [step for each in step_ranges(steps) for step in each.of(run)]
+    return [int(step) for step in steps if step in run.steps]
+
+
+def step_ranges(text: str) -> list[StepRange]:
+    """The parts of "0,100,200:400".
+
+    Raises:
+        MissingError: there are none.
+        DynamicsError: a part is neither a step nor a range.
+    """
+    parts = _listed("steps", [part.strip() for part in text.split(",") if part.strip()])
+    return [_step_range(part) for part in parts or ()]
+
+
+def _step_range(part: str) -> StepRange:
+    first, colon, last = part.partition(":")
+    try:
+        if not colon:
+            return StepRange(part, int(part), int(part))
+        return StepRange(part, int(first) if first else None, int(last) if last else None)
+    except ValueError as error:
+        raise DynamicsError(
+            f"steps takes numbers and ranges FIRST:LAST, found {part!r}."
+        ) from error
+
+
+def _steps(run: Run, steps: Steps) -> list[int]:
+    """The steps of `steps`; a range takes those that the run has in it."""
+    if not isinstance(steps, str):
+        return [run.check_step(int(step)) for step in _listed("steps", steps) or ()]
+    chosen: list[int] = []
+    for each in step_ranges(steps):
+        if ":" not in each.text and each.first is not None:
+            chosen.append(run.check_step(each.first))
+            continue
+        within = each.of(run)
+        if not within:
+            raise MissingError(
+                f"{run.path} has no step in {each.text}; it has {abridged(run.steps.tolist())}."
+            )
+        chosen += within
+    return chosen
+
+
 def _listed(argument: str, items: Iterable[Item] | None) -> list[Item] | None:
-    found = None if items is None else list(items)
-    if found == []:
-        raise MissingError(f"{argument} is empty: nothing to measure; leave it out for all.")
-    return found
+    listed = None if items is None else list(items)
+    if listed == []:
+        raise MissingError(
+            f"{argument} is empty: there is nothing to measure; leave it out for all."
+        )
+    return listed
 
 
 def _kinds(run: Run, kinds: list[str] | None) -> list[str]:
     if kinds is None:
-        if run.absent_kinds:  # an incomplete run is the user's decision, not ours
+        if run.absent_kinds:  # to measure an incomplete run is the user's decision
             raise MissingError(next(iter(run.absent_kinds.values())))
         return list(run.kinds)
     kinds = list(dict.fromkeys(kinds))

@@ -1,6 +1,5 @@
 """save() and load() of analyses and comparisons, as Zarr."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,9 +13,7 @@ import xarray as xr
 import zarr
 
 from dynamics import schema
-from dynamics.analysis.selection import Selection
 from dynamics.errors import DynamicsError, FormatError, OutputExistsError
-from dynamics.schema import Status
 
 # What zarr and its codecs raise where files are missing, damaged or something else.
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -42,88 +39,6 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
         if parent.is_file():
             raise OutputExistsError(f"{parent} is a file; choose another output than {path}.")
     return path
-
-
-def check_update(
-    path: str | Path, planned: Selection, *, overwrite: bool, rewound: bool = False
-) -> Path:
-    """The path, if the analysis of `planned` may be saved there.
-
-    As `check_output`, and it may also take the place of an analysis of the same source, as long as
-    every kind, step, matrix and metric of that is measured again. With `rewound`, the run may have
-    gone back since: only steps that it has passed by and no longer has count as lost.
-
-    Raises:
-        OutputExistsError: something would be lost, or see `check_output`.
-    """
-    path = Path(path)
-    if overwrite or not is_analysis(path):
-        return check_output(path, overwrite=overwrite)
-    try:
-        loss = _loss(load(path, without=(schema.SINGULAR_VALUE,)), planned, rewound=rewound)
-    except FormatError as error:
-        loss = f"and cannot be read ({error})"
-    if loss is not None:
-        raise OutputExistsError(
-            f"{path} exists {loss}; choose another output (-o) or allow replacing it (--overwrite)."
-        )
-    return path
-
-
-def check_kept(path: str | Path, result: xr.Dataset) -> None:
-    """Refuse a result in which what an analysis at `path` has measured is unreadable.
-
-    Raises:
-        OutputExistsError: a checkpoint was damaged or removed since.
-    """
-    if not is_analysis(path):
-        return
-    before = load(path, without=(schema.SINGULAR_VALUE,))
-    now, old = xr.align(result[schema.STATUS], before[schema.STATUS], join="inner")
-    lost = ((old == Status.MEASURED) & (now == Status.UNREADABLE)).any((schema.KIND, schema.MATRIX))
-    if lost.any():
-        raise OutputExistsError(
-            f"{path} exists and has what is unreadable now, at step {_list(lost[lost].step)}: "
-            f"{json.loads(result.attrs['problems'])[0]} Repair it, choose another output (-o), or "
-            "allow replacing it (--overwrite)."
-        )
-
-
-def _loss(old: xr.Dataset, planned: Selection, *, rewound: bool) -> str | None:
-    """What an analysis has that the planned one will not have, None if it is all there."""
-    source = old.attrs.get("source")
-    if source is None or schema.RUN in old.dims:
-        return "and is no analysis of a single run"
-    if _place(source) != _place(planned.run.path):
-        return f"and is an analysis of {source}, not of {planned.run.path}"
-    steps = old[schema.STEP].values.tolist()
-    if rewound:
-        passed = [each for each in steps if each < planned.steps[-1] and each not in planned.steps]
-        return f"and this would lose {schema.STEP} {_list(passed)}" if passed else None
-    of_cell = (schema.KIND, schema.STEP, schema.MATRIX)
-    always = (schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR, schema.STATUS)
-    metrics = [name for name, each in old.data_vars.items() if each.dims == of_cell]
-    matrices = [each.info.name for each in planned.matrices]
-    for word, had, has in (
-        (schema.KIND, old[schema.KIND].values.tolist(), planned.kinds),
-        (schema.STEP, steps, planned.steps),
-        (schema.MATRIX, old[schema.MATRIX].values.tolist(), matrices),
-        ("metric", metrics, [*planned.metrics, *always]),
-    ):
-        lost = [each for each in had if each not in set(has)]
-        if lost:
-            return f"and this would lose {word} {_list(lost)}"
-    return None
-
-
-def _place(source: str) -> str:
-    # Relative to where we are now, as `source` was to where it was written.
-    return source if "://" in source else str(Path(source).resolve())
-
-
-def _list(items: Any, at_most: int = 4) -> str:
-    shown = [str(each) for each in np.asarray(items)[:at_most]]
-    return ", ".join(shown) + (f" and {len(items) - at_most} more" if len(items) > at_most else "")
 
 
 def _is_empty_directory(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Measuring some cells of one matrix: what a worker does, in this process or in another one."""
+"""`measure_cells`: what a worker does, in this process or in another one."""
 
 import pickle
 import threading
@@ -48,14 +48,14 @@ class Outcome:
     """What became of one cell.
 
     Attributes:
-        step: the cell's.
-        kind: the cell's.
-        status: whether it was measured, or why not.
-        spectrum: None where it was not.
-        problem: why not, where that is a problem.
-        listed: whether the problem is this cell's own, and not of another one that names it.
-        content: the hash of the numbers, where it was asked for.
-        trace: what was read for it, each with its origin, likewise.
+        step: the step of the cell.
+        kind: the kind of the cell.
+        status: whether the cell was measured, or why not.
+        spectrum: None where it was not measured.
+        problem: why it was not measured, where that is a problem.
+        listed: whether the problem belongs to this cell, and not to another cell that names it.
+        content: the hash of the numbers, where `Task.hashed` asks for it.
+        trace: what was read for the cell, each with its origin; where `Task.hashed` asks for it.
     """
 
     step: int
@@ -68,17 +68,17 @@ class Outcome:
     trace: Mapping[Dependency, str | None] = field(default_factory=dict)
 
 
-def measured(
+def measure_cells(
     task: Task, run: TracedRun, read: Measurable, backend: Backend, recall: Recall
 ) -> Iterator[Outcome]:
-    """The outcome of each cell of a task, one after the other.
+    """Measure each cell of a task, one after the other; yields what became of it.
 
     Args:
-        task: what to measure.
-        run: what `read` reads from.
+        task: the cells.
+        run: the run that `read` reads from.
         read: reads the matrix at a step and kind.
-        backend: what computes with the arrays that the run hands out.
-        recall: what is known already.
+        backend: computes with the arrays that the run hands out.
+        recall: gives the spectrum of numbers that were measured before.
     """
     steps = sorted({step for step, _ in task.cells})
     following = dict(pairwise(steps))
@@ -100,10 +100,10 @@ def measured(
             own = not isinstance(matrix, Difference)
             yield Outcome(step, kind, Status.NON_FINITE, problem=DynamicsError(text), listed=own)
         else:
-            yield _measured(task, step, kind, matrix, run, backend, recall)
+            yield _measure_cell(task, step, kind, matrix, run, backend, recall)
 
 
-def _measured(
+def _measure_cell(
     task: Task,
     step: int,
     kind: str,
@@ -115,22 +115,21 @@ def _measured(
     if isinstance(matrix, Spectrum) or not task.hashed:
         return Outcome(step, kind, Status.MEASURED, spectrum(matrix, backend=backend))
     content = content_key(matrix, backend)
-    found = recall(content)
-    if found is None:
-        found = spectrum(matrix, backend=backend)
-    return Outcome(step, kind, Status.MEASURED, found, content=content, trace=dict(run.trace))
+    known = recall(content)
+    measured = spectrum(matrix, backend=backend) if known is None else known
+    return Outcome(step, kind, Status.MEASURED, measured, content=content, trace=dict(run.trace))
 
 
 class Workplace:
     """A run in a worker's process, where its tasks are carried out.
 
-    It keeps what one task has read for the next, for each thread apart: matrices that are read
-    again, and all heads' projections.
+    What one task has read is kept for the next one, in each thread apart: several tasks read the
+    same matrices, such as the projections of all heads.
     """
 
     def __init__(self, pickled_run: bytes, device: str = CPU):
-        # For good: who starts workers uses all cores by their number. After the import of SciPy,
-        # whose BLAS is limited, too (`dynamics.spectra.spectrum`).
+        # Never undone: there are as many workers as cores to use. SciPy is imported by now
+        # (`dynamics.spectra.spectrum`), so that its BLAS is limited, too.
         threadpool_limits(1)
         self._pickled, self._device = pickled_run, device
         self._thread = threading.local()
@@ -151,7 +150,7 @@ class Workplace:
         known = dict(task.known)
         outcomes = []
         read = here.readers[task.component][task.name]
-        for each in measured(task, here.run, read, here.backend, known.get):
+        for each in measure_cells(task, here.run, read, here.backend, known.get):
             if each.content is not None and each.spectrum is not None:
                 known[each.content] = each.spectrum
             outcomes.append(each)

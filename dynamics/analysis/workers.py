@@ -1,14 +1,17 @@
-"""Who carries out the tasks of an analysis: processes of this machine, or a Dask cluster.
+"""Workers: processes of this machine, threads that share a GPU, or a Dask cluster.
 
-Both run the same function on the same tasks, each with one BLAS thread, so that results are those
-of a serial analysis to the last bit. Tasks change nothing, so one whose worker died is simply
-carried out again. A bounded number is in flight; results come as they are ready.
+All of them run the same function on the same tasks, each with one BLAS thread. The results are
+therefore those of a serial analysis to the last bit. A task changes nothing, so a task whose worker
+died is simply carried out again. A bounded number of tasks is in flight at a time, and results come
+as they are ready.
 
-Processes, not threads: `np.linalg.eigvalsh` of a single matrix of n <= 500 holds the GIL. Threads
-with stacks of four equal shapes overlap as well, but stacks were no faster by themselves (9.4 ms
-against 7.4 for each of four 384 x 384 matrices: together they leave the cache), and the metrics,
-hashes and reads in between are Python. With a GPU, threads: they wait for it, without the GIL, and
-what several processes ask of it would not run at the same time.
+Why processes and not threads: `np.linalg.eigvalsh` of a single matrix with n <= 500 holds the GIL.
+Threads would overlap if they worked on stacks of four equal shapes. But stacks were not faster by
+themselves (9.4 ms against 7.4 ms for each of four 384 x 384 matrices: together they do not fit into
+the processor's cache), and the metrics, hashes and reads in between are Python.
+
+Why threads with a GPU: they wait for the GPU without the GIL, and the GPU does not run the requests
+of several processes at the same time.
 """
 
 import json
@@ -17,7 +20,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from math import inf
@@ -25,11 +28,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from dynamics.analysis.execution import Execution
 from dynamics.analysis.tasks import Outcome, Task, Workplace
 from dynamics.errors import DynamicsError, one_line, require_extra
 from dynamics.runs.run import Run
+from dynamics.spectra.gpu_backend import CPU
 
-Results = Generator[tuple[Task, list[Outcome]], None, None]
+TaskOutcomes = Generator[tuple[Task, Iterable[Outcome]], None, None]
 
 _NAP = 0.2  # seconds between two looks at `stopped`
 _RETRIES = 3
@@ -37,9 +42,26 @@ _AHEAD = 3  # tasks in flight per worker
 _SECONDS_TO_CONNECT = 20
 
 
+def measure_by_workers(
+    run: Run, tasks: Iterator[Task], execution: Execution, stopped: Callable[[], bool]
+) -> TaskOutcomes:
+    """The outcomes of the tasks, in the order in which workers have them ready.
+
+    Ends early where `stopped` says so.
+
+    Raises:
+        DynamicsError: the run cannot be sent to workers, there are none, or they died too often.
+    """
+    if execution.scheduler is not None:
+        return on_cluster(run, tasks, execution.scheduler, execution.device, stopped)
+    if execution.device == CPU:
+        return in_processes(run, tasks, execution.workers, stopped)
+    return in_threads(run, tasks, execution.workers, execution.device, stopped)
+
+
 def in_threads(
     run: Run, tasks: Iterator[Task], workers: int, device: str, stopped: Callable[[], bool]
-) -> Results:
+) -> TaskOutcomes:
     """The outcomes of the tasks, in the order in which `workers` threads and a GPU have them ready.
 
     Ends early where `stopped` says so.
@@ -49,14 +71,14 @@ def in_threads(
     """
     workplace = Workplace(_pickled(run), device)
     with ThreadPoolExecutor(workers) as threads:
-        yield from _results(
+        yield from _in_order_of_completion(
             lambda task: threads.submit(workplace.carry_out, task), tasks, lambda: workers, stopped
         )
 
 
 def in_processes(
     run: Run, tasks: Iterator[Task], workers: int, stopped: Callable[[], bool]
-) -> Results:
+) -> TaskOutcomes:
     """The outcomes of the tasks, in the order in which `workers` processes have them ready.
 
     Ends early where `stopped` says so. A process that dies is replaced, and its task carried out
@@ -70,7 +92,7 @@ def in_processes(
     # A thread per process, which sends it tasks and waits for it.
     with ThreadPoolExecutor(workers) as threads:
         try:
-            yield from _results(
+            yield from _in_order_of_completion(
                 lambda task: threads.submit(processes.carry_out, task),
                 tasks,
                 lambda: workers,
@@ -161,7 +183,7 @@ def _work(pipe: Connection, pickled_run: bytes) -> None:
 
 def on_cluster(
     run: Run, tasks: Iterator[Task], scheduler: str, device: str, stopped: Callable[[], bool]
-) -> Results:
+) -> TaskOutcomes:
     """The outcomes of the tasks, in the order in which a Dask cluster has them ready.
 
     `scheduler` is its address, or the file (.json) in which it writes that. Workers may join at any
@@ -178,8 +200,8 @@ def on_cluster(
         raise require_extra("distributed", error) from error
     pickled = _pickled(run)
     try:
-        found = _address(scheduler)
-        client = Client(found, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
+        address = _scheduler_address(scheduler)
+        client = Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DynamicsError(
             f"No Dask scheduler answers at {scheduler}: {one_line(error)}. "
@@ -190,7 +212,7 @@ def on_cluster(
         workplace = client.submit(Workplace, pickled, device)
         executor = client.get_executor(pure=False, retries=_RETRIES)
         try:
-            yield from _results(
+            yield from _in_order_of_completion(
                 lambda task: executor.submit(Workplace.carry_out, workplace, task),
                 tasks,
                 lambda: sum(client.nthreads().values()),
@@ -205,12 +227,12 @@ def on_cluster(
             executor.shutdown(wait=False)
 
 
-def _results(
+def _in_order_of_completion(
     submit: Callable[[Task], "Future[list[Outcome]]"],
     tasks: Iterator[Task],
     workers: Callable[[], int],
     stopped: Callable[[], bool],
-) -> Results:
+) -> TaskOutcomes:
     """Each task with its outcomes, as they are ready; a few per worker are submitted at a time.
 
     How many workers there are is asked once a second, for they come and go.
@@ -233,8 +255,11 @@ def _results(
             future.cancel()
 
 
-def _address(scheduler: str) -> str:
-    """Of a scheduler given by its address or by its file, which may not be written yet."""
+def _scheduler_address(scheduler: str) -> str:
+    """The address of a scheduler, from its file if it is given by that.
+
+    The file may not be written yet; it is waited for.
+    """
     if not scheduler.endswith(".json"):
         return scheduler
     end = time.monotonic() + _SECONDS_TO_CONNECT

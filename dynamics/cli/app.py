@@ -7,7 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,32 +16,33 @@ from dynamics.cli.options import (
     AdapterOption,
     BaseOption,
     ComponentsOption,
+    DeviceOption,
     FormatOption,
     FusedOption,
     KindsOption,
     Listing,
     MetricsOption,
+    NoCacheOption,
     OverwriteOption,
     RunPath,
+    SchedulerOption,
     SelectOption,
     StepsOption,
+    StrictOption,
     Style,
+    WorkersOption,
 )
-from dynamics.cli.output import console, error_console, print_line, progress_bar, report_problems
-from dynamics.cli.values import (
-    abridged,
-    named_paths,
-    run_name,
-    split,
-    step_ranges,
-    steps_of,
-    steps_so_far,
+from dynamics.cli.output import (
+    console,
+    error_console,
+    print_line,
+    progress_bar,
+    report_problems,
 )
+from dynamics.cli.values import choice_of, execution_of, named_paths, run_name
 from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from dynamics.runs.run import Run
 
 app = typer.Typer(
@@ -77,77 +78,48 @@ def analyze(
     adapter: AdapterOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Stop at the first unreadable file, NaN or Inf.")
-    ] = False,
-    no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Keep no spectra beside the output (OUTPUT.cache).")
-    ] = False,
+    strict: StrictOption = False,
+    no_cache: NoCacheOption = False,
     follow: Annotated[
         bool, typer.Option("--follow", help="Keep up with a run in progress until interrupted.")
     ] = False,
     interval: Annotated[
         float, typer.Option("--interval", min=0.1, help="Seconds between looks of --follow.")
     ] = 10.0,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="How many processes measure.")
-    ] = 1,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            "--scheduler", help="A Dask scheduler's address or file; its workers measure."
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="cpu, or cuda: a GPU measures what it is faster at.")
-    ] = "cpu",
+    workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
-    """Measure a run and save the result; what an earlier result has is not measured again."""
-    from dynamics.analysis import storage
-    from dynamics.analysis.analyze import measure
-    from dynamics.analysis.selection import selected
+    """Measure a run and save the result. What an earlier result has is not measured again."""
+    from dynamics.analysis.saved import analyze_and_save, follow_and_save
     from dynamics.cli.tables import summary_table
     from dynamics.formats import open_run
 
     output = output or Path(f"{run_name(run)}.analysis.zarr")
-    choice: dict[str, Any] = {
-        "metrics": split(metrics),
-        "components": split(components),
-        "kinds": split(kinds),
-        "select": select or None,
-    }
-    who: dict[str, Any] = {"workers": workers, "scheduler": scheduler, "device": device}
-    cache = None if no_cache else output.with_name(f"{output.name.removesuffix('.zarr')}.cache")
-    ranges = step_ranges(steps)
-    open_it = partial(
+    execution = execution_of(output, no_cache, strict, workers, scheduler, device)
+    choice = choice_of(metrics, components, kinds, steps, select)
+    opened = partial(
         open_run, run, format=format, base=base, adapter=adapter, split_fused=not keep_fused
     )
-    if not storage.is_analysis(output):
-        storage.check_output(output, overwrite=overwrite)
     if follow:
-        from dynamics.cli.following import follow_and_save
+        from dynamics.cli.following import until_signalled
 
-        problems = follow_and_save(
-            open_it,
-            output,
-            overwrite=overwrite,
-            say=print_line,
-            interval=interval,
-            steps=lambda opened: steps_so_far(opened, ranges),
-            cache=cache,
-            strict=strict,
-            **who,
-            **choice,
-        )
+        with until_signalled() as stopped:
+            problems = follow_and_save(
+                opened,
+                output,
+                execution,
+                stopped=stopped,
+                say=print_line,
+                interval=interval,
+                overwrite=overwrite,
+                **choice,
+            )
         return report_problems(problems)
-    opened = open_it()
-    chosen = selected(opened, steps=steps_of(opened, ranges), **choice)
-    storage.check_update(output, chosen, overwrite=overwrite)
-    with progress_bar(run) as progress:
-        result = measure(chosen, cache=cache, strict=strict, progress=progress, **who)
-    if not overwrite:
-        storage.check_kept(output, result)
-    storage.save(result, output, overwrite=overwrite or output.exists())
+    with progress_bar(run_name(run)) as progress:
+        result = analyze_and_save(
+            opened, output, execution, overwrite=overwrite, progress=progress, **choice
+        )
     console().print(summary_table(result))
     print_line(f"Saved to {output}")
     report_problems(json.loads(result.attrs["problems"]))
@@ -155,7 +127,8 @@ def analyze(
 
 @app.command(
     epilog="Examples:\n\n  dynamics compare full=full/run.zarr lora=lora/run.zarr -o both.zarr\n\n"
-    "  dynamics compare a=a.analysis.zarr b=b.analysis.zarr --baseline a"
+    "  dynamics compare a=a.analysis.zarr b=b.analysis.zarr --baseline a\n\n"
+    "  dynamics compare a=a/checkpoints b=b/checkpoints --steps 0:1000 --workers 2"
 )
 def compare(
     runs: Annotated[
@@ -171,40 +144,49 @@ def compare(
     metrics: MetricsOption = None,
     components: ComponentsOption = None,
     kinds: KindsOption = None,
+    steps: StepsOption = None,
     select: SelectOption = None,
+    format: FormatOption = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
+    strict: StrictOption = False,
+    no_cache: NoCacheOption = False,
+    workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    device: DeviceOption = "cpu",
 ) -> None:
-    """Measure runs, or take analyses, and align them side by side."""
-    from dynamics.analysis import analyze, comparison, storage
+    """Measure runs, or take saved analyses, and align them side by side."""
+    from dynamics.analysis.saved import compare_and_save
+    from dynamics.analysis.storage import is_analysis
     from dynamics.cli.tables import summary_table
     from dynamics.formats import open_run
 
-    storage.check_output(output, overwrite=overwrite)
-    paths = named_paths(runs)
-    if baseline is not None and baseline not in paths:
-        raise DynamicsError(f"--baseline {baseline!r} is none of {', '.join(paths)}.")
-    analyses: dict[str, xr.Dataset] = {}
-    problems: list[str] = []
-    for name, path in paths.items():
-        if storage.is_analysis(path):
-            analyses[name] = storage.load(path)
-            continue
-        with progress_bar(path) as progress:
-            analyses[name] = analyze.analyze(
-                open_run(path),
-                metrics=split(metrics),
-                components=split(components),
-                kinds=split(kinds),
-                select=select or None,
-                progress=progress,
-            )
-        problems += [f"{name}: {each}" for each in json.loads(analyses[name].attrs["problems"])]
-    both = comparison.compare(analyses)
+    opened = partial(
+        open_run, format=format, base=base, adapter=adapter, split_fused=not keep_fused
+    )
+    given: dict[str, Path | Run] = {
+        name: Path(path) if is_analysis(path) else opened(path)
+        for name, path in named_paths(runs).items()
+    }
+    execution = execution_of(output, no_cache, strict, workers, scheduler, device)
+    choice = choice_of(metrics, components, kinds, steps, select)
+    with progress_bar(", ".join(given)) as progress:
+        both = compare_and_save(
+            given,
+            output,
+            execution,
+            baseline=baseline,
+            overwrite=overwrite,
+            progress=progress,
+            **choice,
+        )
     console().print(summary_table(both))
-    result = both if baseline is None else comparison.difference(both, baseline=baseline)
-    storage.save(result, output, overwrite=overwrite)
     print_line(f"Saved to {output}")
-    report_problems(problems)
+    measured = [name for name, each in given.items() if not isinstance(each, Path)]
+    problems = json.loads(both.attrs["problems"])
+    report_problems([f"{name}: {each}" for name in measured for each in problems[name]])
 
 
 @app.command(
@@ -242,36 +224,25 @@ def plot(
     import matplotlib
 
     matplotlib.use("Agg")
-    from dynamics import plots
     from dynamics.analysis import comparison, storage
+    from dynamics.plots.figure_files import save_figure
 
     dataset = storage.load(result)
     if run is not None:
         dataset = comparison.select_run(dataset, run)
-    several = schema.RUN in dataset.dims
-    style = style or (Style.comparison if several else Style.trajectory)
-    if style is Style.spectrum:
-        metric = schema.SINGULAR_VALUE
     stem = result.resolve().name.removesuffix(".zarr").removesuffix(".analysis")
-    output = output or Path(f"{stem}.{style.value}.{metric}.{kind}.png")
-    if output.exists() and not overwrite:
-        raise DynamicsError(f"{output} exists; choose another output or add --overwrite.")
-    if style is Style.trajectory:
-        ax = plots.plot_trajectory(dataset, metric, kind=kind, by=by)
-    elif style is Style.heatmap:
-        ax = plots.plot_heatmap(dataset, metric, kind=kind, module=module)
-    elif style is Style.comparison:
-        ax = plots.plot_comparison(dataset, metric, kind=kind, module=module)
-    elif matrix is None:
-        raise DynamicsError("--style spectrum needs --matrix NAME; 'dynamics inspect' lists them.")
-    else:
-        ax = plots.plot_spectrum(dataset, matrix, kind=kind)
-    try:
-        figure = ax.get_figure(root=True)
-        assert figure is not None
-        figure.savefig(output, dpi=150)
-    except (ValueError, OSError) as error:
-        raise DynamicsError(f"Cannot draw {output}: {error}.") from error
+    output = save_figure(
+        dataset,
+        output,
+        stem=stem,
+        style=style and style.value,
+        metric=metric,
+        kind=kind,
+        by=by,
+        module=module,
+        matrix=matrix,
+        overwrite=overwrite,
+    )
     print_line(f"Saved to {output}")
 
 
@@ -291,34 +262,27 @@ def inspect(
     ] = False,
 ) -> None:
     """Say what a run holds: its format, steps, kinds, matrices, scalars and events."""
-    from rich.table import Table
-
+    from dynamics.cli.tables import contents_table, matrices_table, verification_lines
     from dynamics.formats import open_run
-    from dynamics.runs.fused import kept_whole
+    from dynamics.formats.recording import RecordingRun
 
     opened = open_run(
         run, format=format, base=base, adapter=adapter, split_fused=not (keep_fused or verify)
     )
-    facts = Table(show_header=False, box=None)
-    facts.add_row("path", opened.path)
-    facts.add_row("format", opened.format)
-    facts.add_row("steps", abridged([str(step) for step in opened.steps]))
-    facts.add_row("kinds", ", ".join(opened.kinds))
-    facts.add_row("scalars", ", ".join(opened.scalars) or "none")
-    events = [f"{event.kind} at {event.step}" for event in opened.events]
-    facts.add_row("events", abridged(events) or "none")
-    if whole := list(kept_whole(opened).values()):
-        others = f" {len(whole) - 1} more likewise." * (len(whole) > 1)
-        facts.add_row("kept whole", whole[0] + others)
-    console().print(facts)
-    matrices = Table("matrix", "layer", "module", "shape")
-    for info in opened.matrices.values():
-        layer = "" if info.layer is None else str(info.layer)
-        matrices.add_row(info.name, layer, info.module, f"{info.rows} × {info.cols}")
-    console().print(matrices)
+    console().print(contents_table(opened))
+    console().print(matrices_table(opened))
+    problems = [*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())]
     if verify:
-        _verify(opened)
-    report_problems([*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())])
+        if not isinstance(opened, RecordingRun):
+            raise DynamicsError(
+                f"{opened.path} is not a recording (its format is {opened.format!r}). Only "
+                "recordings have checksums to verify; leave --verify out."
+            )
+        verification = opened.verify()
+        for line in verification_lines(verification, len(opened.steps)):
+            print_line(line)
+        problems = [*verification.damaged, *problems]
+    report_problems(problems)
 
 
 @app.command(
@@ -335,11 +299,11 @@ def audit(
     ] = False,
 ) -> None:
     """Check a run for defects: merges, resets, dead or frozen layers, NaN. Exit code 1: failed."""
-    from dynamics.auditing import audit as audited
+    from dynamics.auditing import audit as audit_run
     from dynamics.cli.tables import audit_table
     from dynamics.formats import open_run
 
-    report = audited(open_run(run, format=format, base=base, adapter=adapter))
+    report = audit_run(open_run(run, format=format, base=base, adapter=adapter))
     if as_json:
         print(report.to_json())
     else:
@@ -363,8 +327,8 @@ def list_(what: Annotated[Listing, typer.Argument()] = Listing.metrics) -> None:
         for name, metric in METRICS.items():
             table.add_row(name, metric.long_name, metric.reference)
     elif what is Listing.formats:
-        for known in FORMATS:
-            table.add_row(known.format, known.description)
+        for format in FORMATS:
+            table.add_row(format.name, format.description)
     else:
         meanings = schema.KINDS if what is Listing.kinds else schema.COMPONENTS
         for name, meaning in meanings.items():
@@ -373,7 +337,7 @@ def list_(what: Annotated[Listing, typer.Argument()] = Listing.metrics) -> None:
 
 
 def main() -> None:
-    """The console script `dynamics`."""
+    """Run `dynamics`: a user's error is one line on stderr and exit code 2."""
     run_app(app)
 
 
@@ -388,18 +352,3 @@ def run_app(command: typer.Typer) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _verify(run: "Run") -> None:
-    from dynamics.formats.recording import RecordingRun
-
-    if not isinstance(run, RecordingRun):
-        raise DynamicsError(f"{run.path} is no recording; only these have checksums to verify.")
-    found = run.verify()
-    lines = [f"{found.sound} of {len(run.steps)} records hold what was written"]
-    if found.unchecked:
-        lines.append(f"{found.unchecked} records have no checksum to compare with")
-    lines += [f"not part of any record, harmless: {key}" for key in found.leftovers]
-    for line in lines:
-        print_line(line)
-    report_problems(list(found.damaged))

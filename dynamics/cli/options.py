@@ -37,6 +37,20 @@ SelectOption = Annotated[
     list[str] | None,
     typer.Option("--select", help='Glob over parameter names, e.g. "*_proj"; may be repeated.'),
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Stop at the first unreadable file, NaN or Inf.")
+]
+NoCacheOption = Annotated[
+    bool, typer.Option("--no-cache", help="Keep no spectra beside the output (OUTPUT.cache).")
+]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="How many processes measure.")]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option("--scheduler", help="A Dask scheduler's address or file; its workers measure."),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="cpu, or cuda: a GPU measures what it is faster at.")
+]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output that exists.")
 ]

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dynamics.cli.values import run_name
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def progress_bar(run: str) -> "Iterator[Progress]":
+def progress_bar(name: str) -> "Iterator[Progress]":
     """A progress bar for `analyze`, whose warnings are printed at the end instead."""
     from rich.progress import (
         BarColumn,
@@ -45,7 +43,7 @@ def progress_bar(run: str) -> "Iterator[Progress]":
     console = error_console()
     silent = not console.is_terminal  # a log file gets warnings and errors only
     with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(f"measuring {run_name(run)}")
+        task = bar.add_task(f"measuring {name}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnmeasuredWarning)
             yield lambda done, total, _: bar.update(task, completed=done, total=total)

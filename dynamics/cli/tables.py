@@ -1,4 +1,4 @@
-"""Short tables of results for a terminal."""
+"""Tables and lines for a terminal: results, contents of runs, audits."""
 
 import numpy as np
 import xarray as xr
@@ -8,6 +8,9 @@ from rich.table import Table
 
 from dynamics import schema
 from dynamics.auditing.report import Report, Severity, Summary
+from dynamics.recordings.verification import Verification
+from dynamics.runs.fused import kept_whole
+from dynamics.runs.run import Run, abridged
 from dynamics.schema import Status
 
 # What the tables show of an analysis, as far as it has them.
@@ -60,6 +63,39 @@ def summary_table(dataset: xr.Dataset) -> Table:
         if not several:
             table.add_section()
     return table
+
+
+def contents_table(run: Run) -> Table:
+    """What a run holds."""
+    table = Table(show_header=False, box=None)
+    table.add_row("path", run.path)
+    table.add_row("format", run.format)
+    table.add_row("steps", abridged(run.steps.tolist()))
+    table.add_row("kinds", ", ".join(run.kinds))
+    table.add_row("scalars", ", ".join(run.scalars) or "none")
+    events = [f"{event.kind} at {event.step}" for event in run.events]
+    table.add_row("events", abridged(events) or "none")
+    if reasons := list(kept_whole(run).values()):
+        others = f" {len(reasons) - 1} more likewise." if len(reasons) > 1 else ""
+        table.add_row("kept whole", reasons[0] + others)
+    return table
+
+
+def matrices_table(run: Run) -> Table:
+    """One row per matrix of a run."""
+    table = Table("matrix", "layer", "module", "shape")
+    for info in run.matrices.values():
+        layer = "" if info.layer is None else str(info.layer)
+        table.add_row(info.name, layer, info.module, f"{info.rows} × {info.cols}")
+    return table
+
+
+def verification_lines(verification: Verification, records: int) -> list[str]:
+    """What a verification of a recording says besides the damages."""
+    lines = [f"{verification.sound} of {records} records hold what was written"]
+    if verification.unchecked:
+        lines.append(f"{verification.unchecked} records have no checksum to compare with")
+    return lines + [f"not part of any record, harmless: {key}" for key in verification.leftovers]
 
 
 def audit_table(report: Report) -> Table:

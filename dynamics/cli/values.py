@@ -1,64 +1,46 @@
-"""The values of the command line's options and arguments: lists, steps, named paths."""
+"""What the values of the command line's options and arguments mean."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
-    from dynamics.runs.run import Run
+    from dynamics.analysis.execution import Execution
+    from dynamics.analysis.selection import SelectionOptions
 
 
-class StepRange(NamedTuple):
-    """A part of "0,100,200:400": as it was written, and its ends, None where left out."""
-
-    text: str
-    first: int | None
-    last: int | None
-
-    def of(self, run: "Run") -> list[int]:
-        """The steps of the run in this range."""
-        return [
-            step
-            for step in run.steps.tolist()
-            if (self.first is None or self.first <= step)
-            and (self.last is None or step <= self.last)
-        ]
-
-
-def split(text: str | None) -> list[str] | None:
-    """The parts of a comma-separated list, None for None."""
-    return None if text is None else [each.strip() for each in text.split(",") if each.strip()]
+def choice_of(
+    metrics: str | None,
+    components: str | None,
+    kinds: str | None,
+    steps: str | None,
+    select: list[str] | None,
+) -> "SelectionOptions":
+    """What to measure."""
+    return {
+        "metrics": _split(metrics),
+        "components": _split(components),
+        "kinds": _split(kinds),
+        "steps": steps,
+        "select": select or None,
+    }
 
 
-def step_ranges(text: str | None) -> list[StepRange] | None:
-    """What "0,100,200:400" asks for; None for None."""
-    parts = split(text)
-    if parts == []:
-        raise DynamicsError("--steps is empty: nothing to measure; leave it out for all.")
-    return None if parts is None else [_step_range(part) for part in parts]
+def execution_of(
+    output: Path, no_cache: bool, strict: bool, workers: int, scheduler: str | None, device: str
+) -> "Execution":
+    """How to measure it, with a cache beside the output."""
+    from dynamics.analysis.execution import Execution
 
-
-def steps_of(run: "Run", ranges: list[StepRange] | None) -> list[int] | None:
-    """The steps that these choose; a range takes the steps that the run has there."""
-    if ranges is None:
-        return None
-    chosen: list[int] = []
-    for each in ranges:
-        if ":" not in each.text and each.first is not None:
-            chosen.append(run.check_step(each.first))
-            continue
-        within = each.of(run)
-        if not within:
-            known = abridged([str(step) for step in run.steps])
-            raise MissingError(f"{run.path} has no step in {each.text}; it has {known}.")
-        chosen += within
-    return chosen
-
-
-def steps_so_far(run: "Run", ranges: list[StepRange] | None) -> list[int] | None:
-    """The steps that these choose of those that a run in progress has by now."""
-    return None if ranges is None else [step for each in ranges for step in each.of(run)]
+    beside = output.with_name(f"{output.name.removesuffix('.zarr')}.cache")
+    return Execution(
+        cache=None if no_cache else beside,
+        strict=strict,
+        workers=workers,
+        scheduler=scheduler,
+        device=device,
+    )
 
 
 def named_paths(runs: list[str]) -> dict[str, str]:
@@ -69,7 +51,7 @@ def named_paths(runs: list[str]) -> dict[str, str]:
         if not equals or not name or not path:
             raise DynamicsError(f"Expected NAME=RUN, found {each!r}.")
         if name in paths:
-            raise DynamicsError(f"The name {name!r} is given twice.")
+            raise DynamicsError(f"The name {name!r} is given twice; give each run its own.")
         paths[name] = path
     return paths
 
@@ -80,20 +62,6 @@ def run_name(run: str) -> str:
     return path.removesuffix(".zarr") or "run"
 
 
-def abridged(items: list[str], at_most: int = 12) -> str:
-    """The items, separated by commas, with dots in place of too many."""
-    if len(items) > at_most:
-        items = [*items[: at_most - 2], "...", items[-1]]
-    return ", ".join(items)
-
-
-def _step_range(part: str) -> StepRange:
-    first, colon, last = part.partition(":")
-    try:
-        if not colon:
-            return StepRange(part, int(part), int(part))
-        return StepRange(part, int(first) if first else None, int(last) if last else None)
-    except ValueError as error:
-        raise DynamicsError(
-            f"--steps takes numbers and ranges FIRST:LAST, found {part!r}."
-        ) from error
+def _split(text: str | None) -> list[str] | None:
+    """The parts of a comma-separated list, None for None."""
+    return None if text is None else [each.strip() for each in text.split(",") if each.strip()]

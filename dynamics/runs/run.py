@@ -255,12 +255,17 @@ class Run(ABC):
         """The step itself if the run has it; MissingError names those it has."""
         if step not in self.steps:
             raise MissingError(
-                f"No step {step} in {self.path}; available: {_listing(self.steps.tolist())}."
+                f"No step {step} in {self.path}; available: {abridged(self.steps.tolist())}."
             )
         return step
 
 
-def _listing(items: Sequence[object], at_most: int = 12) -> str:
+def abridged(items: Sequence[object], at_most: int = 12) -> str:
+    """The items with commas in between, and with dots in the place of too many.
+
+    >>> abridged(range(5), at_most=4)
+    '0, 1, ..., 4'
+    """
     shown = [str(item) for item in items]
     if len(shown) > at_most:
         shown = [*shown[: at_most - 2], "...", shown[-1]]

@@ -388,13 +388,13 @@ def test_a_file_has_an_origin_once_it_is_old_enough_to_tell_a_change(tmp_path):
 
 SLOW = """
 import sys, time
-from dynamics import analysis, measuring
-compute = measuring.spectrum
+from dynamics.analysis import analyze, tasks
+compute = tasks.spectrum
 def slowly(*args, **kwargs):
     time.sleep(0.15)
     return compute(*args, **kwargs)
-measuring.spectrum = slowly
-analysis.analyze(sys.argv[1], cache=sys.argv[2])
+tasks.spectrum = slowly
+analyze.analyze(sys.argv[1], cache=sys.argv[2])
 """
 
 

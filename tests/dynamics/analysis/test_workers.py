@@ -23,8 +23,9 @@ from zarr.storage import MemoryStore
 
 import dynamics as dy
 from dynamics.analysis.analyze import StoppedError, measure
+from dynamics.analysis.execution import Execution
 from dynamics.analysis.selection import selection_of
-from dynamics.analysis.workers import _results
+from dynamics.analysis.workers import _in_order_of_completion
 from dynamics.formats.recording import RecordingRun
 
 # Large enough for the Gram matrix, and for tasks to be under way when a worker dies.
@@ -190,8 +191,7 @@ def test_an_analysis_with_workers_can_be_stopped_and_goes_on(recording, serial, 
     with pytest.raises(StoppedError):
         measure(
             selection_of(dy.open_run(recording)),
-            cache=cache,
-            workers=2,
+            Execution(cache=cache, workers=2),
             progress=lambda *_: end.append(1),
             stopped=lambda: bool(end),
         )
@@ -292,7 +292,7 @@ def test_workers_that_join_later_get_tasks():
         return future
 
     found = []
-    for task, _ in _results(submit, iter(range(200)), lambda: workers[0], lambda: False):
+    for task, _ in _in_order_of_completion(submit, iter(range(200)), lambda: workers[0], lambda: False):
         found.append(task)
         if len(found) == 20:
             workers[0] = 20

@@ -216,7 +216,7 @@ def test_steps_are_numbers_and_ranges(command, recording, here, text, steps):
         ("5", "No step 5 in .*run.zarr; available: 0, 10, 20"),
         ("11:19", "has no step in 11:19; it has 0, 10, 20"),
         ("20:0", "has no step in 20:0"),
-        ("a", "--steps takes numbers and ranges FIRST:LAST, found 'a'"),
+        ("a", "steps takes numbers and ranges FIRST:LAST, found 'a'"),
         ("1:b", "found '1:b'"),
         ("1:2:3", "found '1:2:3'"),
         ("1.5", "found '1.5'"),
@@ -241,7 +241,7 @@ def test_steps_that_are_none_are_refused(refused, recording, here, text, message
         (["--kinds", ""], "kinds is empty"),
         (["--components", "heads"], "No component 'heads'; known: parameters"),
         (["--select", "nothing*"], "No matrix of "),
-        (["--format", "gguf"], "No format 'gguf'; known: recording, hub_cache,"),
+        (["--format", "gguf"], "There is no format 'gguf'; give one of recording, hub_cache,"),
         (["--base", "."], "is of format 'recording', which takes no base model"),
     ],
 )
@@ -264,8 +264,8 @@ def test_bad_inputs_are_one_line(refused, tmp_path, here, write_recording, verb)
     expected = {
         "nowhere": "does not exist",
         "empty": "is empty",
-        "file.safetensors": "no readable safetensors file",
-        "other": "Nothing recognised",
+        "file.safetensors": "not a readable safetensors file",
+        "other": "holds no run of a known format",
         "future.zarr": "version 9",
         "group.zarr": "of format None",
         "array.zarr": "holds no readable Zarr",
@@ -282,7 +282,7 @@ def test_bad_inputs_are_one_line(refused, tmp_path, here, write_recording, verb)
     }.items():
         (bad / name / "checkpoint-1").mkdir(parents=True)
         (bad / name / "checkpoint-1/model.safetensors").write_bytes(content)
-        expected[name] = "is no readable safetensors file"
+        expected[name] = "is not a readable safetensors file"
     for name, content in {"index": "{", "map": '{"weight_map": {"a": "../x"}}'}.items():
         (bad / name / "checkpoint-1").mkdir(parents=True)
         (bad / name / "checkpoint-1/model.safetensors.index.json").write_text(content)
@@ -389,6 +389,34 @@ def test_compare_measures_with_the_options(command, recording, other, here):
     assert both["kind"].values.tolist() == ["update"]
     assert set(both["module"].values.tolist()) == {"up_proj"}
     assert "effective_rank" not in both
+
+
+def test_compare_takes_what_analyze_takes(command, recording, other, here):
+    runs = (f"a={recording}", f"b={other}")
+    options = ("--steps", "10:", "--workers", "2", "--format", "recording")
+    code, _, err = command("compare", *runs, *options)
+    assert (code, err) == (0, "")
+    both = dy.load(here / "comparison.zarr")
+    assert both.identical(dy.compare({"a": recording, "b": other}, steps="10:"))
+    assert (here / "comparison.cache").is_file()
+
+
+def test_compare_again_measures_nothing_again(command, recording, other, here, monkeypatch):
+    runs = (f"a={recording}", f"b={other}")
+    assert command("compare", *runs)[0] == 0
+    first = dy.load(here / "comparison.zarr")
+    monkeypatch.setattr("dynamics.analysis.tasks.spectrum", lambda *_, **__: pytest.fail("again"))
+    assert command("compare", *runs, "--overwrite")[0] == 0
+    assert dy.load(here / "comparison.zarr").identical(first)
+
+
+@pytest.mark.parametrize("option", ["--base", "--adapter"])
+def test_compare_hands_options_of_a_format_on(refused, recording, other, here, option):
+    said = refused("compare", f"a={recording}", f"b={other}", option, "x")
+    assert "format 'recording', which takes no" in said
+    assert "no format 'x'" in refused("compare", f"a={recording}", f"b={other}", "--format", "x")
+    assert "device 'x'" in refused("compare", f"a={recording}", f"b={other}", "--device", "x")
+    assert list(here.iterdir()) == []
 
 
 def test_compare_with_a_baseline_saves_differences(command, recording, other, here):
