@@ -3,7 +3,6 @@
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,45 +15,46 @@ from tests.short_run import TEXT, short_config
 
 
 @dataclass
-class Trained:
-    """A finished run: its folder, the audits of both of its records, and what it warned about."""
+class AuditedRun:
+    """The audits of the recording and the checkpoints of a finished run, and its warnings."""
 
-    folder: Path
     recording: Report
     checkpoints: Report
     warned: list[str]
 
 
 @pytest.fixture(scope="session")
-def text() -> TextData:
+def text_data() -> TextData:
     return prepare_data([TEXT], short_config())
 
 
 @pytest.fixture(scope="session")
-def trained(text, tmp_path_factory):
-    """trained(name, plant=None, **config): train once per name, with a defect planted."""
-    runs: dict[str, Trained] = {}
+def audited_run(text_data, tmp_path_factory):
+    """audited_run(name, plant=None, **config): trained once per name, with a defect planted."""
+    runs: dict[str, AuditedRun] = {}
 
-    def run(name, plant=None, **config) -> Trained:
+    def run(name, plant=None, **config) -> AuditedRun:
         if name not in runs:
             folder = tmp_path_factory.mktemp(name)
             recorder = RecorderCallback(folder / "run.zarr", every=3)
-            with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as w:
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                warnings.catch_warnings(record=True) as caught,
+            ):
                 warnings.simplefilter("always")
                 if plant is not None:
                     plant(patch)
                 train(
                     short_config(**config),
-                    text,
+                    text_data,
                     folder / "checkpoints",
                     callbacks=[recorder],
                     on_event=recorder.event,
                 )
-            runs[name] = Trained(
-                folder,
+            runs[name] = AuditedRun(
                 audit(folder / "run.zarr"),
                 audit(folder / "checkpoints"),
-                [str(each.message) for each in w if issubclass(each.category, UserWarning)],
+                [str(each.message) for each in caught if issubclass(each.category, UserWarning)],
             )
         return runs[name]
 
@@ -67,7 +67,7 @@ def factors(layer):
 
 @contextmanager
 def adapters_kept(model, which="AB"):
-    """A block that merges and resets, after which these factors are what they were before."""
+    """Around a merge and reset: afterwards, these factors get their old values back."""
     layers = list(restart.lora_layers(model).values())
     kept = [[factor.detach().clone() for factor in factors(layer)] for layer in layers]
     yield layers, kept

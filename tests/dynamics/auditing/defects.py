@@ -1,16 +1,12 @@
 """One function per defect; each plants it into the reference trainer through `patch`."""
 
-import sys
-
 import torch
 
-from probes.relora.training import restart
+from probes.relora.training import restart, trainer
 from probes.relora.training.restart import lora_layers
 from tests.dynamics.auditing.conftest import adapters_kept, factors
 
-# `probes.relora.training.trainer` is the function; the module's names are looked up in the module.
-TRAIN = sys.modules["probes.relora.training.trainer"]
-MERGE = restart.merge_and_reset
+correct_merge = restart.merge_and_reset
 
 
 def _bases(model):
@@ -18,12 +14,12 @@ def _bases(model):
 
 
 def merge_with_scale(factor):
-    """A merge of factor · s·B·A, the adapters reset as they should be."""
+    """The merge adds factor · s·B·A; the adapters are reset as they should be."""
 
     @torch.no_grad()
     def merge(model, *, seed, step, **_):
         before = [base.clone() for base in _bases(model)]
-        merged = MERGE(model, seed=seed, step=step)
+        merged = correct_merge(model, seed=seed, step=step)
         for base, old in zip(_bases(model), before, strict=True):
             base.copy_(old + factor * (base - old))
         return merged
@@ -32,13 +28,13 @@ def merge_with_scale(factor):
 
 
 def merge_without_scale(patch):
-    """What the published code does: W + B·A."""
+    """The merge adds B·A without the scale, as the published code does."""
 
     @torch.no_grad()
     def merge(model, *, seed, step, **_):
         products = [b @ a for a, b in map(factors, lora_layers(model).values())]
         before = [base.clone() for base in _bases(model)]
-        merged = MERGE(model, seed=seed, step=step)
+        merged = correct_merge(model, seed=seed, step=step)
         for base, old, product in zip(_bases(model), before, products, strict=True):
             base.copy_(old + product)
         return merged
@@ -47,17 +43,17 @@ def merge_without_scale(patch):
 
 
 def reset_undone(which):
-    """The adapters are merged, and these of their factors go on as they were."""
+    """The adapters are merged, but these of their factors are not reset."""
 
     def merge(model, *, seed, step, **_):
         with adapters_kept(model, which):
-            return MERGE(model, seed=seed, step=step)
+            return correct_merge(model, seed=seed, step=step)
 
     return lambda patch: patch.setattr(restart, "merge_and_reset", merge)
 
 
 def _prepared(patch, prepare):
-    original = TRAIN.add_adapters
+    original = trainer.add_adapters
 
     def add_adapters(model, config):
         model = original(model, config)
@@ -65,7 +61,7 @@ def _prepared(patch, prepare):
             prepare(model)
         return model
 
-    patch.setattr(TRAIN, "add_adapters", add_adapters)
+    patch.setattr(trainer, "add_adapters", add_adapters)
 
 
 def zero_start(patch):
@@ -116,11 +112,11 @@ def moments_pruned_apart(patch):
 
 
 def optimizer_not_reset(patch):
-    """A reset that touches nothing and says it did."""
+    """A reset that changes nothing and reports success."""
     patch.setattr(restart, "reset_optimizer", lambda *args, **options: 28)
 
 
 def bfloat16_base(patch):
     """The whole model in bfloat16; PEFT keeps the adapters in float32."""
-    original = TRAIN.build_model
-    patch.setattr(TRAIN, "build_model", lambda config: original(config).to(torch.bfloat16))
+    original = trainer.build_model
+    patch.setattr(trainer, "build_model", lambda config: original(config).to(torch.bfloat16))

@@ -17,9 +17,8 @@ from tests.dynamics.auditing.written_runs import (
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("events", [True, False])
-def test_a_faithful_recording_passes_with_and_without_events(tmp_path, seed, events):
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr", seed=seed, events=events))
+def test_a_faithful_recording_passes_with_and_without_events(tmp_path, seed):
+    report = dy.audit(write_relora_run(tmp_path / "run.zarr", seed=seed, events=seed % 2 == 0))
     assert failed_checks(report) == set()
     assert severities(report)["merge_fidelity"] is Severity.PASS
     assert severities(report)["adapter_reset"] is Severity.PASS
