@@ -20,9 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train a full-rank and a ReLoRA twin, measure and compare them (OUT=demo, TEXT=dir of .txt)
 	$(BIN)/python -m probes.relora demo $(OUT) $(if $(TEXT),--text $(TEXT))
 
-# Files of tests in several processes, with a thread each: many tests wait for other processes. In
-# their own order: by their number of tests, the slowest would begin last.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+# Whole files of tests in several processes, with one thread each. Files with slow tests begin first
+# (tests/conftest.py); xdist would begin with those that have many tests.
+PROCESSES ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 4 \
 	--dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)  ## run every test

@@ -24,7 +24,7 @@ from dynamics.runs import origins
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Event, Factored
 
-Q0 = "model.layers.0.self_attn.q_proj.weight"
+QUERY_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
 def settle(path):
@@ -54,8 +54,8 @@ def counts(monkeypatch):
 
 
 @pytest.fixture
-def again(tmp_path, counts):
-    """again(run, **options): (spectra computed, matrices read) of an analysis with the cache.
+def work_done(tmp_path, counts):
+    """work_done(run, **options): (spectra computed, matrices read) of an analysis with the cache.
 
     The result has been compared with that of an analysis without a cache.
     """
@@ -85,99 +85,102 @@ def measured_cells(path, **options):
     return int((status == dy.Status.MEASURED).sum())
 
 
-def test_what_has_not_changed_is_neither_read_nor_measured(again, recording):
-    first, reads = again(recording)
+def test_what_has_not_changed_is_neither_read_nor_measured(work_done, recording):
+    first, reads = work_done(recording)
     # At the second record, update and displacement are one matrix.
     assert first == measured_cells(recording) - 5 > 0
     assert reads > 0
-    computed, reads = again(recording, kinds=["weight", "update", "displacement"], steps=[10, 20])
+    computed, reads = work_done(
+        recording, kinds=["weight", "update", "displacement"], steps=[10, 20]
+    )
     assert (computed, reads) == (0, 0)
-    computed, reads = again(recording)
+    computed, reads = work_done(recording)
     assert computed == 0
     # Cells that hold no number are looked at again: no update or gradient at the first step.
     assert reads <= first // 10 + 5
 
 
-def test_unchanged_checkpoints_are_neither_read_nor_measured(again, checkpoints):
-    first, reads = again(checkpoints)
+def test_unchanged_checkpoints_are_neither_read_nor_measured(work_done, checkpoints):
+    first, reads = work_done(checkpoints)
     matrices = len(dy.open_run(checkpoints).matrices)
     assert first == (3 + 2 + 2 - 1) * matrices  # update and displacement of step 4 are the same
     assert reads > 0
-    assert again(checkpoints) == (0, 0)
+    assert work_done(checkpoints) == (0, 0)
 
 
-def test_a_metric_more_costs_no_measurement(again, checkpoints):
-    again(checkpoints, metrics=["stable_rank"])
-    assert again(checkpoints, metrics=["effective_rank", "outliers"]) == (0, 0)
+def test_a_metric_more_costs_no_measurement(work_done, checkpoints):
+    work_done(checkpoints, metrics=["stable_rank"])
+    assert work_done(checkpoints, metrics=["effective_rank", "outliers"]) == (0, 0)
 
 
-def test_a_touched_checkpoint_is_read_and_not_measured(again, checkpoints):
-    again(checkpoints)
+def test_a_touched_checkpoint_is_read_and_not_measured(work_done, checkpoints):
+    work_done(checkpoints)
     os.utime(checkpoints / "checkpoint-4/model.safetensors", (1e9, 1e9))
-    computed, reads = again(checkpoints)
+    computed, reads = work_done(checkpoints)
     assert computed == 0
     assert reads > 0
-    assert again(checkpoints) == (0, 0)
+    assert work_done(checkpoints) == (0, 0)
 
 
-def test_a_checkpoint_that_was_written_just_now_is_read_again(again, checkpoints):
+def test_a_checkpoint_that_was_written_just_now_is_read_again(work_done, checkpoints):
     file = checkpoints / "checkpoint-6/model.safetensors"
     os.utime(file)
-    again(checkpoints)
+    work_done(checkpoints)
     os.utime(file)
-    computed, reads = again(checkpoints)
+    computed, reads = work_done(checkpoints)
     assert computed == 0
     assert reads > 0
 
 
-def test_a_rewritten_checkpoint_is_measured_again(again, checkpoints, tmp_path):
-    again(checkpoints)
+def test_a_rewritten_checkpoint_is_measured_again(work_done, checkpoints, tmp_path):
+    work_done(checkpoints)
     before = dy.analyze(checkpoints, cache=tmp_path / "spectra.cache")
     file = checkpoints / "checkpoint-4/model.safetensors"
     date, content = file.stat().st_mtime_ns, file.read_bytes()
-    weight = load_file(file)[Q0].tobytes()
+    weight = load_file(file)[QUERY_WEIGHT].tobytes()
     doubled = (np.frombuffer(weight, np.float32) * 2).tobytes()
     with file.open("r+b") as opened:  # in place: neither size nor inode change
         opened.seek(content.index(weight))
         opened.write(doubled)
     os.utime(file, ns=(date + 1, date + 1))
     # The weight, the update (which is the displacement) of this step, and the update of the next.
-    assert again(checkpoints)[0] == 3
+    assert work_done(checkpoints)[0] == 3
     after = dy.analyze(checkpoints, cache=tmp_path / "spectra.cache")
     old, new = (
-        each.spectral_norm.sel(kind="weight", step=4, matrix=Q0).item() for each in (before, after)
+        each.spectral_norm.sel(kind="weight", step=4, matrix=QUERY_WEIGHT).item()
+        for each in (before, after)
     )
     assert new == 2 * old
 
 
-def test_only_the_cells_of_a_new_checkpoint_are_measured(again, checkpoints, tiny_llama):
-    again(checkpoints)
+def test_only_the_cells_of_a_new_checkpoint_are_measured(work_done, checkpoints, tiny_llama):
+    work_done(checkpoints)
     tiny_llama(7).save_pretrained(checkpoints / "checkpoint-8")
     settle(checkpoints)
     matrices = len(dy.open_run(checkpoints).matrices)
-    assert again(checkpoints)[0] == 3 * matrices  # weight, update, displacement
-    assert again(checkpoints) == (0, 0)
+    assert work_done(checkpoints)[0] == 3 * matrices  # weight, update, displacement
+    assert work_done(checkpoints) == (0, 0)
 
 
-def test_a_checkpoint_in_between_changes_the_next_ones_update(again, checkpoints, tiny_llama):
-    again(checkpoints)
+def test_a_checkpoint_in_between_changes_the_next_ones_update(work_done, checkpoints, tiny_llama):
+    work_done(checkpoints)
     tiny_llama(7).save_pretrained(checkpoints / "checkpoint-5")
     settle(checkpoints)
     matrices = len(dy.open_run(checkpoints).matrices)
     # Weight, update and displacement of step 5, and the update of step 6.
-    assert again(checkpoints)[0] == 4 * matrices
+    assert work_done(checkpoints)[0] == 4 * matrices
 
 
-def test_a_removed_checkpoint_changes_the_next_ones_update(again, checkpoints):
-    again(checkpoints)
+def test_a_removed_checkpoint_changes_the_next_ones_update(work_done, checkpoints):
+    work_done(checkpoints)
     shutil.rmtree(checkpoints / "checkpoint-4")
     # Steps 2 and 6 are left: the update between them is the displacement measured before.
-    assert again(checkpoints)[0] == 0
+    assert work_done(checkpoints)[0] == 0
     assert len(dy.analyze(checkpoints)["step"]) == 2
 
 
-def test_a_damaged_checkpoint_is_not_hidden_by_the_cache(again, checkpoints, tmp_path):
-    again(checkpoints)
+def test_a_damaged_checkpoint_is_not_hidden_by_the_cache(work_done, checkpoints, tmp_path):
+    work_done(checkpoints)
     file = checkpoints / "checkpoint-4/model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:1000])
@@ -187,36 +190,38 @@ def test_a_damaged_checkpoint_is_not_hidden_by_the_cache(again, checkpoints, tmp
     status = result["status"].sel(kind="weight", step=4)
     assert (status == dy.Status.UNREADABLE).all()
     file.write_bytes(whole)
-    assert again(checkpoints)[0] == 0
+    assert work_done(checkpoints)[0] == 0
 
 
 @pytest.mark.parametrize("component", ["ov_circuit", "qk_circuit", "pico_ov_circuit"])
-def test_circuits_are_measured_once_and_again_when_a_factor_changes(again, checkpoints, component):
+def test_circuits_are_measured_once_and_again_when_a_factor_changes(
+    work_done, checkpoints, component
+):
     heads = 1 if component == "pico_ov_circuit" else 4
-    first, _ = again(checkpoints, components=[component])
+    first, _ = work_done(checkpoints, components=[component])
     same = 0 if component == "pico_ov_circuit" else 8  # update and displacement of step 4
     assert first == measured_cells(checkpoints, components=[component]) - same
-    assert again(checkpoints, components=[component], kinds=["weight"]) == (0, 0)
+    assert work_done(checkpoints, components=[component], kinds=["weight"]) == (0, 0)
     file = checkpoints / "checkpoint-6/model.safetensors"
     stored = load_file(file)
     module = "q_proj" if component == "qk_circuit" else "v_proj"
     stored[f"model.layers.1.self_attn.{module}.weight"] *= 3
     save_file(stored, file)
     settle(checkpoints)
-    assert again(checkpoints, components=[component], kinds=["weight"])[0] == heads
+    assert work_done(checkpoints, components=[component], kinds=["weight"])[0] == heads
 
 
-def test_every_head_depends_on_what_another_head_has_read(again, checkpoints, counts, tmp_path):
+def test_every_head_depends_on_what_another_head_has_read(work_done, checkpoints, counts, tmp_path):
     """Matrices that are still in memory from the head before are dependencies all the same."""
     options = {"components": ["ov_circuit"], "kinds": ["weight"], "select": "*layers.0*"}
-    again(checkpoints, **options)
+    work_done(checkpoints, **options)
     rows = sqlite3.connect(tmp_path / "spectra.cache").execute("SELECT dependencies FROM cells")
     found = [row[0].decode() for row in rows]
     assert len(found) == 3 * 4
     assert all("v_proj" in each and "o_proj" in each for each in found)
 
 
-def test_adapters_are_measured_again_when_their_base_changes(again, tmp_path, tiny_llama):
+def test_adapters_are_measured_again_when_their_base_changes(work_done, tmp_path, tiny_llama):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     run = tmp_path / "adapters"
     config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])
@@ -228,21 +233,21 @@ def test_adapters_are_measured_again_when_their_base_changes(again, tmp_path, ti
         model.save_pretrained(run / f"checkpoint-{step}")
         tiny_llama(3).save_pretrained(run / f"checkpoint-{step}/base")
     settle(run)
-    assert again(run)[0] > 0
-    assert again(run)[0] == 0
+    assert work_done(run)[0] > 0
+    assert work_done(run)[0] == 0
     file = run / "checkpoint-2/base/model.safetensors"
     stored = load_file(file)
-    stored[Q0] = stored[Q0] * np.float32(1.5)
+    stored[QUERY_WEIGHT] = stored[QUERY_WEIGHT] * np.float32(1.5)
     save_file(stored, file)
     settle(run)
     # At 2: weight, base, and the differences from 1, which are one matrix. At 3: the differences
     # from 2; and the displacement, whose two weights are what they were, but were merged twice.
-    assert again(run)[0] == 5
-    assert again(run)[0] == 0
+    assert work_done(run)[0] == 5
+    assert work_done(run)[0] == 0
 
 
 def test_merges_are_counted_again_when_a_damaged_checkpoint_between_them_is_repaired(
-    again, tmp_path, tiny_llama
+    work_done, tmp_path, tiny_llama
 ):
     """Its base is whole all along: what the count was made from must not look the same."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
@@ -254,19 +259,19 @@ def test_merges_are_counted_again_when_a_damaged_checkpoint_between_them_is_repa
         model.save_pretrained(run / f"checkpoint-{step}")
         base.save_pretrained(run / f"checkpoint-{step}/base")
         with torch.no_grad():  # as a merge does
-            base.get_parameter(Q0).mul_(1.5)
+            base.get_parameter(QUERY_WEIGHT).mul_(1.5)
     file = run / "checkpoint-2/adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
     settle(run)
-    options = {"kinds": ["displacement"], "select": Q0}
+    options = {"kinds": ["displacement"], "select": QUERY_WEIGHT}
     merges = []
     for content in (whole[:100], whole):
         file.write_bytes(content)
         settle(run)
         with nullcontext() if content == whole else pytest.warns(dy.UnmeasuredWarning):
-            again(run, **options)
-        merges.append(dy.open_run(run).merges_between(Q0, 1, 3))
+            work_done(run, **options)
+        merges.append(dy.open_run(run).merges_between(QUERY_WEIGHT, 1, 3))
     assert merges == [1, 2]
 
 
@@ -284,21 +289,21 @@ def test_nothing_in_a_checkpoint_that_cannot_be_read_has_an_origin(
             tiny_llama(3).save_pretrained(run / f"checkpoint-{step}/base")
         settle(run)
     opened = dy.open_run(run)
-    assert all(opened.origin(Q0, 4, kind) not in (None, origins.ABSENT) for kind in kinds)
+    assert all(opened.origin(QUERY_WEIGHT, 4, kind) not in (None, origins.ABSENT) for kind in kinds)
     (run / "checkpoint-4" / damaged).write_bytes(b"")
     settle(run)
     opened = dy.open_run(run)
     assert set(opened.problems) == {4}
-    assert [opened.origin(Q0, 4, kind) for kind in kinds] == [None] * len(kinds)
-    assert opened.origin(Q0, 2, "weight") is not None
+    assert [opened.origin(QUERY_WEIGHT, 4, kind) for kind in kinds] == [None] * len(kinds)
+    assert opened.origin(QUERY_WEIGHT, 2, "weight") is not None
 
 
-def test_a_rewound_recording_is_measured_again_from_there(again, recording):
-    again(recording)
+def test_a_rewound_recording_is_measured_again_from_there(work_done, recording):
+    work_done(recording)
     writer = RecordingWriter(recording, {}, resume=True)
     writer.rewind(10)
     run = dy.open_run(recording)
-    assert again(recording)[0] == 0
+    assert work_done(recording)[0] == 0
     rng = np.random.default_rng(9)
     weights = {
         matrix_path(WEIGHT, name): rng.standard_normal((info.rows, info.cols), np.float32)
@@ -306,11 +311,11 @@ def test_a_rewound_recording_is_measured_again_from_there(again, recording):
     }
     writer.append(20, weights, tokens=1)
     settle(recording)
-    assert again(recording)[0] == 3 * len(weights)  # weight, update, displacement
-    assert again(recording, kinds=["weight"]) == (0, 0)
+    assert work_done(recording)[0] == 3 * len(weights)  # weight, update, displacement
+    assert work_done(recording, kinds=["weight"]) == (0, 0)
 
 
-def test_an_adapted_recording_whose_merge_is_noted_later_has_more_noise(again, tmp_path):
+def test_an_adapted_recording_whose_merge_is_noted_later_has_more_noise(work_done, tmp_path):
     run, name = tmp_path / "adapted.zarr", "model.layers.0.mlp.up_proj.weight"
     rng = np.random.default_rng(0)
     shapes = {matrix_path(WEIGHT, name): (16, 8), factor_path(name, "A"): (2, 8)}
@@ -321,17 +326,17 @@ def test_an_adapted_recording_whose_merge_is_noted_later_has_more_noise(again, t
         matrices = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
         writer.append(step, matrices, attrs=dict.fromkeys(shapes, facts))
     settle(run)
-    again(run)
-    assert again(run, kinds=["base", "adapter", "displacement"], steps=[10, 20]) == (0, 0)
+    work_done(run)
+    assert work_done(run, kinds=["base", "adapter", "displacement"], steps=[10, 20]) == (0, 0)
     writer.event(Event(10, "merge", {}))
     # Of the differences only the one from 10 to 20 and that from 0 to 20 span the merge; the
     # merged adapters' sum is measured for the first time at 20 (before, it is the adapter itself).
-    assert again(run, kinds=["update", "displacement"])[0] == 2
-    assert again(run, kinds=["accumulated_adapter"], steps=[20])[0] == 1
-    again(run, kinds=["weight"])
-    assert again(run, kinds=["weight"]) == (0, 0)
+    assert work_done(run, kinds=["update", "displacement"])[0] == 2
+    assert work_done(run, kinds=["accumulated_adapter"], steps=[20])[0] == 1
+    work_done(run, kinds=["weight"])
+    assert work_done(run, kinds=["weight"]) == (0, 0)
     writer.event(Event(20, "resume", {}))
-    computed, reads = again(run, kinds=["weight"])
+    computed, reads = work_done(run, kinds=["weight"])
     assert computed == 0
     assert reads == 1  # what happened at step 20 might matter to its cell
 
@@ -360,10 +365,10 @@ def test_an_adapter_of_another_scaling_is_another_matrix():
     assert content_key(Dense(left.copy(), "float32")) == content_key(Dense(left, "float32"))
 
 
-def test_a_store_in_memory_is_read_again_and_not_measured(again, write_recording):
+def test_a_store_in_memory_is_read_again_and_not_measured(work_done, write_recording):
     store = write_recording(zarr.storage.MemoryStore())
-    assert again(dy.open_run(store))[0] > 0
-    computed, reads = again(dy.open_run(store))
+    assert work_done(dy.open_run(store))[0] > 0
+    computed, reads = work_done(dy.open_run(store))
     assert computed == 0
     assert reads > 0
 
@@ -399,7 +404,7 @@ analyze.analyze(sys.argv[1], cache=sys.argv[2])
 
 
 @pytest.mark.slow
-def test_a_killed_analysis_continues_where_it_was(again, recording, tmp_path):
+def test_a_killed_analysis_continues_where_it_was(work_done, recording, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLOW, recording, tmp_path / "spectra.cache"])
     done, end = 0, time.monotonic() + 60
     while done < 8 and time.monotonic() < end:
@@ -413,19 +418,19 @@ def test_a_killed_analysis_continues_where_it_was(again, recording, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     every = measured_cells(recording)
-    computed, _ = again(recording)
+    computed, _ = work_done(recording)
     assert 0 < computed <= every - done
-    assert again(recording)[0] == 0
+    assert work_done(recording)[0] == 0
 
 
-def test_an_analysis_that_fails_keeps_what_it_has_measured(again, recording, tmp_path):
+def test_an_analysis_that_fails_keeps_what_it_has_measured(work_done, recording, tmp_path):
     def stop(done, total, name):
         if done == total * 2 // 5:  # of 5 matrices
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         dy.analyze(recording, cache=tmp_path / "spectra.cache", progress=stop)
-    assert again(recording)[0] == (measured_cells(recording) - 5) // 5 * 3
+    assert work_done(recording)[0] == (measured_cells(recording) - 5) // 5 * 3
 
 
 # The file -----------------------------------------------------------------------------------------
@@ -496,10 +501,10 @@ def test_two_analyses_may_share_a_cache(recording, write_recording, tmp_path, co
 def test_strict_raises_at_what_cannot_be_measured(checkpoints, tmp_path):
     file = checkpoints / "checkpoint-4/model.safetensors"
     stored, whole = load_file(file), file.read_bytes()
-    stored[Q0][0, 0] = np.nan
+    stored[QUERY_WEIGHT][0, 0] = np.nan
     save_file(stored, file)
     for kinds in (None, ["update"]):
-        with pytest.raises(dy.DynamicsError, match=f"{Q0} .* at step 4 holds NaN or Inf"):
+        with pytest.raises(dy.DynamicsError, match=f"{QUERY_WEIGHT} .* at step 4 holds NaN or Inf"):
             dy.analyze(checkpoints, strict=True, kinds=kinds)
     file.write_bytes(whole[:1000])
     with pytest.raises(dy.DynamicsError, match="1000 bytes"):

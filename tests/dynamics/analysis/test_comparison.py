@@ -10,8 +10,12 @@ from dynamics.errors import DynamicsError, MissingError
 from dynamics.recordings import RecordingWriter
 from dynamics.schema import Status
 
-Q0 = "model.layers.0.self_attn.q_proj.weight"
-WIDE = {Q0: (12, 10), "model.layers.2.mlp.up_proj.weight": (6, 10), "lm_head.weight": (4, 10)}
+QUERY_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
+WIDE = {
+    QUERY_WEIGHT: (12, 10),
+    "model.layers.2.mlp.up_proj.weight": (6, 10),
+    "lm_head.weight": (4, 10),
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +91,8 @@ def test_the_status_of_each_run_is_kept(both):
 
 def test_shapes_that_differ_are_given_by_run(both):
     assert both["rows"].dims == both["cols"].dims == ("run", "matrix")
-    assert both["rows"].sel(matrix=Q0).values.tolist() == [8, 12]
-    assert both["cols"].sel(matrix=Q0).values.tolist() == [8, 10]
+    assert both["rows"].sel(matrix=QUERY_WEIGHT).values.tolist() == [8, 12]
+    assert both["cols"].sel(matrix=QUERY_WEIGHT).values.tolist() == [8, 10]
     assert both["layer"].dims == both["module"].dims == ("matrix",)
     assert both["layer"].sel(matrix="model.layers.2.mlp.up_proj.weight") == 2
     assert both["module"].sel(matrix="lm_head.weight").item() == "lm_head"
@@ -182,7 +186,7 @@ def test_a_difference_is_the_subtraction_value_by_value(both):
     for name in ("effective_rank", "singular_value", "loss", "tokens"):
         expected = both[name].sel(run="b").values - both[name].sel(run="a").values
         np.testing.assert_array_equal(less[name].sel(run="b").values, expected)
-    measured = less["effective_rank"].sel(kind="weight", matrix=Q0, run="b")
+    measured = less["effective_rank"].sel(kind="weight", matrix=QUERY_WEIGHT, run="b")
     assert measured.notnull().values.tolist() == [True, False, True, False]
 
 

@@ -34,7 +34,7 @@ SHAPES = {f"model.layers.{i}.mlp.up_proj.weight": (384, 192) for i in range(12)}
 
 @pytest.fixture(scope="module")
 def recording(write_recording, tmp_path_factory):
-    steps = tuple(range(0, 120, 10))
+    steps = tuple(range(0, 80, 10))
     return write_recording(tmp_path_factory.mktemp("run") / "run.zarr", shapes=SHAPES, steps=steps)
 
 

@@ -201,7 +201,7 @@ def test_projections_of_an_attention_share_its_path_fused_or_not():
 
 # Wrappers ----------------------------------------------------------------------------------------
 
-UP = "model.layers.3.mlp.up_proj.weight"
+UP_WEIGHT = "model.layers.3.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize(
@@ -231,8 +231,8 @@ UP = "model.layers.3.mlp.up_proj.weight"
     ],
 )
 def test_wrappers_leave_no_trace_in_a_name(wrapped):
-    assert clean_name(wrapped) == UP
-    assert clean_name(clean_name(wrapped)) == UP
+    assert clean_name(wrapped) == UP_WEIGHT
+    assert clean_name(clean_name(wrapped)) == UP_WEIGHT
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_the_model_of_a_lightning_module_has_its_own_names(held, clean):
 @pytest.mark.parametrize(
     "name",
     [
-        UP,
+        UP_WEIGHT,
         "model.embed_tokens.weight",
         "model.decoder.layers.0.fc1.weight",  # OPT's own; in a LightningModule BART's encoder
         "model.layers.0.attention.wq.weight",
@@ -367,6 +367,6 @@ def test_a_tied_output_embedding_is_the_input_embedding_once_more(shapes, config
 
 
 def test_globs_match_with_and_without_weight():
-    assert matches(UP, "*.up_proj")
-    assert matches(UP, ["*q_proj", "model.layers.3.*"])
-    assert not matches(UP, "up_proj")
+    assert matches(UP_WEIGHT, "*.up_proj")
+    assert matches(UP_WEIGHT, ["*q_proj", "model.layers.3.*"])
+    assert not matches(UP_WEIGHT, "up_proj")
