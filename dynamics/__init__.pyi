@@ -1,0 +1,48 @@
+# The one list of public names. `__init__.py` reads it and imports each name when it is first used.
+from .analysis.analyze import UnmeasuredWarning, analyze
+from .analysis.comparison import compare, difference, select_run
+from .analysis.execution import Execution
+from .analysis.following import follow
+from .analysis.statistics import mean_interval
+from .analysis.storage import load, save
+from .auditing import audit
+from .directions.expressibility import gradient_expressibility
+from .directions.subspaces import run_alignment, subspace_overlaps
+from .errors import DynamicsError
+from .examples import load_example
+from .formats import open_run
+from .metrics import METRICS
+from .plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
+from .runs.run import Run, Spectrum
+from .schema import Status
+from .spectra.spectrum import singular_values, spectrum
+
+__all__ = [
+    "METRICS",
+    "DynamicsError",
+    "Execution",
+    "Run",
+    "Spectrum",
+    "Status",
+    "UnmeasuredWarning",
+    "analyze",
+    "audit",
+    "compare",
+    "difference",
+    "follow",
+    "gradient_expressibility",
+    "load",
+    "load_example",
+    "mean_interval",
+    "open_run",
+    "plot_comparison",
+    "plot_heatmap",
+    "plot_spectrum",
+    "plot_trajectory",
+    "run_alignment",
+    "save",
+    "select_run",
+    "singular_values",
+    "spectrum",
+    "subspace_overlaps",
+]
