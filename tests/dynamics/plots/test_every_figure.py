@@ -1,0 +1,145 @@
+"""What holds for every figure: axes, data, marks of merges, errors."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from zarr.storage import MemoryStore
+
+import dynamics as dy
+from dynamics.errors import DynamicsError, MissingError
+from dynamics.plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
+from tests.dynamics.plots.drawn import (
+    UP_0,
+    labelled_lines,
+    vertical_lines,
+)
+
+FIGURES = {
+    "trajectory": lambda comparison, single, ax: plot_trajectory(single, ax=ax),
+    "heatmap": lambda comparison, single, ax: plot_heatmap(single, ax=ax),
+    "spectrum": lambda comparison, single, ax: plot_spectrum(single, UP_0, ax=ax),
+    "comparison": lambda comparison, single, ax: plot_comparison(comparison, ax=ax),
+}
+
+
+def drawing(function, *arguments, **options):
+    return lambda data: function(data, *arguments, **options)
+
+
+@pytest.mark.parametrize("style", FIGURES)
+def test_figures_are_drawn_on_the_given_axes(comparison, analysis, style):
+    figure, (left, right) = plt.subplots(1, 2)
+    ax = FIGURES[style](comparison, analysis, right)
+    assert ax is right
+    assert right.has_data()
+    assert not left.has_data()
+    assert plt.get_fignums() == [figure.number]
+
+
+@pytest.mark.parametrize("style", FIGURES)
+def test_figures_make_axes_of_their_own_where_none_are_given(comparison, analysis, style):
+    first, second = (
+        FIGURES[style](comparison, analysis, None),
+        FIGURES[style](comparison, analysis, None),
+    )
+    assert first.figure is not second.figure
+
+
+@pytest.mark.parametrize("style", FIGURES)
+def test_drawing_changes_no_data(comparison, analysis, style):
+    before = comparison.copy(deep=True), analysis.copy(deep=True)
+    FIGURES[style](comparison, analysis, None)
+    assert comparison.identical(before[0])
+    assert analysis.identical(before[1])
+
+
+def test_merges_are_marked_at_their_steps(analysis, comparison):
+    assert vertical_lines(plot_trajectory(analysis)) == [10, 20]
+    assert vertical_lines(plot_comparison(comparison)) == [10, 20, 30]
+
+
+@pytest.mark.parametrize("metric", dy.METRICS)
+def test_every_metric_and_kind_can_be_drawn_in_every_style(
+    comparison, analysis, adapter_analysis, metric
+):
+    for kind in analysis["kind"].values.tolist():
+        axes = [
+            plot_trajectory(analysis, metric, kind=kind),
+            plot_heatmap(analysis, metric, kind=kind),
+            plot_comparison(comparison, metric, kind=kind),
+        ]
+        for ax in axes if kind == "update" else ():
+            ax.figure.canvas.draw()
+        plt.close("all")
+    if metric != "condition_number_raw":
+        plot_heatmap(adapter_analysis, metric, kind="adapter").figure.canvas.draw()
+
+
+def test_a_loaded_result_is_drawn_like_the_one_in_memory(comparison, analysis, tmp_path):
+    loaded = dy.load(dy.save(comparison, tmp_path / "comparison.zarr"))
+    for label, line in labelled_lines(plot_comparison(comparison)).items():
+        np.testing.assert_array_equal(labelled_lines(plot_comparison(loaded))[label], line)
+    loaded = dy.load(dy.save(analysis, tmp_path / "a.zarr"))
+    for label, line in labelled_lines(plot_spectrum(analysis, UP_0)).items():
+        np.testing.assert_array_equal(labelled_lines(plot_spectrum(loaded, UP_0))[label], line)
+
+
+def test_infinite_numbers_cannot_be_drawn(adapter_analysis):
+    assert np.isinf(adapter_analysis["condition_number_raw"]).all()
+    for draw in (plot_trajectory, plot_heatmap):
+        with pytest.raises(MissingError, match="condition_number_raw of adapter is infinite"):
+            draw(adapter_analysis, "condition_number_raw", kind="adapter")
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (drawing(plot_trajectory, "er"), "No metric 'er' in this analysis; it has effective_rank"),
+        (drawing(plot_trajectory, "status"), "No metric 'status'"),
+        (drawing(plot_trajectory, "loss"), "No metric 'loss'"),
+        (drawing(plot_trajectory, kind="adapter"), "No kind 'adapter'.*it has weight, gradient"),
+        (drawing(plot_trajectory, by="head"), "No grouping 'head'; known: layer, module, matrix"),
+        (drawing(plot_heatmap, "er"), "No metric 'er'"),
+        (drawing(plot_heatmap, kind="base"), "No kind 'base'"),
+        (drawing(plot_heatmap, module="lm_head"), "'lm_head'; there are q_proj, up_proj"),
+        (drawing(plot_spectrum, "w"), r"No measured weight of 'w'; there are model\.embed"),
+        (drawing(plot_spectrum, UP_0, kind="base"), "No kind 'base'"),
+        (drawing(plot_spectrum, UP_0, steps=[11]), "at step 11"),
+        (drawing(plot_spectrum, UP_0, kind="gradient", steps=[0]), "No gradient of .* at step 0"),
+    ],
+)
+def test_what_an_analysis_does_not_have_cannot_be_drawn(analysis, draw, message):
+    with pytest.raises(MissingError, match=message):
+        draw(analysis)
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (drawing(plot_comparison, "er"), "No metric 'er'"),
+        (drawing(plot_comparison, kind="adapter"), "No kind 'adapter'"),
+        (drawing(plot_comparison, module="lm_head"), "'lm_head'"),
+    ],
+)
+def test_what_a_comparison_does_not_have_cannot_be_drawn(comparison, draw, message):
+    with pytest.raises(MissingError, match=message):
+        draw(comparison)
+    assert plt.get_fignums() == []
+
+
+def test_a_kind_of_which_nothing_was_measured_cannot_be_drawn(write_recording):
+    run = dy.open_run(write_recording(MemoryStore(), steps=(0,)))
+    analysis = dy.analyze(run)
+    assert "update" in analysis["kind"].values
+    for draw in (plot_trajectory, plot_heatmap):
+        with pytest.raises(MissingError, match="No update was measured"):
+            draw(analysis, kind="update")
+
+
+def test_each_figure_says_whether_it_takes_one_run_or_several(comparison, analysis):
+    for draw in (plot_trajectory, plot_heatmap, drawing(plot_spectrum, UP_0)):
+        with pytest.raises(DynamicsError, match=r"choose one of a, b with \.sel\(run="):
+            draw(comparison)
+    with pytest.raises(DynamicsError, match="takes what compare"):
+        plot_comparison(analysis)
