@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 LimitOption = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="First pairs of a paradigm, texts of a domain."),
+    typer.Option(
+        "--limit", min=1, help="Only the first pairs of each paradigm and texts of each domain."
+    ),
 ]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -20,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 @app.callback()
 def relora() -> None:
-    """ReLoRA against full-rank pretraining of small language models."""
+    """Train small language models with ReLoRA and at full rank, and compare them."""
 
 
 @app.command(epilog="Example:\n\n  python -m probes.relora demo demo --text folder/with/txt/files")
@@ -30,11 +32,14 @@ def demo(
     ),
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="Folder of .txt files; this Python's own sources by default."),
+        typer.Option(
+            "--text",
+            help="Folder of .txt files. Default: the sources of Python's standard library.",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the run.")] = 0,
 ) -> None:
-    """Train a full-rank and a ReLoRA twin, measure both, compare them, draw figures."""
+    """Train a full-rank run and its ReLoRA twin; measure, compare and draw both."""
     from probes.relora.demo import demo_config, run_demo
 
     run_demo(output, demo_config(seed), text=text)
@@ -45,43 +50,44 @@ def demo(
     "\n\n  python -m probes.relora train micro --method full_rank --output runs/full_rank"
 )
 def train(
-    preset: Annotated[str, typer.Argument(help="tiny, small (as published) or micro.")],
-    output: Annotated[Path, typer.Option("--output", help="The run's folder.")],
+    preset: Annotated[str, typer.Argument(help="micro, or tiny or small (as published).")],
+    output: Annotated[Path, typer.Option("--output", help="The folder of the run.")],
     method: Annotated[str, typer.Option("--method", help="full_rank, relora or lora.")] = "relora",
-    text: Annotated[Path | None, typer.Option("--text", help="Folder of .txt files.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Train on the .txt files of this folder.")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Tokens: a Hugging Face dataset, or parquet or Arrow."),
+        typer.Option("--data", help="Train on tokens: a dataset's name, or parquet or Arrow."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="field=value, any field of TrainConfig.")
+        list[str] | None, typer.Option("--set", help="field=value; any field of TrainConfig.")
     ] = None,
     published: Annotated[
-        bool, typer.Option("--as-published", help="With the published code's defects.")
+        bool, typer.Option("--as-published", help="Train with the defects of the published code.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where it was interrupted.")
-    ] = False,
-    record: Annotated[bool, typer.Option("--record/--no-record")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    record: Annotated[bool, typer.Option("--record/--no-record", help="Record the run.")] = True,
     blimp: Annotated[
-        Path | None, typer.Option("--blimp", help="Evaluate on BLiMP's .jsonl files, as it trains.")
+        Path | None, typer.Option("--blimp", help="While training, evaluate on these BLiMP files.")
     ] = None,
     perplexity: Annotated[
         list[str] | None,
-        typer.Option("--perplexity", help="Evaluate on texts too, as --text of evaluate."),
+        typer.Option("--perplexity", help="While training, evaluate on these texts."),
     ] = None,
     limit: LimitOption = None,
     report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", help="tensorboard, wandb, trackio, ...")
+        list[str] | None,
+        typer.Option("--report-to", help="Trackers: tensorboard, wandb, trackio, ..."),
     ] = None,
 ) -> None:
     """Train one run of the reference experiment, recorded into OUTPUT/run.zarr."""
     from probes.relora.experiment import run_experiment
-    from probes.relora.settings import configured
+    from probes.relora.settings import config_from_words
 
-    config = configured(
+    config = config_from_words(
         preset,
         method,
         {"seed": seed, "max_steps": steps, **_source(text, data)},
@@ -104,33 +110,42 @@ def train(
     " --seeds 0,1,2"
 )
 def sweep(
-    preset: Annotated[str, typer.Argument(help="tiny, small (as published) or micro.")],
-    output: Annotated[Path, typer.Option("--output", help="A folder for all runs.")],
+    preset: Annotated[str, typer.Argument(help="micro, or tiny or small (as published).")],
+    output: Annotated[Path, typer.Option("--output", help="The folder of the sweep.")],
     method: Annotated[
-        str, typer.Option("--method", help="One, or several: a,b; relora:as_published is one too.")
+        str,
+        typer.Option(
+            "--method", help="full_rank, relora, lora or relora:as_published; several as a,b."
+        ),
     ] = "relora",
-    text: Annotated[Path | None, typer.Option("--text", help="Folder of .txt files.")] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Train on the .txt files of this folder.")
+    ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Tokens: a Hugging Face dataset, or parquet or Arrow."),
+        typer.Option("--data", help="Train on tokens: a dataset's name, or parquet or Arrow."),
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="0,1,2")] = "0",
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, as in 0,1,2.")] = "0",
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="field=value, or field=value,value,...")
+        list[str] | None,
+        typer.Option("--set", help="field=value; field=value,value,... varies the field."),
     ] = None,
     published: Annotated[
-        bool, typer.Option("--as-published", help="With the published code's defects.")
+        bool, typer.Option("--as-published", help="Train with the defects of the published code.")
     ] = False,
     match: Annotated[
-        str, typer.Option("--match", help="steps, tokens or trainable_parameters.")
+        str,
+        typer.Option("--match", help="What all runs share: steps, tokens or trainable_parameters."),
     ] = "steps",
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Runs at a time.")] = 1,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Runs that train at the same time.")
+    ] = 1,
     kinds: Annotated[
-        str | None, typer.Option("--kinds", help="Kinds to compare, e.g. weight,update.")
+        str | None, typer.Option("--kinds", help="Kinds to compare, as in weight,update.")
     ] = None,
 ) -> None:
-    """Train all combinations of some settings and compare them; again: goes on."""
+    """Train all combinations of settings and compare them. Repeat it to continue."""
     from dynamics.errors import DynamicsError
     from probes.relora.sweep import run_sweep
     from probes.relora.sweep_plan import plan
@@ -160,33 +175,38 @@ def evaluate(
         Path | None, typer.Option("--blimp", help="Folder of BLiMP's .jsonl files.")
     ] = None,
     download_blimp: Annotated[
-        bool, typer.Option("--download-blimp", help="Fetch those that are not in it.")
+        bool, typer.Option("--download-blimp", help="Fetch the BLiMP files that are missing.")
     ] = False,
     text: Annotated[
         list[str] | None,
         typer.Option(
-            "--text", help="Files or a folder (jsonl, jsonl.gz, parquet, txt) or a dataset's name."
+            "--text", help="Texts: files or folders (jsonl, jsonl.gz, parquet, txt), or datasets."
         ),
     ] = None,
     domain_field: Annotated[
         str | None, typer.Option("--domain-field", help="The field that names a text's domain.")
     ] = None,
     validation: Annotated[
-        bool, typer.Option("--validation", help="The loss on what a run held out.")
+        bool, typer.Option("--validation", help="The loss on the held-out sequences of the run.")
     ] = False,
     trained_on: Annotated[
-        Path | None, typer.Option("--trained-on", help="The --text folder they were trained on.")
+        Path | None,
+        typer.Option("--trained-on", help="The --text folder that they were trained on."),
     ] = None,
     limit: LimitOption = None,
     steps: Annotated[
-        str | None, typer.Option("--steps", help="Checkpoints, as in 80,160; all by default.")
+        str | None,
+        typer.Option("--steps", help="Steps of checkpoints, as in 80,160; all by default."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Name or path, where a run has none.")
+        str | None,
+        typer.Option("--tokenizer", help="Name or path of a tokenizer, if a run has none."),
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, ... Default: a GPU if there is one.")
+    ] = None,
 ) -> None:
-    """Evaluate checkpoints on BLiMP, texts and held-out data; again: what is new."""
+    """Evaluate checkpoints on BLiMP, texts and held-out data. Repeat it for new ones."""
     from rich.console import Console
 
     from dynamics.errors import DynamicsError
@@ -201,19 +221,19 @@ def evaluate(
         download(blimp)
     given = _evaluations(text, blimp, domain_field=domain_field, limit=limit)
     if not given and not validation:
-        raise DynamicsError("Nothing to evaluate: give --blimp, --text or --validation.")
+        raise DynamicsError("Nothing to evaluate; give --blimp, --text or --validation.")
     for run in runs:
         if len(runs) > 1:
             print(run)
         own = [validation_loss(run, trained_on)] if validation else []
-        found = evaluate_run(
+        evaluated = evaluate_run(
             run,
             [*own, *given],
             steps=None if steps is None else [int(step) for step in steps.split(",")],
             tokenizer=tokenizer,
             device=device,
         )
-        for table in evaluation_tables(found):
+        for table in evaluation_tables(evaluated):
             Console().print(table)
         print(f"Wrote {run / 'evaluation.jsonl'}")
 
@@ -237,13 +257,13 @@ def _evaluations(
     if blimp is not None:
         paradigms = read_blimp(blimp, limit=limit)
         if missing := missing_paradigms(paradigms):
-            print(f"{len(missing)} of BLiMP's 67 paradigms are not in {blimp}: {missing}")
+            print(f"{blimp} lacks {len(missing)} of the 67 paradigms of BLiMP: {missing}")
         evaluations.append(BlimpEvaluation(paradigms))
     return evaluations
 
 
 def _source(text: Path | None, data: str | None) -> dict[str, str | None]:
-    """The fields of a run that say what it trains on; a text is neither, and has its tokenizer."""
+    """The config fields for the data: a text has no dataset, and trains its own tokenizer."""
     from dynamics.errors import DynamicsError
 
     if text is None:

@@ -1,4 +1,4 @@
-"""What one training run is: its method, model, schedule and data order."""
+"""The config of a training run: its method, model, schedule and data."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ ADAPTER_STARTS = ("kaiming", "zero")
 RESET_MODES = ("drop", "zero", "random_prune", "magnitude_prune")
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# Fields that mean nothing to a method: the twins of a sweep do not repeat a run for them.
+# Fields that have no effect on some methods: a sweep does not repeat the runs of those for them.
 RESTART_FIELDS = (
     "reset_every",
     "restart_warmup_steps",
@@ -31,46 +31,47 @@ ADAPTER_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run, so that equal configs and data give equal weights.
+    """Everything that decides a run: equal configs and data give equal weights.
 
     Two runs whose configs differ only in `method` are twins: they start from the same function
-    and see the same batches in the same order. Variations come from `dataclasses.replace`, the
-    sizes of the reference experiment from `probes.relora.presets`.
+    and see the same batches in the same order. The presets give the sizes of the reference
+    experiment; `dataclasses.replace` changes single fields.
 
     Attributes:
         method: "full_rank", "relora" (Lialin et al. 2023, arXiv 2307.05695), or "lora": the same
             adapters, never merged.
-        seed: of the weights, the adapters, the order of the data and the dropout.
+        seed: for the weights, the adapters, the order of the data and the dropout.
         hidden_size: d_model.
         intermediate_size: width of the SwiGLU.
         num_layers: transformer layers.
         num_heads: query heads; head_dim = hidden_size / num_heads.
-        num_kv_heads: key and value heads; several query heads share one.
+        num_kv_heads: key and value heads; each is shared by num_heads / num_kv_heads query heads.
         vocab_size: rows of the embedding.
         sequence_length: tokens per sequence.
-        dataset: what it trains on where no text is given: a Hugging Face dataset by name, or a
-            file or folder of tokens (see `open_tokens`); None is the built-in corpus.
-        tokenizer: a tokenizer by name, or its tokenizer.json, that made a dataset's tokens; None
-            where it is trained on the text, or not at hand.
-        validation_sequences: held out for the validation loss: the first of a dataset, or at most
-            5 % of a text.
+        dataset: the training data if no text is given: the name of a Hugging Face dataset, or a
+            file or folder of tokens (see `open_tokens`). None means the built-in corpus.
+        tokenizer: the tokenizer that made the tokens of a dataset: its name, or its
+            tokenizer.json. None if it is trained on the text, or not available.
+        validation_sequences: sequences that are held out for the validation loss: the first ones
+            of a dataset, or at most 5 % of a text.
         max_steps: optimizer steps.
         batch_size: sequences per forward pass, on all devices together.
         gradient_accumulation_steps: forward passes per optimizer step.
         precision: "float32", or "bfloat16": autocast, with parameters and moments in float32.
-        learning_rate: peak; the schedule multiplies it.
-        weight_decay: AdamW's, on all trainable parameters.
+        learning_rate: the peak; the schedule multiplies it.
+        weight_decay: of AdamW, on all trainable parameters.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        warmup_steps: of the first linear warm-up.
-        restart_warmup_steps: of the linear ramp after each merge (relora).
-        min_lr_ratio: where the cosine ends (relora, lora); the full-rank decay ends at 0.
+        warmup_steps: length of the first linear warm-up.
+        restart_warmup_steps: length of the linear ramp after each merge (relora).
+        min_lr_ratio: multiplier at the end of the cosine (relora, lora); full rank decays to 0.
         reset_every: optimizer steps between merges (relora).
-        optimizer_reset: what a merge does to the adapters' optimizer state (relora),
-            see `reset_optimizer`.
-        prune_ratio: share of the moments that the pruning resets empty (relora).
-        shared_prune_mask: whether both moments lose the same entries (relora).
-        merge_with_scaling: merge s·B·A, what the forward pass adds, and not B·A (relora).
-        adapter_start: "kaiming" is A drawn and B zero; "zero" is both zero until the first merge.
+        optimizer_reset: what a merge does to the optimizer state of the adapters (relora); see
+            `reset_optimizer`.
+        prune_ratio: share of the moments that the pruning modes empty (relora).
+        shared_prune_mask: whether pruning empties the same entries of both moments (relora).
+        merge_with_scaling: merge s·B·A, which the forward pass adds, instead of B·A (relora).
+        adapter_start: "kaiming" draws A and sets B to zero; "zero" sets both to zero until the
+            first merge.
         lora_rank: r.
         lora_alpha: scaling s = lora_alpha / lora_rank.
         lora_dropout: on the input of the adapters.
@@ -79,6 +80,17 @@ class TrainConfig:
         evaluate_every: optimizer steps between validation losses.
         record_every: optimizer steps between records of the recorder.
         save_every: optimizer steps between checkpoints; the last step is saved too.
+
+    Raises:
+        DynamicsError: a field has a value that it cannot have, or two fields contradict each
+            other.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from probes.relora import micro
+        >>> config = replace(micro(), lora_rank=4)
+        >>> config.method, config.scaling, config.sequences_per_step
+        ('relora', 4.0, 16)
     """
 
     method: str
@@ -119,10 +131,10 @@ class TrainConfig:
     save_every: int
 
     def __post_init__(self) -> None:
-        """Refuse what could not train, or would train something else than it says.
+        """Refuse values that cannot train, or that would train something other than they say.
 
         Raises:
-            DynamicsError: naming the field, what it is and what it must be.
+            DynamicsError: names the field, its value, and what it must be.
         """
         self._require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}")
         self._require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1")
@@ -182,7 +194,7 @@ class TrainConfig:
             f"at most max_steps = {self.max_steps}",
         )
         if self.method == "relora":
-            # A merge inside a ramp would cut it off and the rate would never get back up.
+            # A merge during a ramp would cut the ramp off: the rate would never come back up.
             self._require(
                 self.warmup_steps <= self.reset_every,
                 "warmup_steps",

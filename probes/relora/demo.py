@@ -1,4 +1,4 @@
-"""The demo: two twins trained, recorded, measured from recordings and checkpoints, compared."""
+"""The demo: trains two twins, measures their recordings and checkpoints, and compares them."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def demo_config(seed: int = 0) -> TrainConfig:
-    """The micro preset in 300 steps and four merges: about a minute on two CPU cores."""
+    """The micro preset with 300 steps and four merges: about a minute on two CPU cores."""
     return replace(
         micro(),
         seed=seed,
@@ -39,11 +39,11 @@ def demo_config(seed: int = 0) -> TrainConfig:
 
 
 def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.Dataset:
-    """Train both twins into `output`, measure and compare them, and say where everything lies.
+    """Train both twins into `output`, measure and compare them, and print where everything lies.
 
     output/METHOD/run.zarr            recording, METHOD being full_rank or relora
-    output/METHOD/checkpoints/        what the Trainer saved
-    output/recordings.zarr            comparison measured from the recordings
+    output/METHOD/checkpoints/        checkpoints of the Trainer
+    output/recordings.zarr            the comparison, measured from the recordings
     output/checkpoints.zarr           the same from the checkpoints
     output/figures/*.png
 
@@ -117,7 +117,7 @@ def _losses(comparison: xr.Dataset) -> str:
 
 
 def _agreement(recordings: xr.Dataset, checkpoints: xr.Dataset) -> str:
-    """How far the two ways of measuring the same steps are apart."""
+    """How much the two ways of measuring the same steps differ."""
     one, other = xr.align(recordings["spectral_norm"], checkpoints["spectral_norm"], join="inner")
     one, other = (each.sel(kind=["weight"]) for each in (one, other))
     apart = np.nanmax(np.abs(one - other) / one)

@@ -1,4 +1,4 @@
-"""A run of the reference experiment from its config: data, recording, training, in one folder."""
+"""A run of the reference experiment: its data, recording and training, in one folder."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ BUILT_IN_BYTES = 8_000_000
 
 
 def load_data(config: TrainConfig, text: Path | None = None) -> TrainingData:
-    """What a run trains on: a folder of .txt files, or the config's dataset, or the built-in text.
+    """Load the data of a run: a folder of .txt files, the dataset of the config, or built-in text.
 
     Raises:
         DynamicsError: there is no such data, or too little of it.
@@ -53,23 +53,25 @@ def load_data(config: TrainConfig, text: Path | None = None) -> TrainingData:
     return prepare_data(standard_library_text(BUILT_IN_BYTES), config)
 
 
-def trained_with(
+def read_config_and_data(
     run_dir: str | os.PathLike[str], text: Path | None = None
 ) -> tuple[TrainConfig, TrainingData]:
     """The config and the data that a run was trained with.
 
     Args:
         run_dir: its folder.
-        text: the folder of .txt files that it was trained on, if it was.
+        text: the folder of .txt files that it was trained on; None if it was another dataset.
 
     Raises:
-        MissingError: the run does not say how it was trained.
-        DynamicsError: this is not what it was trained on.
+        MissingError: the folder has no train_config.json.
+        DynamicsError: the run was trained on other data.
     """
     run = Path(run_dir)
     path = run / CONFIG_NAME
     if not path.is_file():
-        raise MissingError(f"No {path}; it cannot be told how the run was trained.")
+        raise MissingError(
+            f"No {path}, which says how the run was trained; give the folder of a run."
+        )
     stored = json.loads(path.read_text())
     values: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := stored[field.name], list) else value
@@ -101,39 +103,40 @@ def run_experiment(
     Args:
         config: the run.
         output: gets train_config.json, tokenizer.json, checkpoint-N/ and run.zarr.
-        text: a folder of .txt files to train on instead of the config's dataset.
-        resume: go on from the newest complete checkpoint, or start again where there is none.
+        text: a folder of .txt files to train on, instead of the dataset of the config.
+        resume: continue from the newest complete checkpoint, or start again if there is none.
         record: whether to record.
-        evaluations: what to evaluate the model on every `evaluate_every` steps, beside the
-            validation loss.
+        evaluations: evaluations to make every `evaluate_every` steps, besides the validation
+            loss.
         report_to: see `train`.
-        say: gets a few lines on what it does, in the first process alone.
+        say: gets a few lines about what happens, in the first process only.
 
     Raises:
-        DynamicsError: see `train` and `load_data`; or the data has no tokenizer for texts.
+        DynamicsError: see `train` and `load_data`; or there is no tokenizer for the texts of
+            `evaluations`.
     """
     first = os.environ.get("RANK", "0") == "0"
-    tell = say if first else lambda line: None
+    announce = say if first else lambda line: None
     trainable, total = parameter_counts(config)
-    tell(
+    announce(
         f"{config.method}: {total:,} parameters, {trainable:,} of them trainable; "
         f"{config.max_steps} steps of {config.sequences_per_step} × {config.sequence_length} tokens"
     )
     data = load_data(config, text)
     source = str(text or config.dataset or "the sources of Python's standard library")
     size = f", {data.train.blocks.numel():,} tokens" if isinstance(data, TextData) else ""
-    tell(f"Data: {source}{size}; {len(data.validation)} sequences held out")
+    announce(f"Data: {source}{size}; {len(data.validation)} sequences held out")
     checkpoint = newest_checkpoint(output) if resume else None
     if resume and checkpoint is None:
         if not (output / CONFIG_NAME).is_file():
             raise MissingError(f"No run in {output} to resume; start it without --resume.")
         check_identity(output, run_identity(config, data))
-        # Killed before its first checkpoint was whole.
+        # The run was killed before its first checkpoint was complete.
         for unfinished in checkpoints_in(output) if first else ():
             shutil.rmtree(unfinished)
-        tell("No complete checkpoint yet: starting again")
+        announce("No complete checkpoint yet: starting again")
     elif checkpoint is not None:
-        tell(f"Resuming after step {step_of(checkpoint)}")
+        announce(f"Resuming after step {step_of(checkpoint)}")
     recorder = None
     if record:
         options = {"resume_at": 0} if resume and checkpoint is None else {}
@@ -143,7 +146,7 @@ def run_experiment(
         tokenizer = None if data.tokenizer is None else as_transformers(data.tokenizer)
         if tokenizer is None and any(each.needs_tokenizer for each in evaluations):
             raise MissingError(
-                f"{source} came as tokens without their tokenizer, and texts need it; name it "
+                f"{source} has tokens but no tokenizer, and evaluating texts needs it; name it "
                 "(--set tokenizer=NAME)."
             )
         callbacks.append(
@@ -164,5 +167,5 @@ def run_experiment(
     for name, label in (("loss", "training loss"), ("eval_loss", "validation loss")):
         losses = [entry[name] for entry in history if name in entry]
         if losses:
-            tell(f"{label} {losses[0]:.4f} → {losses[-1]:.4f}")
-    tell(f"Wrote {output}")
+            announce(f"{label} {losses[0]:.4f} → {losses[-1]:.4f}")
+    announce(f"Wrote {output}")

@@ -1,4 +1,4 @@
-"""The demo's figures."""
+"""The figures of the demo."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ import dynamics as dy
 
 Drawing = Callable[[Axes], object]
 
-_ONE_SCALE = {"rank_by_layer", "displacement_spectrum"}  # two runs that the eye compares
+_ONE_SCALE = {"rank_by_layer", "displacement_spectrum"}  # panels of two runs share their scale
 
 
 def draw(comparison: xr.Dataset, folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The model of the experiment: a small Llama, and the same with LoRA adapters."""
+"""The model of the experiment: a small Llama, with or without LoRA adapters."""
 
 import warnings
 
@@ -14,10 +14,19 @@ END_OF_TEXT_ID = 0
 
 
 def build_model(config: TrainConfig) -> LlamaForCausalLM:
-    """A Llama decoder with weights drawn from the config's seed.
+    """Build a Llama decoder; the seed of the config decides its weights.
 
     RMSNorm (eps 1e-6), rotary embeddings (θ = 10000), SwiGLU, grouped-query attention, no
-    biases, embedding and lm_head not tied. torch's global random state stays as it was.
+    biases, embedding and lm_head not tied. The global random state of torch does not change.
+
+    Args:
+        config: gives the sizes and the seed.
+
+    Example:
+        >>> from probes.relora import build_model, micro
+        >>> model = build_model(micro())
+        >>> sum(parameter.numel() for parameter in model.parameters())
+        1311872
     """
     llama = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -42,12 +51,22 @@ def build_model(config: TrainConfig) -> LlamaForCausalLM:
 
 
 def add_adapters(model: LlamaForCausalLM, config: TrainConfig) -> PeftModel:
-    """The model with a LoRA adapter on every targeted linear layer; it computes the same function.
+    """Add a LoRA adapter to every targeted linear layer; the model computes the same function.
 
-    W_eff = W + s·B·A with s = alpha/r, A Kaiming-uniform from the config's seed and B zero (not
-    both zero, or no gradient would ever reach either; the config's adapter_start "zero" does just
-    that). Only the targeted weights are frozen: embeddings, norms, lm_head and untargeted linear
-    layers train at full rank, as in the paper.
+    W_eff = W + s·B·A with s = alpha/r. A is drawn Kaiming-uniform with the seed of the config, and
+    B is zero. (If both were zero, no gradient would reach either of them; `adapter_start="zero"`
+    does this on purpose.) Only the targeted weights are frozen. Embeddings, norms, lm_head and
+    other linear layers train at full rank, as in the paper.
+
+    Args:
+        model: from `build_model`; it is changed in place.
+        config: gives the rank, alpha, dropout, target modules and seed.
+
+    Example:
+        >>> from probes.relora import add_adapters, build_model, micro
+        >>> model = add_adapters(build_model(micro()), micro())
+        >>> model.get_nb_trainable_parameters()
+        (603264, 1389696)
     """
     lora = LoraConfig(
         r=config.lora_rank,
@@ -58,11 +77,11 @@ def add_adapters(model: LlamaForCausalLM, config: TrainConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     with own_random_stream(config.seed, ADAPTERS, 0, module=model), warnings.catch_warnings():
-        # PEFT asks for a property that transformers has renamed; nothing a user could change.
+        # PEFT reads a property that transformers has renamed; users can do nothing about it.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         adapted = get_peft_model(model, lora)
     for name, parameter in adapted.named_parameters():
-        # PEFT froze the whole base model; what it wrapped is called `.base_layer.`.
+        # PEFT froze the whole base model. The layers that it wrapped are called `.base_layer.`.
         if ".base_layer." not in name:
             parameter.requires_grad_(True)
         if config.adapter_start == "zero" and LoraModel.prefix in name:
@@ -71,10 +90,22 @@ def add_adapters(model: LlamaForCausalLM, config: TrainConfig) -> PeftModel:
 
 
 def parameter_counts(config: TrainConfig) -> tuple[int, int]:
-    """Trainable and total parameters of a run's model, without building it.
+    """The numbers of trainable and of all parameters of a run, without building its model.
 
-    Full rank trains all of: two embeddings of V·d, 2L + 1 norms of d, and per layer q, k, v, o,
-    gate, up and down. An adapter adds r·(m + n) to each targeted (m, n), whose own m·n are frozen.
+    Full rank trains everything: two embeddings of V·d, 2L + 1 norms of d, and in each layer q, k,
+    v, o, gate, up and down. An adapter adds r·(m + n) parameters to each targeted (m, n) matrix,
+    and freezes its m·n.
+
+    Args:
+        config: the run.
+
+    Returns:
+        (trainable, total)
+
+    Example:
+        >>> from probes.relora import micro, parameter_counts
+        >>> parameter_counts(micro("full_rank")), parameter_counts(micro("relora"))
+        ((1311872, 1311872), (603264, 1389696))
     """
     shapes = linear_shapes(config)
     dense = config.num_layers * sum(rows * cols for rows, cols in shapes.values())
@@ -88,7 +119,7 @@ def parameter_counts(config: TrainConfig) -> tuple[int, int]:
 
 
 def linear_shapes(config: TrainConfig) -> dict[str, tuple[int, int]]:
-    """Linear layer of a block -> (rows, cols) of its weight."""
+    """Name of a linear layer -> (rows, cols) of its weight."""
     hidden, width = config.hidden_size, config.intermediate_size
     shared = config.num_kv_heads * hidden // config.num_heads
     return {

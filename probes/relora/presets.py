@@ -12,20 +12,49 @@ from probes.relora.config import TrainConfig
 
 
 def tiny(method: str = "relora") -> TrainConfig:
-    """The published 11 M-parameter run: d = 96, 20,000 steps of 2.1 M tokens."""
+    """The published run of 11 M parameters: d = 96, 20,000 steps of 2.1 M tokens.
+
+    Args:
+        method: "full_rank", "relora" or "lora".
+
+    Example:
+        >>> from probes.relora import tiny
+        >>> config = tiny("full_rank")
+        >>> config.hidden_size, config.num_layers, config.max_steps
+        (96, 12, 20000)
+    """
     return _published(method, hidden_size=96, intermediate_size=384)
 
 
 def small(method: str = "relora") -> TrainConfig:
-    """The published 65 M-parameter run: d = 384, 20,000 steps of 2.1 M tokens."""
+    """The published run of 65 M parameters: d = 384, 20,000 steps of 2.1 M tokens.
+
+    Args:
+        method: "full_rank", "relora" or "lora".
+
+    Example:
+        >>> from probes.relora import small
+        >>> config = small("full_rank")
+        >>> config.hidden_size, config.num_layers, config.max_steps
+        (384, 12, 20000)
+    """
     return _published(method, hidden_size=384, intermediate_size=1536)
 
 
 def micro(method: str = "relora") -> TrainConfig:
     """The published proportions in 800 steps: 1.3 M parameters, 1.6 M tokens, nine merges.
 
-    About four minutes on one CPU core. As published, a cycle is a tenth of the run and begins with
-    a ramp of a twentieth of it, the first warm-up is one cycle, and s = 2.
+    It takes about four minutes on one CPU core. As published, a cycle is one tenth of the run and
+    begins with a ramp of one twentieth of the cycle, the first warm-up is one cycle, and s = 2.
+
+    Args:
+        method: "full_rank", "relora" or "lora".
+
+    Example:
+        >>> from probes.relora import micro
+        >>> config = micro("full_rank")
+        >>> config.hidden_size, config.num_layers, config.max_steps
+        (128, 4, 800)
     """
     return TrainConfig(
         method=method,
@@ -59,15 +88,24 @@ PRESETS: dict[str, Callable[..., TrainConfig]] = {"tiny": tiny, "small": small, 
 
 
 def as_published(config: TrainConfig) -> TrainConfig:
-    """The same run with what the published code did otherwise, for `dynamics audit` to name.
+    """The same run with the defects of the published code; `dynamics audit` detects them.
 
-    For adapters: A and B both zero until the first merge (`keep_original_weights` zeroes A, which
-    LoRA draws, and B is zero anyway), merges of B·A without the scale s of the forward pass, and
-    random pruning of 99.9 % with a mask of its own for each moment. For full rank: a warm-up of
-    2500 steps where ReLoRA has 2000, a quarter more.
+    For adapters: A and B are both zero until the first merge (`keep_original_weights` sets A to
+    zero, and LoRA starts with B zero); merges add B·A without the scale s of the forward pass; and
+    random pruning of 99.9 % draws a mask of its own for each moment. For full rank: the warm-up
+    has 2500 steps where ReLoRA has 2000, a quarter more.
 
-    Not reproduced: the merge came one step after the learning rate's restart
-    (`batch_step % reset_frequency == 1`).
+    Not reproduced: in the published code the merge came one step after the restart of the learning
+    rate (`batch_step % reset_frequency == 1`).
+
+    Args:
+        config: the run as it should be.
+
+    Example:
+        >>> from probes.relora import as_published, micro
+        >>> config = as_published(micro())
+        >>> config.adapter_start, config.merge_with_scaling, config.optimizer_reset
+        ('zero', False, 'random_prune')
     """
     if not config.adapted:
         return replace(config, warmup_steps=config.warmup_steps * 5 // 4)
@@ -95,12 +133,12 @@ def _published(method: str, *, hidden_size: int, intermediate_size: int) -> Trai
         sequence_length=2048,
         dataset="pico-lm/pretokenized-dolma",  # DatasetConfig
         tokenizer="allenai/OLMo-7B-0724-hf",  # TokenizerConfig
-        # The published order from its first sequence on; validation is that of `evaluate`.
+        # The published order from its first sequence on; `evaluate` validates.
         validation_sequences=0,
         # The paper. The code's default is 200,000, and its configs do not set it: the decay may
         # have been laid out over more steps than were trained.
         max_steps=20_000,
-        # 1024 sequences a step as published; how they are split changes nothing but memory.
+        # 1024 sequences a step as published; the split changes only the memory that it takes.
         batch_size=32,
         gradient_accumulation_steps=32,
         precision="bfloat16",  # FabricConfig: bf16-mixed

@@ -1,7 +1,8 @@
-"""What a restart does to the loss, taken apart: the merge, the optimizer reset, the ramp.
+"""Which part of a restart changes the loss: the merge, the optimizer reset, or the ramp.
 
-A checkpoint of a merge step holds the state before the merge (see `ReLoRACallback`), so the same
-state can go on in every combination of the three, over the same batches with the same dropout.
+The checkpoint of a merge step holds the state before the merge (see `ReLoRACallback`). So training
+can continue from the same state with every combination of the three parts, over the same batches
+with the same dropout.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from probes.relora.config import TrainConfig
 from probes.relora.data.sequences import TokenBlocks
 from probes.relora.data.text import TextData
 from probes.relora.evaluation.log_likelihood import log_likelihoods
-from probes.relora.experiment import trained_with
+from probes.relora.experiment import read_config_and_data
 from probes.relora.model import add_adapters, build_model
 from probes.relora.seeding import DROPOUT, stream_seed
 from probes.relora.training.base_checkpoint import load_base
@@ -31,7 +32,7 @@ from probes.relora.training.restart import adapter_parameters, merge_and_reset
 from probes.relora.training.run_directory import complete_checkpoints, step_of
 from probes.relora.training.schedule import schedule_of
 
-HELD_OUT = 64  # sequences of the validation loss
+HELD_OUT = 64  # sequences for the validation loss
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Restart:
 
     Attributes:
         merge: the adapters are merged into the base and drawn anew.
-        reset: Adam's state of the adapters is dropped.
+        reset: the Adam state of the adapters is dropped.
         ramp: the learning rate ramps up from 0, as after a merge.
-        with_scaling: the merge is of s·B·A, and not of B·A.
+        with_scaling: the merge adds s·B·A; False adds B·A.
     """
 
     merge: bool
@@ -75,43 +76,55 @@ def restart_losses(
     restarts: Sequence[Restart] = ALL_RESTARTS,
     steps: int = 20,
 ) -> xr.DataArray:
-    """Validation losses around a restart, in each combination of its parts.
+    """Validation losses around a restart, for combinations of its parts.
 
     Args:
-        run_dir: a ReLoRA run on text, of `run_experiment`, on a CPU in float32.
-        step: of a checkpoint at which it merges.
-        text: the folder of .txt files that it was trained on, if it was.
-        restarts: the combinations.
-        steps: optimizer steps that each goes on for.
+        run_dir: the folder of a ReLoRA run on text, trained on a CPU in float32 by
+            `python -m probes.relora train`.
+        step: a step at which the run merges; its checkpoint must exist.
+        text: the folder of .txt files that it was trained on; None if it was the built-in text.
+        restarts: the combinations to train; by default all eight, and the complete restart with an
+            unscaled merge.
+        steps: how many optimizer steps each combination continues.
 
     Returns:
-        (restart, after) float64, nats per token over up to 64 held-out sequences without dropout:
-        after = -1 is before the restart, 0 right after it, n after n further optimizer steps.
+        (restart, after) float64: the validation loss in nats per token, without dropout, over up
+        to 64 held-out sequences. after = -1 is before the restart, 0 is right after it, n is after
+        n further optimizer steps.
 
     Raises:
         MissingError: there is no such checkpoint.
-        DynamicsError: the run does not merge there, or see `trained_with`.
+        DynamicsError: the run does not merge at this step; or see `read_config_and_data`.
+
+    Example:
+        >>> from probes.relora.restart_ablation import restart_losses
+        >>> losses = restart_losses("runs/relora", step=240)  # doctest: +SKIP
+        >>> losses.sel(restart="merge + reset + ramp", after=20)  # doctest: +SKIP
     """
-    config, data = trained_with(run_dir, text)
+    config, data = read_config_and_data(run_dir, text)
     if config.method != "relora" or step % config.reset_every or not 0 < step < config.max_steps:
         raise DynamicsError(
             f"{run_dir} ({config.method}, {config.max_steps} steps) merges at multiples of "
             f"{config.reset_every}, and not at step {step}."
         )
     if not isinstance(data, TextData):
-        raise DynamicsError(f"{run_dir} was trained on a stream; this takes runs on text.")
+        raise DynamicsError(
+            f"{run_dir} was trained on a stream of tokens; give a run that was trained on text."
+        )
     folders = {step_of(path): path for path in complete_checkpoints(run_dir)}
     if step not in folders:
-        raise MissingError(f"No complete checkpoint of step {step} in {run_dir}: {list(folders)}.")
-    found = [
+        raise MissingError(
+            f"No complete checkpoint of step {step} in {run_dir}; it has those of {list(folders)}."
+        )
+    losses = [
         list(_branch(config, data, folders[step], restart, min(steps, config.max_steps - step)))
         for restart in restarts
     ]
     return xr.DataArray(
-        found,
+        losses,
         coords={
             "restart": [restart.name for restart in restarts],
-            "after": np.arange(len(found[0])) - 1,
+            "after": np.arange(len(losses[0])) - 1,
         },
         dims=("restart", "after"),
         name="restart_loss",
@@ -125,7 +138,7 @@ def _branch(
     """The validation loss before the restart, after it, and after each further step."""
     start = step_of(checkpoint)
     model, optimizer = _restored(config, checkpoint)
-    # Without the ramp, LoRA's schedule: the same cosine without teeth.
+    # Without the ramp: the schedule of LoRA, which is the same cosine without ramps.
     rate = schedule_of(config if restart.ramp else replace(config, method="lora"))
     yield _loss(model, data.validation)
     if restart.merge:

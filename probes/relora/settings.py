@@ -1,4 +1,4 @@
-"""A run's fields from the words of a command line: lora_rank=8, scaling=2, target_modules=all."""
+"""The config of a run from words such as lora_rank=8, scaling=2, target_modules=all."""
 
 import types
 import typing
@@ -10,7 +10,7 @@ from dynamics.errors import DynamicsError
 from probes.relora.config import TARGET_MODULES, TrainConfig
 from probes.relora.presets import PRESETS, as_published
 
-# No field of its own: s = lora_alpha / lora_rank, so that a sweep over ranks can keep it.
+# Not a field: s = lora_alpha / lora_rank. With it, a sweep over ranks can keep s.
 SCALING = "scaling"
 _GROUPS = {
     "all": TARGET_MODULES,
@@ -20,10 +20,10 @@ _GROUPS = {
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, str]:
-    """`name=value` words -> name -> value, as they were written.
+    """Words `name=value` -> a dict name -> value, with values as text.
 
     Raises:
-        DynamicsError: a word without "=", a field twice, or one that no run has.
+        DynamicsError: a word without "=", a field that is given twice, or an unknown field.
     """
     settings: dict[str, str] = {}
     for word in words:
@@ -39,13 +39,13 @@ def parse_settings(words: Sequence[str]) -> dict[str, str]:
 
 
 def with_settings(config: TrainConfig, settings: Mapping[str, str]) -> TrainConfig:
-    """The config with these fields, each parsed as its type.
+    """The config with these fields changed; each value is parsed as the type of its field.
 
-    `target_modules` takes names joined by +, or all, attention or swiglu; `scaling` sets
-    `lora_alpha` to that many times the rank; none is None where a field may be None.
+    `target_modules` takes names joined by +, or all, attention or swiglu. `scaling` sets
+    `lora_alpha` to that many times the rank. `none` means None where a field may be None.
 
     Raises:
-        DynamicsError: a value that its field cannot be.
+        DynamicsError: a value that its field cannot have.
     """
     values = {name: _parse(name, word) for name, word in settings.items()}
     scaling = values.pop(SCALING, None)
@@ -56,14 +56,14 @@ def with_settings(config: TrainConfig, settings: Mapping[str, str]) -> TrainConf
     return replace(config, **values)
 
 
-def written(value: Any) -> str:
-    """A field's value as `with_settings` reads it."""
+def setting_text(value: Any) -> str:
+    """The value of a field as `with_settings` reads it."""
     if isinstance(value, tuple):
         return "+".join(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def configured(
+def config_from_words(
     preset: str,
     method: str,
     given: Mapping[str, Any],
@@ -71,17 +71,17 @@ def configured(
     *,
     published: bool = False,
 ) -> TrainConfig:
-    """The config of a preset and method with what a command line gives beside them.
+    """The config of a preset and a method, with fields changed by a command line.
 
     Args:
         preset: one of `PRESETS`.
-        method: of the run.
-        given: field -> value, None where it was not given.
-        words: field=value, which take precedence.
-        published: with what the published code did otherwise, see `as_published`.
+        method: "full_rank", "relora" or "lora".
+        given: field -> value; None if the command line does not give it.
+        words: field=value; they take precedence over `given`.
+        published: with the defects of the published code, see `as_published`.
 
     Raises:
-        DynamicsError: an unknown preset or field, or a value that cannot be.
+        DynamicsError: an unknown preset or field, or a value that its field cannot have.
     """
     if preset not in PRESETS:
         raise DynamicsError(f"No preset {preset!r}; known: {', '.join(PRESETS)}.")

@@ -1,4 +1,4 @@
-"""Runs of a sweep, trained one after another or side by side, and compared in the end."""
+"""Trains the runs of a sweep, one after another or side by side, and compares them."""
 
 import os
 import subprocess
@@ -33,24 +33,24 @@ def run_sweep(
     kinds: Sequence[str] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
-    """Train what is not trained yet, each run in `output`/NAME, and compare all.
+    """Train the runs that are not finished, each in `output`/NAME, and compare all of them.
 
-    A run is a process of its own, `python -m probes.relora train`, whose lines go to
-    `output`/NAME.log: a finished run is skipped, an interrupted one resumed, and one that fails
-    leaves the others to be trained. With several workers each gets its share of the CPU cores;
-    the same numbers need the same number of workers.
+    Each run is a process of its own, `python -m probes.relora train`, with its output in
+    `output`/NAME.log. Finished runs are skipped, interrupted ones resumed. If one fails, the others
+    are trained nevertheless. With several workers, each gets its share of the CPU cores; to get the
+    same numbers again, use the same number of workers.
 
     Args:
-        runs: of `plan`.
-        preset: that they were planned from.
-        output: the sweep's folder.
+        runs: from `plan`.
+        preset: the preset that they were planned from.
+        output: the folder of the sweep.
         text: a folder of .txt files, as in `run_experiment`.
-        workers: runs at a time.
-        kinds: to compare; all by default, see `analyze`.
+        workers: how many runs train at the same time.
+        kinds: the kinds to compare; all by default, see `analyze`.
         say: gets a line when a run begins and ends; prints it by default.
 
     Returns:
-        `compare_runs` of them, also saved to `output`/comparison.zarr.
+        The result of `compare_runs`, which is also saved to `output`/comparison.zarr.
 
     Raises:
         DynamicsError: fewer than two runs, a folder that holds another run, or runs that failed.
@@ -76,7 +76,7 @@ def run_sweep(
     if failures:
         raise DynamicsError(
             f"{len(failures)} of {len(runs)} runs failed, the first one: {failures[0]}. The others "
-            "are kept; the same command goes on."
+            "are kept; fix the cause and repeat the command, which continues from there."
         )
     say(f"Comparing {len(runs)} runs")
     comparison = compare_runs(runs, output, kinds=kinds)
@@ -94,15 +94,16 @@ def compare_runs(
 ) -> xr.Dataset:
     """All runs in one Dataset along `run`, by name.
 
-    Coordinates along `run`: each varied field (numbers as numbers), `method`, `seed`, and
+    Coordinates along `run`: each varied field (numbers as numbers), `method`, `seed`,
     `trainable_parameters` and `tokens_per_step`. Spectra are kept beside each recording
-    (run.cache), so that comparing again measures only what is new.
+    (run.cache), so a second comparison measures only what is new.
 
     Args:
-        runs: of `plan`.
-        output: the sweep's folder.
-        kinds: to measure, in the runs that have them (full rank has no adapters); all by default.
-        options: of `analyze`.
+        runs: from `plan`.
+        output: the folder of the sweep.
+        kinds: the kinds to measure, in the runs that have them (full rank has no adapters); all
+            by default.
+        options: options of `analyze`.
 
     Raises:
         MissingError: a run has none of the kinds, or no run has one of them.
@@ -136,19 +137,31 @@ def over_seeds(
 ) -> xr.Dataset:
     """Mean and t confidence interval of a variable over the seeds of otherwise equal runs.
 
-    Within a run the variable's mean over the matrices inside layers is taken first, of all layers
-    or of each: matrices of one run are no independent measurements, runs of several seeds are.
-    Without layers, for a loss, there is nothing to average first.
+    First, the mean over the matrices inside layers is taken within each run: over all layers, or
+    for each layer. Matrices of one run are not independent measurements, but runs with different
+    seeds are. For a variable without matrices, such as a loss, this first mean is left out.
 
     Args:
-        comparison: of `compare_runs`; select a `kind` or matrices before, if need be.
-        metric: name of a variable, e.g. "effective_rank" or "eval_loss".
+        comparison: from `compare_runs`; select a `kind` or some matrices first if you need to.
+        metric: the name of a variable, e.g. "effective_rank" or "eval_loss".
         by_layer: keep the layers apart, along a new dimension `layer`.
-        level: see `mean_interval`.
+        level: the confidence level, see `mean_interval`.
 
     Returns:
-        `mean`, `lower`, `upper` and `count` (see `mean_interval`) along `run`: one entry for all
-        seeds of a setting, with its coordinates, called as the run without its seed.
+        `mean`, `lower`, `upper` and `count` (see `mean_interval`) along `run`. All seeds of a
+        setting become one entry, with the coordinates of the setting. Its name is the name of the
+        run without the seed.
+
+    Example:
+        >>> import xarray as xr
+        >>> from probes.relora.sweep import over_seeds
+        >>> runs = ["relora-seed=0", "relora-seed=1", "lora-seed=0", "lora-seed=1"]
+        >>> comparison = xr.Dataset(
+        ...     {"eval_loss": ("run", [3.0, 3.2, 3.5, 3.7])}, {"run": runs}
+        ... )
+        >>> losses = over_seeds(comparison, "eval_loss")
+        >>> losses.run.values.tolist(), losses["mean"].values.round(2).tolist()
+        (['relora', 'lora'], [3.1, 3.6])
     """
     values = comparison[metric]
     if schema.MATRIX in values.dims:
@@ -176,7 +189,7 @@ def over_seeds(
 
 
 def _train(run: SweepRun, preset: str, output: Path, text: Path | None, workers: int) -> str | None:
-    """Train one run; returns what went wrong."""
+    """Train one run; returns what went wrong, or None."""
     folder = output / run.name
     words = [*train_words(preset, run.config), "--output", str(folder)]
     words += ["--text", str(text)] if text is not None else []
@@ -194,7 +207,7 @@ def _train(run: SweepRun, preset: str, output: Path, text: Path | None, workers:
 
 
 def _column(runs: Sequence[SweepRun], name: str) -> list[Any]:
-    """A varied field's values: numbers where all are, to plot against; NaN or "" for none."""
+    """The values of a varied field: numbers if all are numbers; NaN or "" where a run has none."""
     values = [run.varied[name] for run in runs]
     for kind in (int, float):
         try:
@@ -205,4 +218,4 @@ def _column(runs: Sequence[SweepRun], name: str) -> list[Any]:
 
 
 def _say(line: str) -> None:
-    print(f"{line}\n", end="", flush=True)  # whole lines, from several threads
+    print(f"{line}\n", end="", flush=True)  # in one piece, because several threads print

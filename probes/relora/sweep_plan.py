@@ -1,4 +1,4 @@
-"""Which runs a sweep consists of, what they are matched by, and whether their schedules agree."""
+"""The plan of a sweep: its runs, what they are matched by, and whether their schedules agree."""
 
 import itertools
 import warnings
@@ -10,7 +10,7 @@ from dynamics.errors import DynamicsError
 from probes.relora.config import ADAPTER_FIELDS, RESTART_FIELDS, TrainConfig
 from probes.relora.model import parameter_counts
 from probes.relora.presets import PRESETS
-from probes.relora.settings import SCALING, configured, parse_settings, written
+from probes.relora.settings import SCALING, config_from_words, parse_settings, setting_text
 from probes.relora.training.schedule import schedule_of
 
 MATCHES = ("steps", "tokens", "trainable_parameters")
@@ -18,7 +18,7 @@ AS_PUBLISHED = "as_published"
 
 
 class DifferentSchedulesWarning(UserWarning):
-    """Runs of a sweep differ in their learning rates too."""
+    """Runs of a sweep also differ in their learning rates."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder: its method and what is varied.
+        name: of its folder: the method and the varied fields.
         config: the run.
-        varied: field -> value of what is varied, with `method` (the word that it was planned from)
-            and `seed`; None for a field that means nothing to the method.
+        varied: varied field -> value, with `method` (the word that it was planned from) and
+            `seed`; None for a field that has no effect on the method.
     """
 
     name: str
@@ -47,22 +47,22 @@ def plan(
     published: bool = False,
     match: str = "steps",
 ) -> list[SweepRun]:
-    """Every combination of the methods, of the values of each setting, and of the seeds, once.
+    """Every combination of the methods, the values of each setting, and the seeds, once.
 
     Args:
         preset: one of `PRESETS`.
-        methods: of `METHODS`; METHOD:as_published is the method with what the published code did
-            otherwise, beside others without.
+        methods: some of `METHODS`. METHOD:as_published is the method with the defects of the
+            published code; methods without them may stand beside it.
         words: field=value or field=value,value,...; a field with several values is varied.
-        seeds: of the runs.
-        given: field -> value, None where it was not given, as in `configured`.
-        published: as in `configured`, of all methods.
-        match: what all runs have as much of as the first one: "steps" leaves them as they are;
-            "tokens" sets `max_steps`; "trainable_parameters" sets `lora_rank`, to the nearest, and
-            keeps the scaling.
+        seeds: the seeds of the runs.
+        given: field -> value, as in `config_from_words`.
+        published: as in `config_from_words`, for all methods.
+        match: what all runs get as much of as the first run: "steps" changes nothing; "tokens"
+            sets `max_steps`; "trainable_parameters" sets `lora_rank`, to the nearest, and keeps
+            the scaling.
 
     Raises:
-        DynamicsError: see `configured`; or the runs cannot be matched.
+        DynamicsError: see `config_from_words`; or the runs cannot be matched.
     """
     settings = parse_settings(words)
     axes = {name: value.split(",") for name, value in settings.items()}
@@ -76,7 +76,7 @@ def plan(
         varied = {name: chosen.get(name) for name in several}
         words_of_name = [f"{name}={value}" for name, value in varied.items() if value is not None]
         name = "-".join([word.replace(":", "-"), *words_of_name, f"seed={seed}"]).replace("/", "_")
-        config = configured(
+        config = config_from_words(
             preset,
             method,
             {**(given or {}), "seed": seed},
@@ -85,13 +85,13 @@ def plan(
         )
         if runs:
             config = matched(config, next(iter(runs.values())).config, match)
-        # The same name is the same run: a full-rank run need not be repeated for each rank.
+        # Equal names mean equal runs: a full-rank run is not repeated for each rank.
         runs.setdefault(name, SweepRun(name, config, {"method": word, **varied, "seed": seed}))
     return list(runs.values())
 
 
 def matched(config: TrainConfig, reference: TrainConfig, match: str) -> TrainConfig:
-    """The config with as many steps, tokens or trainable parameters as the reference.
+    """The config with as many steps, tokens or trainable parameters as the reference has.
 
     Raises:
         DynamicsError: an unknown word, or a method that cannot have so many parameters.
@@ -112,10 +112,10 @@ def tokens_per_step(config: TrainConfig) -> int:
 
 
 def train_words(preset: str, config: TrainConfig) -> list[str]:
-    """The arguments of `train` that give this config: the fields in which it is not the preset."""
+    """The arguments of `train` that give this config: the fields that differ from the preset."""
     base = PRESETS[preset](config.method)
     changed = [
-        f"--set={each.name}={written(getattr(config, each.name))}"
+        f"--set={each.name}={setting_text(getattr(config, each.name))}"
         for each in fields(config)
         if getattr(config, each.name) != getattr(base, each.name)
     ]
@@ -123,7 +123,7 @@ def train_words(preset: str, config: TrainConfig) -> list[str]:
 
 
 def warn_of_schedules(runs: Sequence[SweepRun]) -> None:
-    """A DifferentSchedulesWarning where the learning rates of two runs differ, naming where."""
+    """Give a DifferentSchedulesWarning if the learning rates of two runs differ."""
     first = runs[0]
     for other in runs[1:]:
         step = _first_difference(first.config, other.config)
@@ -131,8 +131,8 @@ def warn_of_schedules(runs: Sequence[SweepRun]) -> None:
             one, two = (_rate(run.config, step) for run in (first, other))
             warnings.warn(
                 f"{first.name} and {other.name} differ in their learning rates, first at step "
-                f"{step} ({one:.3g} and {two:.3g}): what else differs between them may come from "
-                "there.",
+                f"{step} ({one:.3g} and {two:.3g}): other differences between them may come from "
+                "the learning rates.",
                 DifferentSchedulesWarning,
                 stacklevel=2,
             )
@@ -140,7 +140,7 @@ def warn_of_schedules(runs: Sequence[SweepRun]) -> None:
 
 
 def _variant(word: str) -> tuple[str, bool]:
-    """METHOD or METHOD:as_published -> the method, and whether it is as published."""
+    """METHOD or METHOD:as_published -> (the method, whether it is as published)."""
     method, colon, variant = word.partition(":")
     if colon and variant != AS_PUBLISHED:
         raise DynamicsError(
@@ -162,15 +162,16 @@ def _with_trainable(config: TrainConfig, target: int) -> TrainConfig:
     if not config.adapted:
         raise DynamicsError(
             f"full_rank trains {trainable:,} parameters and the first run {target:,}; put "
-            "full_rank first, so that the ranks of the others are set."
+            "full_rank first, so that the ranks of the other runs are adapted to it."
         )
     # Trainable parameters are linear in the rank.
     per_rank = parameter_counts(replace(config, lora_rank=config.lora_rank + 1))[0] - trainable
     rank = config.lora_rank + round((target - trainable) / per_rank)
     if rank < 1:
         raise DynamicsError(
-            f"{config.method} trains more than {target:,} parameters at every rank: those of "
-            "embeddings, norms and linear layers that have no adapter."
+            f"{config.method} trains more than {target:,} parameters at every rank, because "
+            "embeddings, norms and linear layers without an adapter train too; match by tokens or "
+            "steps instead."
         )
     return replace(config, lora_rank=rank, lora_alpha=config.scaling * rank)
 

@@ -1,1 +1,1 @@
-"""What the reference experiment trains on."""
+"""The data of the reference experiment: texts and token datasets."""

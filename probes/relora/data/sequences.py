@@ -1,4 +1,4 @@
-"""Training sequences in the order in which a run sees them, held in memory or streamed."""
+"""Training sequences in the order in which a run sees them, in memory or streamed."""
 
 import copy
 import hashlib
@@ -12,30 +12,37 @@ from torch.utils.data import Dataset, IterableDataset
 from dynamics.errors import DynamicsError
 
 COLUMN = "input_ids"
-_STATES_KEPT = 4  # a loader may read ahead of the step that is being trained
-_IDENTIFYING = 8  # sequences whose tokens tell whether a stream is the one that was begun
+_STATES_KEPT = 4  # a loader may read ahead of the step that trains
+_IDENTIFYING = 8  # sequences whose tokens identify a stream
 
 
-def example(tokens: torch.Tensor, sequence_length: int) -> dict[str, torch.Tensor]:
-    """One sequence as the model takes it.
+def model_inputs(tokens: torch.Tensor, sequence_length: int) -> dict[str, torch.Tensor]:
+    """The inputs and labels of one sequence.
 
     Args:
-        tokens: (sequence_length,) or (sequence_length + 1,) int64. With one token more than the
-            model reads, as in the published data, its last position has a target too.
+        tokens: (sequence_length,) or (sequence_length + 1,) int64. The published data has one
+            token more than the model reads, so that the last position has a target too.
         sequence_length: T.
     """
     inputs = tokens[:sequence_length]
-    # The labels are the inputs: the model shifts them by one itself, unless it is given both.
-    whole = {"input_ids": inputs, "labels": inputs}
-    return whole if len(tokens) == sequence_length else {**whole, "shift_labels": tokens[1:]}
+    # The labels are the inputs: the model shifts them itself, unless it gets shift_labels.
+    batch = {"input_ids": inputs, "labels": inputs}
+    return batch if len(tokens) == sequence_length else {**batch, "shift_labels": tokens[1:]}
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Sequences of equal length, in the order in which a run sees them.
 
     Args:
-        blocks: (n, sequence_length) int64 token ids, or (n, sequence_length + 1), see `example`.
+        blocks: (n, sequence_length) or (n, sequence_length + 1) int64 token ids; with the
+            additional token, the last position has a target too.
         sequence_length: T; the width of the blocks by default.
+
+    Example:
+        >>> from probes.relora import TokenBlocks
+        >>> blocks = TokenBlocks(torch.arange(12).view(3, 4))
+        >>> len(blocks), blocks.sequence_length, blocks[1]["input_ids"].tolist()
+        (3, 4, [4, 5, 6, 7])
     """
 
     def __init__(self, blocks: torch.Tensor, sequence_length: int | None = None) -> None:
@@ -46,26 +53,39 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         return len(self.blocks)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return example(self.blocks[index], self.sequence_length)
+        return model_inputs(self.blocks[index], self.sequence_length)
 
     def digest(self) -> str:
-        """SHA-256 of the tokens and their order: a resumed run must see the same."""
+        """SHA-256 of the tokens in their order; a resumed run must see the same ones."""
         return hashlib.sha256(self.blocks.contiguous().numpy().tobytes()).hexdigest()
 
 
 class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
-    """Sequences read from a Hugging Face dataset as they are needed, again from the start for ever.
+    """Sequences that are read from a Hugging Face dataset when needed; it repeats without end.
 
-    Its position is the number of sequences read. A position with the dataset's own state is gone
-    to without reading what lies before it in earlier shards; without, by reading past it.
+    The position is the number of sequences read. If a stored position contains the state of the
+    dataset, the stream goes there without reading earlier shards. Otherwise it reads and skips all
+    sequences before the position.
 
     Args:
-        open_source: opens the dataset, iterable with `state_dict` and `load_state_dict`, each
-            example with (at least) `sequence_length` + 1 or exactly `sequence_length` token ids
-            under `input_ids`.
+        open_source: opens the dataset. The dataset is iterable and has `skip`, `state_dict` and
+            `load_state_dict`. Each row has under `input_ids` exactly `sequence_length` token ids,
+            or at least `sequence_length` + 1.
         sequence_length: T.
-        vocab_size: every token is below it.
-        held_out: sequences at the start that are not for training.
+        vocab_size: every token must be below it.
+        held_out: how many sequences at the start are not for training.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from probes.relora import TokenStream
+        >>> rows = [[i, i + 1, i + 2] for i in range(4)]
+        >>> stream = TokenStream(
+        ...     lambda: Dataset.from_dict({"input_ids": rows}).to_iterable_dataset(),
+        ...     sequence_length=3, vocab_size=6, held_out=1,
+        ... )
+        >>> sequences = iter(stream)
+        >>> [next(sequences)["input_ids"].tolist() for _ in range(4)]
+        [[1, 2, 3], [2, 3, 4], [3, 4, 5], [1, 2, 3]]
     """
 
     def __init__(
@@ -89,7 +109,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
         position = self._start["source_position"] if state else 0
         while True:
             source = self._open_source().skip(self._held_out)
-            empty = state is None  # what a state leaves of a pass may well be nothing
+            empty = state is None  # a stored state may be the end of a pass: nothing is left of it
             if state:
                 source.load_state_dict(state)
                 state = None
@@ -101,22 +121,23 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
                 tokens = self._checked(row[COLUMN], position)
                 if position % self._run_length == 0:
                     self._keep(position, source.state_dict())
-                yield example(tokens, self.sequence_length)
+                yield model_inputs(tokens, self.sequence_length)
             if empty:
                 raise DynamicsError("The dataset has no sequence to train on; give a larger one.")
 
     def share(self, process: int, processes: int, run_length: int) -> None:
-        """Yield only every `processes`-th run of `run_length` sequences, beginning with `process`.
+        """Yield only every `processes`-th group of `run_length` sequences, from group `process` on.
 
-        Each process reads them all, and the batches of all processes together are those of one.
+        Each process reads all sequences. Together, the processes train on the same batches as one
+        process would.
         """
         self._process, self._processes, self._run_length = process, processes, run_length
 
     def position_state(self, position: int) -> dict[str, Any]:
-        """What `start_at` takes to go on at this position, JSON-like.
+        """The state that `start_at` needs to continue at this position, JSON-like.
 
-        The dataset's state is that of the last run of this process up to there: whatever lies
-        between the two belongs to other processes, and is read past.
+        The state of the dataset is the one after the last group of this process before the
+        position. Sequences between the two belong to other processes and are skipped.
         """
         reached = [each for each in self._states if each <= position]
         if not reached:
@@ -124,7 +145,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
         return {"position": position, **self._states[max(reached)]}
 
     def start_at(self, state: Mapping[str, Any]) -> None:
-        """Begin at the position of `position_state`, or at {"position": n}, when next iterated."""
+        """Begin the next iteration at a state of `position_state`, or at {"position": n}."""
         self._start = state
 
     def held_out_blocks(self) -> TokenBlocks:
@@ -135,7 +156,7 @@ class TokenStream(IterableDataset[dict[str, torch.Tensor]]):
         return TokenBlocks(torch.stack(tokens) if tokens else empty, self.sequence_length)
 
     def digest(self) -> str:
-        """SHA-256 of the first few sequences: a resumed run must see the same."""
+        """SHA-256 of the first few sequences; a resumed run must see the same ones."""
         seen = hashlib.sha256()
         for row in islice(iter(self._open_source()), _IDENTIFYING):
             seen.update(self._checked(row[COLUMN], 0).numpy().tobytes())

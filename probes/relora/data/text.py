@@ -1,8 +1,8 @@
-"""Text that every machine has, a tokenizer trained on it, and blocks in a fixed order."""
+"""Texts, a tokenizer that is trained on them, and blocks of tokens in a fixed order."""
 
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,24 +21,32 @@ _NOT_THE_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-package
 
 
 def standard_library_text(max_bytes: int = 2_500_000) -> list[str]:
-    """The source files of the running Python's standard library, one string per file.
+    """The source files of Python's standard library, one string per file: text on every machine.
 
-    In the order of their paths, without tests and installed packages, up to `max_bytes` in all
-    (the last file is cut). The text is the same wherever the Python version is the same.
+    Files come in the order of their paths, without tests and installed packages. The text is the
+    same wherever the Python version is the same.
+
+    Args:
+        max_bytes: size of all files together; the last file is cut.
 
     Raises:
         DynamicsError: this Python has no library sources, or `max_bytes` is not positive.
+
+    Example:
+        >>> from probes.relora import standard_library_text
+        >>> texts = standard_library_text(max_bytes=10_000)
+        >>> sum(len(text.encode()) for text in texts)
+        10000
     """
     root = Path(sysconfig.get_path("stdlib"))
     texts: list[str] = []
     left = max_bytes
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_library_files(root)):
         if left <= 0:
             break
-        if _NOT_THE_LIBRARY.isdisjoint(path.relative_to(root).parts):
-            content = path.read_bytes()[:left]
-            left -= len(content)
-            texts.append(content.decode("utf-8", errors="replace"))
+        content = path.read_bytes()[:left]
+        left -= len(content)
+        texts.append(content.decode("utf-8", errors="replace"))
     texts = [text for text in texts if text]
     if not texts:
         raise DynamicsError(
@@ -48,10 +56,21 @@ def standard_library_text(max_bytes: int = 2_500_000) -> list[str]:
 
 
 def folder_text(path: str | os.PathLike[str]) -> list[str]:
-    """Every *.txt below a folder, one string per file, in the order of their paths.
+    """Every *.txt file below a folder, one string per file, in the order of their paths.
+
+    Files that are empty are left out.
 
     Raises:
         DynamicsError: there is no such folder, or no text in it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from probes.relora import folder_text
+        >>> Path("texts").mkdir()
+        >>> Path("texts/one.txt").write_text("One text."), Path("texts/two.txt").write_text("Two.")
+        (9, 4)
+        >>> folder_text("texts")
+        ['One text.', 'Two.']
     """
     root = Path(path)
     if not root.is_dir():
@@ -59,18 +78,29 @@ def folder_text(path: str | os.PathLike[str]) -> list[str]:
     files = sorted(root.rglob("*.txt"))
     texts = [text for file in files if (text := file.read_text("utf-8", errors="replace"))]
     if not texts:
-        found = f"{len(files)} .txt files, all empty" if files else "no .txt file"
-        raise DynamicsError(f"No text in {root}: found {found}; give a folder of .txt files.")
+        content = f"{len(files)} .txt files, all empty" if files else "no .txt file"
+        raise DynamicsError(f"No text in {root}: found {content}; give a folder of .txt files.")
     return texts
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer; token 0 is the end of a text. Equal texts give equal tokens.
+    """Train a byte-level BPE tokenizer. Equal texts give equal tokenizers.
 
-    It may have fewer than `vocab_size` tokens where the text is short.
+    Token 0 marks the end of a text. On a short text the tokenizer may get fewer than `vocab_size`
+    tokens.
+
+    Args:
+        texts: what to train on.
+        vocab_size: at most so many tokens.
 
     Raises:
-        DynamicsError: `vocab_size` leaves no room for the 256 bytes and the end of text.
+        DynamicsError: `vocab_size` is too small for the 256 bytes and the end of text.
+
+    Example:
+        >>> from probes.relora import train_tokenizer
+        >>> tokenizer = train_tokenizer(["low lower lowest"] * 9, vocab_size=260)
+        >>> tokenizer.get_vocab_size(), tokenizer.encode("lowest").tokens
+        (260, ['low', 'e', 's', 't'])
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet):
@@ -93,12 +123,19 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TextData:
-    """What a run trains and is validated on, in memory.
+    """The training and validation data of a run, in memory.
 
     Attributes:
         train: the sequences in training order.
         validation: held-out sequences; may be empty.
-        tokenizer: what made the tokens, None where they came ready-made.
+        tokenizer: the tokenizer that made the tokens; None if the tokens came without one.
+
+    Example:
+        >>> from probes.relora import TextData, TokenBlocks
+        >>> blocks = torch.arange(32).view(8, 4)
+        >>> data = TextData(train=TokenBlocks(blocks[:6]), validation=TokenBlocks(blocks[6:]))
+        >>> len(data.train), len(data.validation)
+        (6, 2)
     """
 
     train: TokenBlocks
@@ -108,7 +145,7 @@ class TextData:
 
 @dataclass(frozen=True)
 class StreamedData:
-    """The same with training sequences that are read as they are needed."""
+    """Like `TextData`, but the training sequences are read from a dataset when needed."""
 
     train: TokenStream
     validation: TokenBlocks
@@ -119,14 +156,27 @@ TrainingData = TextData | StreamedData
 
 
 def prepare_data(texts: Sequence[str], config: TrainConfig) -> TextData:
-    """Tokenizer, training blocks and held-out blocks of the texts.
+    """Train a tokenizer on texts, and cut them into training blocks and held-out blocks.
 
-    The texts are joined with end-of-text tokens and cut into blocks of `sequence_length`, the
-    rest dropped. What is held out, `validation_sequences` but at most 5 %, is the same for every
-    seed, so that validation losses compare; the order of the others depends on the seed alone.
+    The texts are joined, with an end-of-text token after each, and cut into blocks of
+    `sequence_length` tokens; the rest is dropped. `validation_sequences` blocks, but at most 5 %,
+    are held out. These are the same for every seed, so that validation losses can be compared. The
+    order of the other blocks depends on the seed only.
+
+    Args:
+        texts: one string per text.
+        config: gives `vocab_size`, `sequence_length`, `validation_sequences` and `seed`.
 
     Raises:
         DynamicsError: the texts fill fewer than two blocks.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from probes.relora import micro, prepare_data
+        >>> config = replace(micro(), vocab_size=300, sequence_length=16)
+        >>> data = prepare_data(["One small text. " * 20] * 100, config)
+        >>> data.train.blocks.shape[1], data.train.sequence_length
+        (16, 16)
     """
     tokenizer = train_tokenizer(texts, config.vocab_size)
     tokens: list[int] = []
@@ -150,6 +200,12 @@ def prepare_data(texts: Sequence[str], config: TrainConfig) -> TextData:
         validation=TokenBlocks(blocks[chosen[:held_out]]),
         tokenizer=tokenizer,
     )
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders[:] = [each for each in folders if each not in _NOT_THE_LIBRARY]
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def _permutation(count: int, seed: int) -> torch.Tensor:

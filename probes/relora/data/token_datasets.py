@@ -1,4 +1,4 @@
-"""Tokenised datasets as training data: by name from the Hugging Face hub, or from local files."""
+"""Tokenised datasets as training data: from the Hugging Face hub, or from local files."""
 
 import json
 import os
@@ -18,18 +18,40 @@ _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 
 
 def open_tokens(config: TrainConfig) -> StreamedData:
-    """The config's dataset, streamed in its own order; that order is the same for every seed.
+    """Open the dataset of a config as a stream, in its own order, the same for every seed.
 
-    A dataset is the name of one on the Hugging Face hub, a folder laid out like one (parquet or
-    Arrow files, the split "train"), a folder that `save_to_disk` wrote, or one .parquet or .arrow
-    file. Each example has `input_ids` of sequence_length + 1 tokens, the published schema, or
-    more, whose rest is left out, or of sequence_length, whose last then has no target.
+    `config.dataset` is one of:
+        the name of a dataset on the Hugging Face hub;
+        a folder that is laid out like one (parquet or Arrow files, split "train");
+        a folder that `save_to_disk` wrote;
+        one .parquet or .arrow file.
 
-    The tokenizer is the config's, if it names one; else the dataset folder's tokenizer.json, if
-    there is one.
+    Each row has token ids under `input_ids`: sequence_length + 1 of them (the published schema) or
+    more, of which the rest is left out; or sequence_length of them, and then the last position has
+    no target.
+
+    The tokenizer is `config.tokenizer`, if the config names one; else tokenizer.json in the folder
+    of the dataset, if there is one; else None.
+
+    Args:
+        config: gives `dataset`, `tokenizer`, `sequence_length`, `vocab_size` and
+            `validation_sequences`, which are the first ones of the dataset.
 
     Raises:
         DynamicsError: no such dataset or tokenizer, no column `input_ids`, or too few tokens.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from datasets import Dataset
+        >>> from probes.relora import micro, open_tokens
+        >>> Dataset.from_dict({"input_ids": [[1, 2, 3, 4]] * 5}).to_parquet("tokens.parquet") > 0
+        True
+        >>> config = replace(
+        ...     micro(), dataset="tokens.parquet", sequence_length=3, validation_sequences=2
+        ... )
+        >>> data = open_tokens(config)
+        >>> len(data.validation), next(iter(data.train))["shift_labels"].tolist()
+        (2, [2, 3, 4])
     """
     assert config.dataset is not None
     dataset = config.dataset
@@ -45,14 +67,14 @@ def open_tokens(config: TrainConfig) -> StreamedData:
 
 
 class StreamPosition(TrainerCallback):
-    """Writes the stream's position into each checkpoint, data_position.json."""
+    """Writes the position of the stream into each checkpoint, as data_position.json."""
 
     def __init__(self, stream: TokenStream, sequences_per_step: int) -> None:
         self._stream = stream
         self._sequences_per_step = sequences_per_step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write it, whole or not at all."""
+        """Write the file in one move, so that it is never half written."""
         if not state.is_world_process_zero:
             return
         position = self._stream.position_state(state.global_step * self._sequences_per_step)
@@ -63,9 +85,9 @@ class StreamPosition(TrainerCallback):
 
 
 def position_in(checkpoint: Path, sequences: int) -> dict[str, Any]:
-    """What `TokenStream.start_at` takes, of a checkpoint after so many sequences.
+    """The state for `TokenStream.start_at`, from a checkpoint after so many sequences.
 
-    A run that was killed between the checkpoint and this file reads past them once more.
+    If a run was killed before this file was written, the stream skips the sequences one by one.
     """
     path = checkpoint / POSITION_NAME
     return json.loads(path.read_text()) if path.is_file() else {"position": sequences}
@@ -73,7 +95,7 @@ def position_in(checkpoint: Path, sequences: int) -> dict[str, Any]:
 
 def _open(dataset: str) -> Any:
     try:
-        import datasets  # a second, and only these runs need it
+        import datasets  # takes a second, and only these runs need it
     except ImportError as error:
         raise require_extra("relora", error) from error
 
@@ -87,7 +109,7 @@ def _open(dataset: str) -> Any:
             )
         else:
             source = datasets.load_dataset(dataset, split="train", streaming=True)
-    # Whatever the file system, the hub's client or the readers of the formats raise.
+    # The file system, the client of the hub and the readers of formats raise these.
     except (OSError, ValueError, RuntimeError) as error:
         raise DynamicsError(
             f"Cannot open the dataset {dataset!r}: {one_line(error)}; give the name of one on the "

@@ -27,8 +27,8 @@ class ParadigmScore:
         name: the paradigm.
         phenomenon: see `Paradigm`.
         field: see `Paradigm`.
-        pairs: how many.
-        correct: in how many the acceptable sentence is more probable, not merely as probable.
+        pairs: how many pairs.
+        correct: in how many of them the acceptable sentence is strictly more probable.
         tied: the positions of the pairs whose sentences are equally probable.
     """
 
@@ -47,7 +47,7 @@ class ParadigmScore:
 
 @dataclass(frozen=True)
 class BlimpScore:
-    """How a model did on all paradigms that were asked."""
+    """How a model did on all scored paradigms."""
 
     paradigms: tuple[ParadigmScore, ...]
 
@@ -74,13 +74,13 @@ def evaluate_blimp(
 ) -> BlimpScore:
     """Accuracy on each paradigm: log p(good | start) > log p(bad | start), summed over tokens.
 
-    Sums are not divided by length. Scores that are not numbers count as wrong.
+    Sums are not divided by length. Scores that are NaN count as wrong.
 
     Args:
         model: a transformers causal language model, left as it was.
         tokenizer: its transformers tokenizer.
         paradigms: what to score; see `read_blimp`.
-        prefix: put before each sentence and scored with it. lm-evaluation-harness has " ", which
+        prefix: text before each sentence, scored with it. lm-evaluation-harness uses " ", which
             suits tokenizers that mark the beginning of a word by a space.
 
     Raises:
@@ -89,11 +89,11 @@ def evaluate_blimp(
     """
     pairs = [pair for each in paradigms for pair in each.pairs]
     scores = pair_scores(model, tokenizer, pairs, prefix=prefix)
-    found, first = [], 0
+    scored, first = [], 0
     for each in paradigms:
         good, bad = scores[first : first + len(each.pairs)].T
         first += len(each.pairs)
-        found.append(
+        scored.append(
             ParadigmScore(
                 each.name,
                 each.phenomenon,
@@ -103,7 +103,7 @@ def evaluate_blimp(
                 tied=tuple(np.flatnonzero(good == bad).tolist()),
             )
         )
-    return BlimpScore(tuple(found))
+    return BlimpScore(tuple(scored))
 
 
 def pair_scores(
@@ -120,7 +120,7 @@ def pair_scores(
         if context is not None and len(ids) > context:
             raise DynamicsError(
                 f"{sentence!r} has {len(ids)} tokens and the model's context is {context}; "
-                "BLiMP needs a model or a tokenizer that takes its sentences whole."
+                "use a model with a longer context, or a tokenizer with longer tokens."
             )
     start = start_token(tokenizer)
     scores = log_likelihoods(model, [[start, *ids] for ids in tokens], [len(t) for t in tokens])

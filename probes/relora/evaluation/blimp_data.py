@@ -1,4 +1,4 @@
-"""BLiMP's minimal pairs: read from its official files, downloaded on request."""
+"""The minimal pairs of BLiMP: read from its official files, downloaded on request."""
 
 import http.client
 import json
@@ -86,13 +86,13 @@ _TIMEOUT = 60  # seconds without an answer
 
 @dataclass(frozen=True)
 class Paradigm:
-    """One paradigm: pairs that differ in the same way.
+    """One paradigm: pairs of sentences that differ in the same way.
 
     Attributes:
         name: its UID, e.g. "adjunct_island".
-        phenomenon: the files' linguistics_term, e.g. "island_effects".
+        phenomenon: the linguistics_term of the file, e.g. "island_effects".
         field: "morphology", "semantics", "syntax" or "syntax_semantics".
-        pairs: (acceptable, unacceptable) sentences, in the file's order.
+        pairs: (acceptable, unacceptable) sentences, in the order of the file.
     """
 
     name: str
@@ -104,16 +104,16 @@ class Paradigm:
 def read_blimp(
     folder: str | os.PathLike[str], *, limit: int | None = None, only: Sequence[str] | None = None
 ) -> list[Paradigm]:
-    """The paradigms of a folder, by name: every *.jsonl in it, with BLiMP's fields.
+    """Read the paradigms of a folder, by name: every *.jsonl in it, with the fields of BLiMP.
 
     Args:
-        folder: the data folder of BLiMP's repository, or one with some of its files.
-        limit: the first so many pairs of each; all by default.
-        only: the paradigms to read; all that are there by default.
+        folder: the data folder of the BLiMP repository, or one with some of its files.
+        limit: read only the first so many pairs of each paradigm; all by default.
+        only: the paradigms to read; all that the folder has by default.
 
     Raises:
         MissingError: there is no such folder or file.
-        FormatError: a line is no pair, or two paradigms share a file.
+        FormatError: a line is not a pair, or a file holds two paradigms.
     """
     root = Path(folder)
     files = {path.stem: path for path in sorted(root.glob("*.jsonl"))}
@@ -141,18 +141,18 @@ def download_blimp(
     only: Sequence[str] = PARADIGMS,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Fetch BLiMP's files (CC BY 4.0, 22 MB) into a folder; files that are there stay.
+    """Fetch the files of BLiMP (CC BY 4.0, 22 MB) into a folder; existing files stay.
 
-    A file appears whole and readable, or not at all.
+    A file appears in the folder only after it was fetched and read without error.
 
     Args:
-        folder: gets one .jsonl a paradigm; made where it does not exist.
+        folder: gets one .jsonl file per paradigm; it is made if it does not exist.
         home: the address of the folder that holds them.
         only: paradigms to fetch.
-        say: gets one line on what is fetched.
+        say: gets one line that says what is fetched.
 
     Raises:
-        DynamicsError: a file cannot be had, or is no BLiMP file.
+        DynamicsError: a file cannot be fetched, or is not a BLiMP file.
     """
     root = Path(folder)
     wanted = [name for name in only if not (root / f"{name}.jsonl").is_file()]
@@ -183,11 +183,11 @@ def _paradigm(path: Path, limit: int | None) -> Paradigm:
             rows.append(tuple(str(row[name]) for name in _FIELDS))
         except (ValueError, TypeError, KeyError) as error:
             raise FormatError(
-                f"Line {number} of {path} is no BLiMP pair with {', '.join(_FIELDS)} "
+                f"Line {number} of {path} is not a BLiMP pair with {', '.join(_FIELDS)} "
                 f"({one_line(error)}); fetch the file again."
             ) from error
     if len({row[2] for row in rows}) != 1:
-        raise FormatError(f"{path} has no pairs of one paradigm (UID); fetch the file again.")
+        raise FormatError(f"{path} does not hold one paradigm (UID); fetch the file again.")
     _, _, name, phenomenon, field = rows[0]
     # One paradigm spells it with a slash.
     pairs = tuple((good, bad) for good, bad, *_ in rows)

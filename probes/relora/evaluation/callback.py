@@ -11,16 +11,16 @@ from probes.relora.evaluation.evaluations import Evaluation
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates the model every few steps; the training goes on as without it, to the last bit.
+    """Evaluates the model every few steps, without changing a bit of the training.
 
-    The scalars go into the Trainer's log, and so into the trainer_state.json of every checkpoint,
-    and into the record of the same step where a recorder is given and the step is recorded. With
-    bfloat16 autocast the model is evaluated as the Trainer evaluates it, in autocast. In several
-    processes the first one evaluates its whole model while the others wait.
+    The scalars go into the log of the Trainer, and so into the trainer_state.json of every
+    checkpoint. If a recorder is given and the step is recorded, they also go into its record. With
+    bfloat16 autocast the model is evaluated in autocast, as the Trainer evaluates it. With several
+    processes, the first one evaluates its whole model while the others wait.
 
     Args:
         evaluations: what to evaluate.
-        tokenizer: the model's, as a transformers tokenizer; see `as_transformers`.
+        tokenizer: the tokenizer of the model, as a transformers tokenizer; see `as_transformers`.
         every: optimizer steps between evaluations.
         recorder: the callback that records this training.
     """
@@ -49,9 +49,9 @@ class EvaluationCallback(TrainerCallback):
         model: Any,
         **_: Any,
     ) -> None:
-        """Evaluate after the optimizer's step, which the Trainer has not counted yet.
+        """Evaluate after the optimizer step, which the Trainer has not counted yet.
 
-        Before `on_step_end`, in which a recorder may write its record out.
+        This is before `on_step_end`, in which a recorder may write its record.
         """
         step = state.global_step + 1
         if step % self._every or not state.is_world_process_zero:

@@ -1,4 +1,4 @@
-"""Evaluation of a run's checkpoints, kept in its evaluation.jsonl as scalars of the run."""
+"""Evaluation of the checkpoints of a run; the results are kept in its evaluation.jsonl."""
 
 import dataclasses
 import json
@@ -14,18 +14,18 @@ from dynamics.errors import DynamicsError, MissingError
 from dynamics.formats.shared.evaluations import EVALUATIONS, read_evaluations
 from probes.relora.evaluation.evaluations import Evaluation, ValidationLoss
 from probes.relora.evaluation.trained_models import load_model, load_tokenizer, weights_digest
-from probes.relora.experiment import trained_with
+from probes.relora.experiment import read_config_and_data
 from probes.relora.training.run_directory import complete_checkpoints, step_of
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One line of evaluation.jsonl: one checkpoint, one evaluation.
+    """One line of evaluation.jsonl: one evaluation of one checkpoint.
 
     Attributes:
-        step: the checkpoint's.
-        key: what it was evaluated on, see `Evaluation.key`.
-        weights: what was evaluated, see `weights_digest`.
+        step: of the checkpoint.
+        key: on what it was evaluated, see `Evaluation.key`.
+        weights: which weights were evaluated, see `weights_digest`.
         scalars: name -> value.
         details: see `Result`.
     """
@@ -46,26 +46,26 @@ def evaluate(
     device: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Evaluated]:
-    """Evaluate the checkpoints of a run, and append what is new to its evaluation.jsonl.
+    """Evaluate the checkpoints of a run, and append new results to its evaluation.jsonl.
 
-    What that file has for the same weights and texts is not computed again. Opened by
-    `dynamics.open_run`, the checkpoints and a recording in the same folder have the scalars along
-    their steps, beside what the training logged.
+    Results that the file already has for the same weights and texts are not computed again. When
+    `dynamics.open_run` opens the checkpoints, or a recording in the same folder, these scalars
+    appear along the steps, beside the values that the training logged.
 
     Args:
-        run_dir: a folder with checkpoint-N/, of transformers or ReLoRA.
+        run_dir: a folder with checkpoint-N/, written by transformers or by ReLoRA.
         evaluations: what to evaluate.
-        steps: of the checkpoints to evaluate; all complete ones by default.
-        tokenizer: a name or path where the run has no tokenizer.json.
-        device: where to compute; a GPU if there is one.
-        say: gets a line per checkpoint and evaluation.
+        steps: the steps of the checkpoints to evaluate; all complete checkpoints by default.
+        tokenizer: name or path of a tokenizer, if the run has no tokenizer.json.
+        device: where to compute; by default a GPU if there is one.
+        say: gets one line per checkpoint and evaluation.
 
     Returns:
-        What was asked for, by evaluation and step, computed now or before.
+        The results, by evaluation and step, whether computed now or earlier.
 
     Raises:
         MissingError: there is no such checkpoint, or no tokenizer.
-        DynamicsError: a checkpoint cannot be evaluated; what was done before is kept.
+        DynamicsError: a checkpoint cannot be evaluated. Results from before are kept.
     """
     run = Path(run_dir)
     checkpoints = _chosen(run, steps)
@@ -77,7 +77,7 @@ def evaluate(
         (row["step"], row.get("key"), row.get("weights")): row for row in read_evaluations(path)
     }
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    found: dict[tuple[int, int], Evaluated] = {}
+    results: dict[tuple[int, int], Evaluated] = {}
     for checkpoint in checkpoints:
         step, weights, model = step_of(checkpoint), weights_digest(checkpoint), None
         for position, (evaluation, key) in enumerate(zip(evaluations, keys, strict=True)):
@@ -90,8 +90,8 @@ def evaluate(
                 say(f"step {step}: {first} {result.scalars[first]:.4g}")
             else:
                 done = Evaluated(**row)
-            found[position, step] = done
-    return [found[each] for each in sorted(found)]
+            results[position, step] = done
+    return [results[each] for each in sorted(results)]
 
 
 def validation_loss(run_dir: str | os.PathLike[str], text: Path | None = None) -> ValidationLoss:
@@ -99,13 +99,13 @@ def validation_loss(run_dir: str | os.PathLike[str], text: Path | None = None) -
 
     Args:
         run_dir: its folder.
-        text: the folder of .txt files that it was trained on, if it was.
+        text: the folder of .txt files that it was trained on; None if it was another dataset.
 
     Raises:
-        MissingError: see `trained_with`.
-        DynamicsError: see `trained_with`; or nothing was held out.
+        MissingError: see `read_config_and_data`.
+        DynamicsError: see `read_config_and_data`; or no sequence was held out.
     """
-    _, data = trained_with(run_dir, text)
+    _, data = read_config_and_data(run_dir, text)
     if not len(data.validation):
         raise DynamicsError(f"{run_dir} held no sequences out; evaluate it on texts instead.")
     return ValidationLoss(data.validation)
@@ -126,7 +126,7 @@ def _chosen(run: Path, steps: Sequence[int] | None) -> list[Path]:
 
 def _append(path: Path, done: Evaluated) -> None:
     with path.open("a+b") as file:
-        # What a killed writer left of its last line is none.
+        # Drop the incomplete last line of a process that was killed while writing.
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(dataclasses.asdict(done)).encode() + b"\n")

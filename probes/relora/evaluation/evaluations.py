@@ -1,4 +1,4 @@
-"""What can be evaluated on a model, as scalars of its run: BLiMP, perplexity, validation loss."""
+"""Evaluations of a model as scalars of its run: BLiMP, perplexity, validation loss."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from probes.relora.evaluation.perplexity import evaluate_perplexity, overall
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        scalars: name -> value, scalars of the run.
-        details: JSON-like, what the scalars are made of.
+        scalars: name -> value; scalars of the run.
+        details: JSON-like; what the scalars were computed from.
     """
 
     scalars: dict[str, float]
@@ -27,19 +27,19 @@ class Result:
 
 
 class Evaluation(Protocol):
-    """Something to evaluate models on.
+    """Something on which models are evaluated.
 
-    `needs_tokenizer` says whether it holds text, and `key` stands for all that decides its numbers
-    beside the model: equal keys, equal series.
+    `needs_tokenizer` says whether it holds text. `key` identifies everything except the model that
+    decides the numbers: results with equal keys belong to one series.
     """
 
     needs_tokenizer: bool
 
     def key(self, tokenizer: Any) -> str:
-        """SHA-256 of the tokens that are scored, and of their groups."""
+        """SHA-256 of the scored tokens and their groups."""
 
     def __call__(self, model: Any, tokenizer: Any) -> Result:
-        """Evaluate a model, which is left as it was."""
+        """Evaluate a model, and leave it as it was."""
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,20 @@ class PerplexityEvaluation:
         domains = evaluate_perplexity(model, tokenizer, self.texts)
         scalars = {}
         named = {"": overall(domains), **{f"_{name}": each for name, each in domains.items()}}
-        for suffix, found in named.items():
-            scalars[f"perplexity{suffix}"] = found.per_token
-            scalars[f"mean_text_perplexity{suffix}"] = found.mean_over_texts
+        for suffix, perplexity in named.items():
+            scalars[f"perplexity{suffix}"] = perplexity.per_token
+            scalars[f"mean_text_perplexity{suffix}"] = perplexity.mean_over_texts
         return Result(
             scalars,
             {
                 "domains": {
                     name: {
-                        "texts": found.texts,
-                        "tokens": found.tokens,
-                        "cut": found.cut,
-                        "too_short": found.too_short,
+                        "texts": perplexity.texts,
+                        "tokens": perplexity.tokens,
+                        "cut": perplexity.cut,
+                        "too_short": perplexity.too_short,
                     }
-                    for name, found in domains.items()
+                    for name, perplexity in domains.items()
                 }
             },
         )
@@ -135,7 +135,7 @@ class ValidationLoss:
 
     def __call__(self, model: Any, tokenizer: Any) -> Result:
         """See `Evaluation`."""
-        # A block may have one token more than the model reads: its last position's target.
+        # A block may have one token more than the model reads: the target of its last position.
         sequences = self.blocks.blocks[:, : self.blocks.sequence_length + 1].tolist()
         scored = [len(each) - 1 for each in sequences]
         total = log_likelihoods(model, sequences, scored).sum()

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from dynamics.errors import DynamicsError
 
-# Entries of the logits of one batch, float32: on a CPU what is larger is slower, elsewhere what is
-# smaller. Their log-softmax takes as much memory again.
+# Entries of the logits of one batch, float32. On a CPU, larger batches are slower; on a GPU,
+# smaller ones are. The log-softmax takes the same memory once more.
 _LOGITS_ON_CPU, _LOGITS = 2**23, 2**26
 
 
@@ -22,22 +22,22 @@ def log_likelihoods(
     """Sum of the log-probabilities of the last `scored[i]` tokens of each sequence, natural log.
 
     log p(x_{n-k+1}, ..., x_n | x_1, ..., x_{n-k}) with k = scored[i]. Log-probabilities are
-    float32 and their sums float64. Sequences run in order of length, in batches as large as the
-    memory for their logits allows, padded on the right, where a causal model does not look: a
-    result depends on its batch by the rounding of matrix products alone.
+    float32 and their sums float64. Sequences are sorted by length and run in batches as large as
+    the memory for their logits allows. They are padded on the right, where a causal model does not
+    look, so a result depends on its batch only by the rounding of matrix products.
 
-    The model is left as it was: see `evaluating`.
+    The model is left as it was, see `evaluating`.
 
     Args:
         model: a transformers model, or one with adapters; called as model(input_ids=...).logits.
-        sequences: n sequences of at least two token ids, within the model's context but for the
-            last token, which is no input.
-        scored: (n,) how many of the last tokens count, less than the length.
+        sequences: n sequences of at least two token ids. Without its last token, which is not an
+            input, a sequence must fit into the context of the model.
+        scored: (n,) how many of the last tokens count; less than the length.
 
     Returns:
         (n,) float64.
     """
-    found = np.empty(len(sequences))
+    sums = np.empty(len(sequences))
     device = next(model.parameters()).device
     entries = _LOGITS_ON_CPU if device.type == "cpu" else _LOGITS
     lengths = [len(each) - 1 for each in sequences]
@@ -56,13 +56,13 @@ def log_likelihoods(
                 logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
             )
             losses = losses.double().view(len(batch), -1) * counts.to(device)
-            found[batch] = -losses.sum(1).cpu().numpy()
-    return found
+            sums[batch] = -losses.sum(1).cpu().numpy()
+    return sums
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradients within; afterwards every module is in the mode it was in."""
+    """A block without dropout and gradients; afterwards every module is in its old mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -74,7 +74,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def start_token(tokenizer: Any) -> int:
-    """The token that a text begins after: beginning of sequence, or else end of text.
+    """The token before the first token of a text: beginning of sequence, or else end of text.
 
     Raises:
         DynamicsError: the tokenizer has neither.
@@ -88,19 +88,22 @@ def start_token(tokenizer: Any) -> int:
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, without special ones; a long text is not cut."""
+    """The tokens of each text, without special tokens; long texts are not cut."""
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def context_length(model: Any) -> int | None:
-    """How many tokens the model takes at once, None where its config does not say."""
+    """How many tokens the model takes at once; None if its config does not say."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices by length, longest first, at most so many padded tokens at once, or one sequence."""
+    """Batches of indices, longest sequences first, each of at most so many padded tokens.
+
+    A single sequence may be longer.
+    """
     batch: list[int] = []
     width = 0
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])

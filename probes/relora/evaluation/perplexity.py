@@ -23,9 +23,9 @@ class Perplexity:
     Attributes:
         tokens: all tokens of all texts, each predicted once.
         log_likelihood: their summed log-probability.
-        text_perplexities: (n,) of each text in the published tool's form, see
+        text_perplexities: (n,) of each text, as the published tool computes it, see
             `text_perplexities`; NaN for a text of fewer than two tokens.
-        cut: texts of which that form sees the beginning only.
+        cut: how many texts that tool cuts after their beginning.
     """
 
     tokens: int
@@ -40,7 +40,7 @@ class Perplexity:
 
     @property
     def mean_over_texts(self) -> float:
-        """Mean of the texts' perplexities, those that have none left out; NaN without any."""
+        """Mean of the perplexities of the texts that have one; NaN without any."""
         defined = self.text_perplexities[~np.isnan(self.text_perplexities)]
         return float(defined.mean()) if len(defined) else math.nan
 
@@ -66,25 +66,25 @@ def evaluate_perplexity(
         texts: domain -> texts.
 
     Raises:
-        DynamicsError: the model does not tell its context, or the tokenizer has no token to start
-            from.
+        DynamicsError: the config of the model does not state its context, or the tokenizer has no
+            token to start from.
     """
     context = context_length(model)
     if context is None:
         raise DynamicsError(
-            "The model's config has no max_position_embeddings, so that texts cannot be cut into "
+            "The model's config has no max_position_embeddings, so texts cannot be cut into "
             "windows; set it to the context that the model was trained with."
         )
-    found = {}
+    by_domain = {}
     for domain, each in texts.items():
         tokens = token_ids(tokenizer, each)
-        found[domain] = Perplexity(
+        by_domain[domain] = Perplexity(
             tokens=sum(map(len, tokens)),
             log_likelihood=_log_likelihood(model, tokens, start_token(tokenizer), context),
             text_perplexities=text_perplexities(model, tokens, context),
             cut=sum(len(ids) > context for ids in tokens),
         )
-    return found
+    return by_domain
 
 
 def overall(domains: Mapping[str, Perplexity]) -> Perplexity:
@@ -99,12 +99,12 @@ def overall(domains: Mapping[str, Perplexity]) -> Perplexity:
 
 
 def windows(tokens: Sequence[int], start: int, context: int) -> list[tuple[list[int], int]]:
-    """Pieces of a text in which each of its tokens is predicted once: (sequence, tokens to score).
+    """Windows of a text that together predict each token once: (sequence, tokens to score).
 
-    A sequence has one token before those that the model predicts, so `context` + 1 at most. The
-    first begins with the start token; the next ones score `context` tokens each, and the last one
-    scores what is left with as much before it as the context holds (the windows of
-    lm-evaluation-harness).
+    A sequence begins with a token that is not predicted, so it has at most `context` + 1 tokens.
+    The first one begins with the start token. Each window scores `context` tokens; the last one
+    scores the rest, with as many tokens before it as the context holds. These are the windows of
+    lm-evaluation-harness.
     """
     pieces = []
     whole = [start, *tokens]
@@ -115,18 +115,20 @@ def windows(tokens: Sequence[int], start: int, context: int) -> list[tuple[list[
 
 
 def text_perplexities(model: Any, tokens: Sequence[Sequence[int]], context: int) -> np.ndarray:
-    """exp(mean NLL) of each text as the published tool takes it, (n,) float64.
+    """exp(mean NLL) of each text as the published tool computes it, (n,) float64.
 
-    That is Hugging Face's `perplexity` metric with add_start_token=False and max_length=context:
-    a text is cut after `context` tokens, its first token is given and not predicted, and a text
-    needs two tokens; it is NaN here where the metric refuses it.
+    That tool is the `perplexity` metric of Hugging Face with add_start_token=False and
+    max_length=context. It cuts a text after `context` tokens, does not predict the first token,
+    and needs two tokens. The result is NaN for texts that the metric refuses.
     """
-    found = np.full(len(tokens), np.nan)
+    perplexities = np.full(len(tokens), np.nan)
     long_enough = [index for index, ids in enumerate(tokens) if len(ids) > 1]
     sequences = [tokens[index][:context] for index in long_enough]
     scored = [len(each) - 1 for each in sequences]
-    found[long_enough] = np.exp(-log_likelihoods(model, sequences, scored) / np.array(scored))
-    return found
+    perplexities[long_enough] = np.exp(
+        -log_likelihoods(model, sequences, scored) / np.array(scored)
+    )
+    return perplexities
 
 
 def _log_likelihood(model: Any, tokens: Sequence[Sequence[int]], start: int, context: int) -> float:

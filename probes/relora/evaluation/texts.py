@@ -1,4 +1,4 @@
-"""Texts to take perplexity on, by domain: from JSONL, parquet, plain text or a dataset's name."""
+"""Texts for perplexity, by domain: from JSONL, parquet, plain text or a dataset."""
 
 import gzip
 import io
@@ -22,7 +22,7 @@ def read_texts(
     domain_field: str | None = None,
     limit: int | None = None,
 ) -> dict[str, list[str]]:
-    """Domain -> texts of some sources, in their order, empty texts left out.
+    """Read texts by domain: domain -> texts, in the order of the sources, without empty texts.
 
     A source is one of:
         a file of JSON lines (.jsonl, .jsonl.gz, .json.gz) or parquet with a `text` field;
@@ -30,34 +30,34 @@ def read_texts(
         a folder: all such files below it;
         a dataset: NAME, NAME:SPLIT or NAME:CONFIG:SPLIT, opened by the library `datasets`.
 
-    The domain is the row's `domain_field`; without one, the folder below the source that a file
-    is in (as Paloma's files lie), the file's name where it is in none, the config of a dataset or
-    the last part of its name.
+    The domain of a text is the field `domain_field` of its row. Without `domain_field` it is the
+    folder below the source that holds the file (as in Paloma), or the name of the file where there
+    is no such folder. For a dataset it is the config, or the last part of the name.
 
     Args:
-        sources: paths and names; what exists is a path.
+        sources: paths, or names of datasets; a name that exists as a path is a path.
         domain_field: the field that names the domain, e.g. "source".
-        limit: the first so many texts of each domain.
+        limit: read only the first so many texts of each domain.
 
     Raises:
-        MissingError: a source is neither there nor a dataset, or holds no text.
+        MissingError: a source is neither a path nor a dataset, or it holds no text.
         FormatError: a file is damaged, or a row has no such field.
     """
-    found: dict[str, list[str]] = {}
+    by_domain: dict[str, list[str]] = {}
     for source in sources:
-        count = sum(map(len, found.values()))
+        count = sum(map(len, by_domain.values()))
         for domain, rows, where in _files(Path(source)) or _dataset(str(source)):
-            _collect(found, domain, rows, where, domain_field, limit)
-        if sum(map(len, found.values())) == count:
+            _collect(by_domain, domain, rows, where, domain_field, limit)
+        if sum(map(len, by_domain.values())) == count:
             raise MissingError(f"No text in {source}; give {', '.join(_SUFFIXES)} or a dataset.")
-    return found
+    return by_domain
 
 
 _Rows = Iterable[Mapping[str, Any]]
 
 
 def _collect(
-    found: dict[str, list[str]],
+    by_domain: dict[str, list[str]],
     domain: str,
     rows: _Rows,
     where: str,
@@ -65,7 +65,7 @@ def _collect(
     limit: int | None,
 ) -> None:
     for row in rows:
-        if domain_field is None and limit is not None and len(found.get(domain, ())) >= limit:
+        if domain_field is None and limit is not None and len(by_domain.get(domain, ())) >= limit:
             return
         for name in (_TEXT, domain_field):
             if name is not None and not isinstance(row.get(name), str):
@@ -73,16 +73,16 @@ def _collect(
                     f"A row of {where} has no {name!r}: found {', '.join(row) or 'nothing'}; "
                     "give data that has one."
                 )
-        texts = found.setdefault(domain if domain_field is None else row[domain_field], [])
+        texts = by_domain.setdefault(domain if domain_field is None else row[domain_field], [])
         if row[_TEXT] and (limit is None or len(texts) < limit):
             texts.append(row[_TEXT])
 
 
 def _files(source: Path) -> list[tuple[str, _Rows, str]]:
-    """(domain, rows, where) of each file of a path; empty where there is no such path."""
+    """(domain, rows, where) of each file of a path; empty if there is no such path."""
     if source.is_file():
         if not source.name.endswith(_SUFFIXES):
-            raise MissingError(f"{source} is no text file; give {', '.join(_SUFFIXES)}.")
+            raise MissingError(f"{source} is not a file of texts; give {', '.join(_SUFFIXES)}.")
         return [(_stem(source), _rows(source), str(source))]
     paths = sorted(path for path in source.rglob("*") if path.name.endswith(_SUFFIXES))
     if source.is_dir() and not paths:
@@ -135,10 +135,10 @@ def _dataset(name: str) -> list[tuple[str, _Rows, str]]:
         raise MissingError(f"No file or folder {name}; give one, or the name of a dataset.")
     try:
         rows = datasets.load_dataset(repository, *config[:1], split=split, streaming=True)
-    # Whatever the hub's client or the readers of the formats raise.
+    # The client of the hub and the readers of formats raise these.
     except (OSError, ValueError, RuntimeError) as error:
         raise MissingError(
-            f"{name!r} is no file or folder, and cannot be opened as a dataset: {one_line(error)}; "
+            f"{name!r} is not a path, and cannot be opened as a dataset: {one_line(error)}; "
             "give a path, or NAME:SPLIT of a dataset on the Hugging Face hub."
         ) from error
     return [(config[0] if config else repository.rpartition("/")[2], rows, name)]

@@ -21,11 +21,11 @@ _ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_model(checkpoint: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
-    """The model of a checkpoint, float32: it computes with the effective weights W + s·B·A.
+    """Load the model of a checkpoint in float32, with its adapter if it has one.
 
     Args:
-        checkpoint: a folder that transformers wrote, or PEFT with the base weights in base/.
-        device: where to put it.
+        checkpoint: a folder of transformers, or of PEFT with the base weights in base/.
+        device: where to put the model.
 
     Raises:
         MissingError: an adapter without base/.
@@ -40,14 +40,14 @@ def load_model(checkpoint: str | os.PathLike[str], device: str | torch.device = 
         )
     try:
         with no_file_progress(), warnings.catch_warnings():
-            # PEFT asks for a property that transformers has renamed; nothing a user could change.
+            # PEFT reads a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             model = AutoModelForCausalLM.from_pretrained(
                 folder / FOLDER if adapted else folder, dtype=torch.float32, local_files_only=True
             )
             if adapted:
                 model = PeftModel.from_pretrained(model, str(folder))
-    # Whatever the libraries raise at a damaged file.
+    # The libraries raise all kinds of errors for a damaged file.
     except Exception as error:
         raise FormatError(
             f"Cannot load the model of {folder}: {one_line(error)}; remove that checkpoint, or "
@@ -57,14 +57,14 @@ def load_model(checkpoint: str | os.PathLike[str], device: str | torch.device = 
 
 
 def load_tokenizer(run_dir: str | os.PathLike[str], name: str | None = None) -> Any:
-    """The tokenizer that a run was trained with.
+    """Load the tokenizer that a run was trained with.
 
     Args:
         run_dir: the run's folder.
-        name: a tokenizer's name, folder or tokenizer.json to take instead.
+        name: name, folder or tokenizer.json of a tokenizer to take instead.
 
     Raises:
-        MissingError: the run has none and none is named, or it cannot be loaded.
+        MissingError: the run has no tokenizer and none is named, or it cannot be loaded.
     """
     path = Path(run_dir) / TOKENIZER_NAME if name is None else Path(name)
     if name is None and not path.is_file():
@@ -82,14 +82,14 @@ def load_tokenizer(run_dir: str | os.PathLike[str], name: str | None = None) -> 
 
 
 def as_transformers(tokenizer: Tokenizer) -> Any:
-    """A tokenizer as transformers' class; texts begin after its end-of-text token, if it has it."""
+    """A tokenizer as the class of transformers; texts begin after its end-of-text token, if any."""
     known = tokenizer.token_to_id(END_OF_TEXT) is not None
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT} if known else {}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def weights_digest(checkpoint: str | os.PathLike[str]) -> str:
-    """SHA-256 over the weight files of a checkpoint: the model's, the adapter's, the base's."""
+    """SHA-256 over the weight and config files of a checkpoint, with its adapter and base."""
     seen = hashlib.sha256()
     folder = Path(checkpoint)
     files = [*folder.glob("*.safetensors"), *folder.glob(f"{FOLDER}/*.safetensors")]

@@ -1,7 +1,7 @@
-"""The base weights beside a PEFT checkpoint, which holds the adapter only.
+"""The base weights beside a PEFT checkpoint, which holds only the adapter.
 
-A ReLoRA base changes at every merge, and its embeddings and norms at every step: an adapter
-alone cannot be loaded onto anything.
+The base of ReLoRA changes at every merge, and its embeddings and norms change at every step. So
+an adapter alone cannot be loaded.
 """
 
 import os
@@ -21,9 +21,9 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def base_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Clean name -> parameter of the base model, as an unadapted model would spell it.
+    """Name -> parameter of the base model, with the names that the model has without adapters.
 
-    Tied parameters appear once, under their first name, as in the library's own checkpoints.
+    Tied parameters appear once, under their first name, as in checkpoints of transformers.
     """
     return {
         clean_name(name): parameter
@@ -35,8 +35,23 @@ def base_parameters(model: PeftModel) -> dict[str, torch.Tensor]:
 def save_base(model: PeftModel, checkpoint: str | os.PathLike[str]) -> Path:
     """Write the base model to `checkpoint`/base and return that folder.
 
-    config.json and model.safetensors, so that `from_pretrained` reads it. The weights come last
-    and appear whole or not at all: a checkpoint with `base/model.safetensors` is complete.
+    It holds config.json and model.safetensors, so `from_pretrained` reads it. The weights are
+    written last, and their file is never incomplete: a checkpoint that has
+    `base/model.safetensors` is complete.
+
+    Args:
+        model: a PEFT model with LoRA layers.
+        checkpoint: the folder of the checkpoint.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from probes.relora import add_adapters, build_model, load_base, micro, save_base
+        >>> config = replace(micro(), num_layers=1, hidden_size=16, intermediate_size=16)
+        >>> model = add_adapters(build_model(config), config)
+        >>> folder = save_base(model, "checkpoint-100")
+        >>> sorted(path.name for path in folder.glob("*.*"))
+        ['config.json', 'model.safetensors']
+        >>> load_base(model, "checkpoint-100")
     """
     folder = Path(checkpoint) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,11 +68,23 @@ def save_base(model: PeftModel, checkpoint: str | os.PathLike[str]) -> Path:
 def load_base(model: PeftModel, checkpoint: str | os.PathLike[str]) -> None:
     """Copy the base weights of `checkpoint`/base into the model, in place.
 
-    Parameters keep their identity, so an optimizer that holds them stays valid.
+    The parameters stay the same objects, so an optimizer that holds them stays valid.
+
+    Args:
+        model: a PEFT model of the same config.
+        checkpoint: the folder of the checkpoint.
 
     Raises:
         MissingError: the checkpoint has no base.
-        FormatError: the base is another model's: names or shapes differ.
+        FormatError: the base belongs to another model: names or shapes differ.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from probes.relora import add_adapters, build_model, load_base, micro, save_base
+        >>> config = replace(micro(), num_layers=1, hidden_size=16, intermediate_size=16)
+        >>> model = add_adapters(build_model(config), config)
+        >>> folder = save_base(model, "checkpoint-100")
+        >>> load_base(model, "checkpoint-100")
     """
     path = Path(checkpoint) / FOLDER / WEIGHTS_NAME
     if not path.is_file():
@@ -73,8 +100,8 @@ def load_base(model: PeftModel, checkpoint: str | os.PathLike[str]) -> None:
             name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)
         )
         raise FormatError(
-            f"{path} is another model's: {name} is {shapes.get(name, 'absent')} there and "
-            f"{expected.get(name, 'absent')} in this model; resume with the config it was made by."
+            f"{path} belongs to another model: {name} is {shapes.get(name, 'absent')} there and "
+            f"{expected.get(name, 'absent')} in this model; resume with the config that made it."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""Forgetting the optimizer's state of the adapters at a restart."""
+"""Resetting the optimizer state of the adapters at a restart."""
 
 import math
 from collections.abc import Iterable
@@ -21,34 +21,45 @@ def reset_optimizer(
     shared_mask: bool = True,
     generator: torch.Generator | None = None,
 ) -> int:
-    """Forget the optimizer's state of these parameters; return of how many there was any.
+    """Reset the optimizer state of some parameters; all others keep theirs.
 
-    drop            the state goes: Adam starts again at its step 1, with the bias correction that
-                    a start needs. The default.
-    zero            the moments become zero under the old step count; the first update is then
+    drop            removes the state. Adam starts again at its step 1, with the bias correction
+                    that a start needs. The default.
+    zero            sets the moments to zero and keeps the step count. The first update is then
                     (1 - β1)/√(1 - β2) = 3.2 learning rates instead of one.
-    random_prune    a random share `ratio` of the entries becomes zero.
-    magnitude_prune the share `ratio` of the entries that is smallest in |m| becomes zero.
+    random_prune    sets a random share `ratio` of the entries to zero.
+    magnitude_prune sets the share `ratio` of the entries with the smallest |m| to zero.
 
-    Pruning takes the same entries out of all moments: a momentum that stays where its variance
-    went makes the next step there 1/√(1 - β2) times too large or worse. What the kept moments are
-    worth for a newly drawn A is doubtful; the full reset is the variant with one meaning. All
-    other parameters keep their state.
+    Pruning empties the same entries of all moments. A momentum that stays where its variance was
+    removed makes the next step there 1/√(1 - β2) times too large, or worse. It is doubtful what the
+    kept moments are worth for a newly drawn A; only the full reset has a clear meaning.
 
-    Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (magnitude pruning of 99 %); their
-    code and Weiss et al. 2025 have all of these, with a mask of its own for each moment.
+    Source: Lialin et al. 2023, arXiv 2307.05695, section 3 (magnitude pruning of 99 %). Their code
+    and Weiss et al. 2025 have all these modes, but draw a mask of its own for each moment.
 
     Args:
         optimizer: a torch optimizer, or a wrapper of one such as accelerate's.
-        parameters: those whose state is dropped.
-        mode: one of `RESET_MODES`.
-        ratio: share of each parameter's entries that pruning empties, at least.
-        shared_mask: False draws a mask of its own for each moment, as the published code does;
-            magnitude pruning then takes each moment's own smallest entries.
-        generator: of the random mask, on the CPU; torch's own by default.
+        parameters: whose state to reset.
+        mode: one of "drop", "zero", "random_prune", "magnitude_prune".
+        ratio: share of the entries of each parameter that pruning empties, rounded up.
+        shared_mask: False draws a mask of its own for each moment, as the published code does.
+            Magnitude pruning then takes the smallest entries of each moment itself.
+        generator: for the random mask, on the CPU; the generator of torch by default.
+
+    Returns:
+        The number of parameters that had a state.
 
     Raises:
         DynamicsError: an unknown mode, or a ratio outside [0, 1].
+
+    Example:
+        >>> from probes.relora import reset_optimizer
+        >>> layer = torch.nn.Linear(4, 2)
+        >>> adam = torch.optim.Adam(layer.parameters())
+        >>> layer(torch.ones(3, 4)).sum().backward()
+        >>> adam.step()
+        >>> reset_optimizer(adam, [layer.weight]), list(adam.state[layer.weight])
+        (1, [])
     """
     if mode not in RESET_MODES:
         raise DynamicsError(f"No optimizer reset {mode!r}; known: {', '.join(RESET_MODES)}.")
@@ -57,14 +68,14 @@ def reset_optimizer(
     optimizer = innermost_optimizer(optimizer)
     if mode == "drop":
         return sum(optimizer.state.pop(parameter, None) is not None for parameter in parameters)
-    found = 0
+    count = 0
     for parameter in parameters:
         moments = [
             value
             for value in optimizer.state.get(parameter, {}).values()
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape
         ]
-        found += bool(moments)
+        count += bool(moments)
         if not moments:
             continue
         empty: torch.Tensor | None = None
@@ -72,7 +83,7 @@ def reset_optimizer(
             if empty is None or not shared_mask:
                 empty = _entries_to_empty(moment, mode, ratio, generator)
             moment.masked_fill_(empty, 0)
-    return found
+    return count
 
 
 def _entries_to_empty(

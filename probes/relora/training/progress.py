@@ -1,4 +1,4 @@
-"""transformers without its bar per file that is read or written."""
+"""Turns off the progress bars of transformers for single files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def no_file_progress() -> Iterator[None]:
-    """A bar per written file would break the Trainer's own bar, and fill logs."""
+    """Show no bar per file: they would break the bar of the Trainer, and fill logs."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

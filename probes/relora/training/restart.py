@@ -1,4 +1,4 @@
-"""ReLoRA's restart: merge the adapters into the base, draw new ones, forget their Adam state.
+"""The restart of ReLoRA: merge the adapters into the base, draw new ones, reset their Adam state.
 
 Source: Lialin et al. 2023, "ReLoRA: High-Rank Training Through Low-Rank Updates",
 arXiv 2307.05695, algorithm 1.
@@ -40,28 +40,41 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def merge_and_reset(model: nn.Module, *, seed: int, step: int, with_scaling: bool = True) -> int:
-    """Merge every LoRA layer's adapter into its base weight and start a new one; in place.
+    """Merge the adapter of every LoRA layer into its base weight and start a new one, in place.
 
     W <- W + s·B·A, then A <- Kaiming-uniform and B <- 0. The model computes the same function
-    before and after, to the rounding of W's dtype. The merge is PEFT's own, with its treatment
-    of dtypes; only its record of being merged is cleared, because the adapter goes on.
-    Parameters keep their identity. The new A is drawn from a stream of (seed, step): dropout
-    and data order are as if nothing had been drawn, and a resumed run draws the same A.
+    before and after, up to the rounding of W's dtype. PEFT itself merges, with its treatment of
+    dtypes; only its mark "merged" is cleared, because the adapter goes on. The parameters stay the
+    same objects. The new A is drawn from a random stream of (seed, step): dropout and the order of
+    the data do not change, and a resumed run draws the same A.
 
     Args:
         model: a model with LoRA layers, between two optimizer steps.
         seed: the run's seed.
         step: optimizer steps done.
-        with_scaling: False merges B·A without s, which changes the function wherever s ≠ 1: what
-            the published code does.
+        with_scaling: False merges B·A without s, as the published code does. This changes the
+            function wherever s ≠ 1.
 
     Returns:
         The number of merged layers.
 
     Raises:
-        DynamicsError: there is no LoRA layer, or one cannot be merged without changing the
+        DynamicsError: there is no LoRA layer, or one that cannot be merged without changing the
             function or losing its base (DoRA, several active adapters, quantised weights, an
-            adapter that is disabled or already merged). Nothing has been merged then.
+            adapter that is disabled or already merged). In this case no layer is merged.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from probes.relora import merge_and_reset
+        >>> layers = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        >>> model = get_peft_model(layers, config)
+        >>> x = torch.ones(1, 6)
+        >>> before = model(x)
+        >>> merge_and_reset(model, seed=0, step=100)
+        1
+        >>> torch.allclose(model(x), before, atol=1e-5)
+        True
     """
     layers = lora_layers(model)
     if not layers:
@@ -79,27 +92,35 @@ def merge_and_reset(model: nn.Module, *, seed: int, step: int, with_scaling: boo
 
 
 class ReLoRACallback(TrainerCallback):
-    """Restarts at every multiple of `reset_every`, and base weights in every checkpoint.
+    """Restarts at every multiple of `reset_every`, and saves the base weights in checkpoints.
 
-    The merge of step N happens when step N + 1 begins, not when step N ends: whatever is
-    recorded or saved after step N, `checkpoint-N` included, is the state before the merge, and
-    a run resumed from it merges first, as the uninterrupted run did. There is no merge at step
+    The merge of step N happens when step N + 1 begins, not when step N ends. So everything that is
+    recorded or saved after step N, `checkpoint-N` included, holds the state before the merge. A
+    run that resumes from it merges first, as the uninterrupted run did. There is no merge at step
     0, and none after the last step.
+
+    Every merge and reset is checked when it happens; a check that fails gives a
+    `FailedCheckWarning`. This needs one copy of the adapted weights and factors on the CPU, for the
+    duration of the merge.
 
     Args:
         reset_every: optimizer steps between merges; None never merges, which is plain LoRA.
         seed: the run's seed, for the new adapters.
-        optimizer_reset: how, one of `RESET_MODES`.
-        prune_ratio: of the pruning resets.
-        shared_prune_mask: of the pruning resets; see `reset_optimizer`.
+        optimizer_reset: the mode; see `reset_optimizer`.
+        prune_ratio: for the modes that prune; see `reset_optimizer`.
+        shared_prune_mask: for the modes that prune; see `reset_optimizer`.
         merge_with_scaling: see `merge_and_reset`.
         on_event: called as on_event("merge", N, {"merged_layers", "scaling", ...}) with
             `merge_facts`, and on_event("optimizer_reset", N, {"tensors", "mode", "reset_share",
             "learning_rate", ...}) with `optimizer_state_facts`; the learning rate is that of
             step N + 1.
 
-    Every merge and reset is checked when it happens (one copy of the adapted weights and factors,
-    on the CPU, for as long as it takes): what fails is a FailedCheckWarning.
+    Example:
+        >>> from probes.frameworks.hf_trainer import RecorderCallback
+        >>> from probes.relora import ReLoRACallback
+        >>> recorder = RecorderCallback("run.zarr", every=100)
+        >>> relora = ReLoRACallback(reset_every=1000, seed=0, on_event=recorder.event)
+        >>> trainer = Trainer(model, arguments, callbacks=[relora, recorder])  # doctest: +SKIP
     """
 
     def __init__(
@@ -120,14 +141,14 @@ class ReLoRACallback(TrainerCallback):
         self.shared_prune_mask = shared_prune_mask
         self.merge_with_scaling = merge_with_scaling
         self.on_event = on_event
-        self._merged_at = 0  # step 0 counts as merged: there is nothing in the adapters yet
+        self._merged_at = 0  # no merge at step 0: the adapters are still empty
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget the merges of an earlier training with this callback."""
         self._merged_at = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Merge and reset, if the step before this one was a multiple of `reset_every`."""
+        """Merge and reset, if the number of steps done is a multiple of `reset_every`."""
         step = state.global_step
         if self.reset_every is None or step % self.reset_every:
             return
@@ -192,8 +213,8 @@ def _scaling(layer: LoraLayer) -> float:
 
 
 def _refuse_what_cannot_merge(name: str, layer: LoraLayer) -> None:
-    def refuse(found: str, instead: str) -> None:
-        raise DynamicsError(f"Cannot merge {name}: {found}; {instead}.")
+    def refuse(reason: str, instead: str) -> None:
+        raise DynamicsError(f"Cannot merge {name}: {reason}; {instead}.")
 
     if len(layer.active_adapters) != 1:
         refuse(
@@ -215,8 +236,8 @@ def _refuse_what_cannot_merge(name: str, layer: LoraLayer) -> None:
         refuse("its adapter is disabled", "call enable_adapter_layers first")
     weight = getattr(layer.get_base_layer(), "weight", None)
     if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        found = "no weight" if weight is None else f"a weight of dtype {weight.dtype}"
+        kind = "no weight" if weight is None else f"a weight of dtype {weight.dtype}"
         refuse(
-            f"its base is quantised ({found}), and would lose the update to rounding",
+            f"its base is quantised ({kind}), and would lose the update to rounding",
             "load the base model unquantised",
         )

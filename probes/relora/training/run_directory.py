@@ -1,4 +1,4 @@
-"""What a run's folder holds: how it was started, and which checkpoints are whole."""
+"""The folder of a run: how the run was started, and which checkpoints are complete."""
 
 import dataclasses
 import json
@@ -19,21 +19,29 @@ _DIGEST = "train_tokens_sha256"
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint that was written to its end, None where there is none.
+    """The newest complete checkpoint; None where there is none.
 
-    The Trainer writes trainer_state.json last, and for ReLoRA the base weights follow it.
+    The Trainer writes trainer_state.json last; for ReLoRA, the base weights follow it.
+
+    Args:
+        output_dir: the folder of a run, with checkpoint-N/.
+
+    Example:
+        >>> from probes.relora import newest_checkpoint
+        >>> print(newest_checkpoint("no/such/run"))
+        None
     """
     complete = complete_checkpoints(output_dir)
     return complete[-1] if complete else None
 
 
 def complete_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Every checkpoint-N that was written to its end, in order."""
+    """Every complete checkpoint-N, in order of N."""
     return [path for path in checkpoints_in(Path(output_dir)) if _is_complete(path)]
 
 
 def run_identity(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
-    """What a run is, in JSON's types."""
+    """What identifies a run: its config and a digest of its data, in JSON types."""
     return _in_json({**dataclasses.asdict(config), _DIGEST: data.train.digest()})
 
 
@@ -41,7 +49,7 @@ def is_finished(output_dir: str | os.PathLike[str], config: TrainConfig) -> bool
     """Whether the folder holds this run, trained to its end.
 
     Raises:
-        DynamicsError: it holds another run.
+        DynamicsError: the folder holds another run.
     """
     output = Path(output_dir)
     if not (output / CONFIG_NAME).is_file():
@@ -52,18 +60,18 @@ def is_finished(output_dir: str | os.PathLike[str], config: TrainConfig) -> bool
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer steps done when a folder checkpoint-N was written."""
+    """N of a folder checkpoint-N: the optimizer steps done when it was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints_in(output: Path) -> list[Path]:
-    """Every checkpoint-N, whole or not, in order."""
-    found = [path for path in output.glob("checkpoint-*") if re.search(r"-\d+$", path.name)]
-    return sorted(found, key=step_of)
+    """Every checkpoint-N, complete or not, in order of N."""
+    paths = [path for path in output.glob("checkpoint-*") if re.search(r"-\d+$", path.name)]
+    return sorted(paths, key=step_of)
 
 
 def refuse_checkpoints(output: Path) -> None:
-    """Raises OutputExistsError where there is any checkpoint."""
+    """Raise OutputExistsError if there is any checkpoint."""
     if present := checkpoints_in(output):
         raise OutputExistsError(
             f"{output} holds {len(present)} checkpoints, the last of step {step_of(present[-1])}; "
@@ -72,11 +80,11 @@ def refuse_checkpoints(output: Path) -> None:
 
 
 def checkpoint_to_resume(output: Path, identity: dict[str, Any]) -> Path:
-    """The newest complete checkpoint of an unfinished run of this identity.
+    """The newest complete checkpoint of an unfinished run that has this identity.
 
     Raises:
         MissingError: there is none.
-        DynamicsError: the run is finished, or was started otherwise.
+        DynamicsError: the run is finished, or was started with another identity.
     """
     checkpoint = newest_checkpoint(output)
     if checkpoint is None:
@@ -91,10 +99,12 @@ def checkpoint_to_resume(output: Path, identity: dict[str, Any]) -> Path:
 
 
 def check_identity(output: Path, identity: dict[str, Any]) -> None:
-    """Raises MissingError or DynamicsError unless `output` was started with this identity."""
+    """Raise MissingError or DynamicsError unless `output` was started with this identity."""
     path = output / CONFIG_NAME
     if not path.is_file():
-        raise MissingError(f"No {path}; it cannot be told how the run to resume was started.")
+        raise MissingError(
+            f"No {path}, which says how the run was started; put it back, or start a new run."
+        )
     started = json.loads(path.read_text())
     for name in identity:
         if started.get(name) != identity[name]:

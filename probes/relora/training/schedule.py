@@ -1,4 +1,4 @@
-"""Learning-rate multipliers, pure functions of the number of optimizer steps done."""
+"""Learning-rate multipliers as functions of the number of optimizer steps done."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,18 @@ def linear_warmup_decay(
     """Multiplier of a linear warm-up from 0 to 1 and a linear decay from 1 to `min_lr_ratio`.
 
     m(t) = t / w for t < w, then 1 - (1 - m_min)·(t - w)/(T - w), with w = `warmup_steps` and
-    T = `max_steps`. m_min from T on. The schedule of the full-rank baseline.
+    T = `max_steps`; m_min from T on. This is the schedule of the full-rank baseline.
+
+    Args:
+        step: optimizer steps done, t.
+        max_steps: T.
+        warmup_steps: w.
+        min_lr_ratio: m_min.
+
+    Example:
+        >>> from probes.relora import linear_warmup_decay
+        >>> [linear_warmup_decay(t, max_steps=100, warmup_steps=20) for t in (0, 10, 20, 60, 100)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -36,11 +47,26 @@ def jagged_cosine(
     m(t) = c(t) = m_min + (1 - m_min)·(1 + cos(π·(t - w)/(T - w))) / 2               otherwise
 
     with w = `warmup_steps`, R = `reset_every`, ρ = `restart_warmup_steps`, T = `max_steps`.
-    Each merge empties the adapters' optimizer state; the ramp from 0 keeps the first, badly
-    estimated Adam steps short, and ends where the cosine is by then. The step that directly
+    Each merge empties the optimizer state of the adapters. So the first Adam steps after it are
+    badly estimated; the ramp from 0 keeps them short. It ends on the cosine. The step that directly
     follows a merge therefore has learning rate 0.
 
     Source: Lialin et al. 2023, arXiv 2307.05695, section 3 ("jagged cosine scheduler").
+
+    Args:
+        step: optimizer steps done, t.
+        max_steps: T.
+        warmup_steps: w.
+        restart_warmup_steps: ρ; 0 gives the cosine without ramps.
+        reset_every: R.
+        min_lr_ratio: m_min.
+
+    Example:
+        >>> from probes.relora import jagged_cosine
+        >>> options = {"max_steps": 100, "warmup_steps": 20, "restart_warmup_steps": 4}
+        >>> options |= {"reset_every": 20, "min_lr_ratio": 0.1}
+        >>> [round(jagged_cosine(t, **options), 3) for t in (0, 10, 20, 22, 24, 40, 100)]
+        [0.0, 0.5, 0.0, 0.497, 0.994, 0.0, 0.0]
     """
     if step < warmup_steps:
         return step / warmup_steps
@@ -56,9 +82,9 @@ def jagged_cosine(
 
 
 def schedule_of(config: TrainConfig) -> Callable[[int], float]:
-    """The published schedule of the config's method, step -> multiplier.
+    """The published schedule of the method of a config: a function step -> multiplier.
 
-    LoRA without merges has ReLoRA's cosine without its teeth: there is nothing to restart.
+    LoRA without merges has the cosine of ReLoRA without its ramps: there is nothing to restart.
     """
     if config.method == "full_rank":
         return partial(
@@ -76,7 +102,7 @@ def schedule_of(config: TrainConfig) -> Callable[[int], float]:
 
 
 def _progress(step: int, max_steps: int, warmup_steps: int) -> float:
-    # Bounded, because a cosine rises again after its end; max(1, ...) for a warm-up to the end.
+    # At most 1, because a cosine would rise again. max(1, ...) if the warm-up lasts to the end.
     return min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
 
 

@@ -1,4 +1,4 @@
-"""One training run of the experiment, with the Hugging Face Trainer."""
+"""One training run of the experiment, with the Trainer of Hugging Face."""
 
 import json
 import os
@@ -43,32 +43,50 @@ def train(
     resume: bool = False,
     report_to: Sequence[str] = (),
 ) -> Trainer:
-    """Train one run into `output_dir` and return its Trainer, whose model is the trained one.
+    """Train one run into `output_dir`.
 
-    AdamW over everything trainable, with the published schedule of the method: linear warm-up
-    and decay at full rank, the jagged cosine for ReLoRA. Sequences come in the order of
-    `data.train`, again from the start when it is used up, so twins see the same batches. Every
-    `evaluate_every` steps the loss on `data.validation` is taken, every `save_every` steps
-    `checkpoint-N` is written, of adapted models with the base weights.
+    AdamW trains all trainable parameters, with the published schedule of the method: linear
+    warm-up and decay at full rank, the jagged cosine for ReLoRA. Sequences come in the order of
+    `data.train`, again from the start when all are used, so twins see the same batches. Every
+    `evaluate_every` steps the loss on `data.validation` is computed. Every `save_every` steps
+    `checkpoint-N` is written, for adapted models with the base weights.
 
-    Run by torchrun, each process takes its share of every batch (DDP), and the first one writes.
-    Up to rounding the run is that of one process, except that each draws its own dropout.
+    Under torchrun, each process takes its share of every batch (DDP), and the first one writes.
+    The run equals that of one process up to rounding, except that each process draws its own
+    dropout.
 
     Args:
         config: the run.
         data: its sequences, of length `config.sequence_length`.
         output_dir: gets the checkpoints, train_config.json and tokenizer.json.
-        callbacks: further callbacks, a recorder for instance; called after ReLoRA's own.
-        on_event: gets ReLoRA's merges and optimizer resets; see `ReLoRACallback`.
-        resume: go on from the newest complete checkpoint of `output_dir`; on a CPU with the same
-            bits as without the interruption.
+        callbacks: further callbacks, such as a recorder; they are called after those of ReLoRA.
+        on_event: called with the merges and optimizer resets of ReLoRA; see `ReLoRACallback`.
+        resume: continue from the newest complete checkpoint of `output_dir`. On a CPU the run then
+            computes the same bits as without the interruption.
         report_to: installed trackers that the Trainer logs to: "tensorboard", "wandb", "trackio".
 
+    Returns:
+        The Trainer; its model is the trained one.
+
     Raises:
-        OutputExistsError: `output_dir` holds checkpoints and `resume` was not asked for.
-        MissingError: `resume` was asked for and there is no complete checkpoint.
-        DynamicsError: the data does not fill one step or does not fit the config, the run to
-            resume is finished or was started otherwise, or the devices cannot share a batch.
+        OutputExistsError: `output_dir` holds checkpoints and `resume` is False.
+        MissingError: `resume` is True and there is no complete checkpoint.
+        DynamicsError: the data does not fill one step or does not fit the config; the run to
+            resume is finished or was started with another config; or the devices cannot share a
+            batch.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from probes.relora import TextData, TokenBlocks, micro, train
+        >>> config = replace(
+        ...     micro("full_rank"), num_layers=1, hidden_size=16, intermediate_size=16,
+        ...     vocab_size=32, sequence_length=8, batch_size=2, max_steps=2, warmup_steps=1,
+        ... )
+        >>> blocks = torch.arange(32).view(4, 8)
+        >>> data = TextData(train=TokenBlocks(blocks), validation=TokenBlocks(blocks[:0]))
+        >>> trainer = train(config, data, "trained")  # doctest: +SKIP
+        >>> trainer.state.global_step  # doctest: +SKIP
+        2
     """
     _check_trackers(report_to)
     output = Path(output_dir)
@@ -123,10 +141,10 @@ def train(
         callbacks=[*own_callbacks, *callbacks],
         optimizers=(optimizer, schedule),
     )
-    # Losses are in the Trainer's state and in each checkpoint; a terminal has the progress bar.
+    # Do not print losses: they are in the state of the Trainer and in each checkpoint.
     trainer.remove_callback(PrinterCallback)
     if arguments.process_index:
-        # The Trainer seeds every process alike, and equal masks on all shares are no dropout.
+        # The Trainer gives every process the same seed, but each must draw its own dropout masks.
         torch.manual_seed(stream_seed(config.seed, DROPOUT, arguments.process_index))
 
     if checkpoint is None and trainer.is_world_process_zero():
@@ -140,10 +158,10 @@ def train(
 
 
 class _StreamTrainer(Trainer):
-    """A Trainer that takes its batches from a `TokenStream`, in each process its share of them.
+    """A Trainer whose processes each take their share of the batches of a `TokenStream`.
 
-    Not by accelerate's loaders: one of them draws a seed that no loader needs here from the random
-    state that a resumed run has just restored.
+    The loaders of accelerate are not used: one of them draws a seed from the random state that a
+    resumed run has just restored.
     """
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -169,7 +187,7 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _train_sequences(config: TrainConfig, data: TrainingData) -> Dataset[Any]:
-    """The training sequences, in whole steps where their number is known.
+    """The training sequences; if their number is known, cut to a whole number of steps.
 
     A last, smaller batch of an epoch would give its sequences more weight.
     """
@@ -217,11 +235,11 @@ def _training_arguments(
         weight_decay=config.weight_decay,
         bf16=config.precision == "bfloat16",
         train_sampling_strategy="sequential",
-        # A stream goes to its position itself; the Trainer would read all that lies before it.
+        # A stream goes to its position itself; the Trainer would read everything before it.
         ignore_data_skip=streamed,
         remove_unused_columns=False,  # the model takes shift_labels without naming it
         logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # a diverged loss is to be seen, not replaced by the last one
+        logging_nan_inf_filter=False,  # show a loss that diverged
         include_num_input_tokens_seen="all",
         eval_strategy="steps" if evaluate else "no",
         eval_steps=config.evaluate_every,

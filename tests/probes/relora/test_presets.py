@@ -17,7 +17,7 @@ from probes.relora import (
     small,
     tiny,
 )
-from probes.relora.settings import configured, parse_settings, with_settings, written
+from probes.relora.settings import config_from_words, parse_settings, with_settings, written
 from probes.relora.sweep_plan import train_words
 from probes.relora.training.schedule import schedule_of
 
@@ -125,10 +125,10 @@ def test_settings_are_parsed_as_their_fields() -> None:
 )
 def test_settings_that_cannot_be_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(DynamicsError) as refused:
-        configured("micro", "relora", {}, words)
+        config_from_words("micro", "relora", {}, words)
     assert str(refused.value).startswith(message)
     with pytest.raises(DynamicsError, match="No preset 'huge'; known: tiny, small, micro"):
-        configured("huge", "relora", {}, [])
+        config_from_words("huge", "relora", {}, [])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -140,7 +140,7 @@ def test_the_words_of_a_config_give_it_again(preset: str, method: str) -> None:
     words = train_words(preset, config)
     assert words[:4] == ["train", preset, "--method", method]
     settings = [word.removeprefix("--set=") for word in words[4:]]
-    assert configured(preset, method, {}, settings) == config
+    assert config_from_words(preset, method, {}, settings) == config
 
 
 def test_every_field_is_written_as_it_is_read() -> None:

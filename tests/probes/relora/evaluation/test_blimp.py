@@ -169,7 +169,7 @@ def test_what_is_no_blimp_file_is_refused(folder, tmp_path):
     with pytest.raises(FormatError, match=re.escape(f"Line 2 of {path}")):
         read_blimp(folder)
     path.write_text("")
-    with pytest.raises(FormatError, match="no pairs of one paradigm"):
+    with pytest.raises(FormatError, match="does not hold one paradigm"):
         read_blimp(folder)
 
 
@@ -205,6 +205,6 @@ def test_a_file_that_cannot_be_fetched_or_is_something_else_leaves_none(home, fo
     with pytest.raises(DynamicsError, match=r"Cannot fetch .*inchoative.jsonl: .*404"):
         download_blimp(tmp_path / "copy", home=home, only=["inchoative"])
     (folder / "who_island.jsonl").write_text(json.dumps({"message": "moved"}))
-    with pytest.raises(FormatError, match="is no BLiMP pair"):
+    with pytest.raises(FormatError, match="is not a BLiMP pair"):
         download_blimp(tmp_path / "copy", home=home, only=["who_island"])
     assert not list((tmp_path / "copy").glob("*.jsonl"))

@@ -210,7 +210,7 @@ def test_the_command_evaluates_and_shows_ties(run, text, tmp_path):
     ]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "120"})
     assert done.exit_code == 0
-    assert "67 of BLiMP's 67 paradigms are not in" in done.output
+    assert "lacks 67 of the 67 paradigms of BLiMP" in done.output
     lines = [line.split() for line in done.output.splitlines()]
     mean = next(line for line in lines if line[:3] == ["mean", "over", "paradigms"])
     assert mean[-2:] == ["7", "0"]  # pairs, ties
