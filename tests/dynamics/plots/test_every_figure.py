@@ -62,17 +62,17 @@ def test_merges_are_marked_at_their_steps(analysis, comparison):
 def test_every_metric_and_kind_can_be_drawn_in_every_style(
     comparison, analysis, adapter_analysis, metric
 ):
+    figure = plt.figure()
     for kind in analysis["kind"].values.tolist():
-        axes = [
-            plot_trajectory(analysis, metric, kind=kind),
-            plot_heatmap(analysis, metric, kind=kind),
-            plot_comparison(comparison, metric, kind=kind),
-        ]
-        for ax in axes if kind == "update" else ():
-            ax.figure.canvas.draw()
-        plt.close("all")
-    if metric != "condition_number_raw":
-        plot_heatmap(adapter_analysis, metric, kind="adapter").figure.canvas.draw()
+        figure.clear()
+        axes = figure.subplots(2, 2)
+        plot_trajectory(analysis, metric, kind=kind, ax=axes[0, 0])
+        plot_heatmap(analysis, metric, kind=kind, ax=axes[0, 1])
+        plot_comparison(comparison, metric, kind=kind, ax=axes[1, 0])
+        if kind == "update":
+            if metric != "condition_number_raw":
+                plot_heatmap(adapter_analysis, metric, kind="adapter", ax=axes[1, 1])
+            figure.canvas.draw()
 
 
 def test_a_loaded_result_is_drawn_like_the_one_in_memory(comparison, analysis, tmp_path):
