@@ -32,8 +32,8 @@ def test_its_displacement_has_at_most_r_directions_a_cycle() -> None:
     ranks = data["numerical_rank"].sel(kind=schema.DISPLACEMENT)
     cycles = np.ceil(ranks["step"] / 80)
     for method in ("relora", "relora:as_published"):
-        found = ranks.isel(run=np.flatnonzero(data["method"].values == method))
-        assert (found.fillna(0) <= 8 * cycles).all(), method
+        of_method = ranks.isel(run=np.flatnonzero(data["method"].values == method))
+        assert (of_method.fillna(0) <= 8 * cycles).all(), method
     without = ranks.isel(run=np.flatnonzero(data["method"].values == "lora"))
     assert (without.fillna(0) <= 8).all()
 
