@@ -10,6 +10,18 @@ from dynamics.cli.app import run_app
 if TYPE_CHECKING:
     from probes.relora.evaluation.evaluations import Evaluation
 
+PresetArgument = Annotated[str, typer.Argument(help="micro, or tiny or small (as published).")]
+TextOption = Annotated[
+    Path | None, typer.Option("--text", help="Train on the .txt files of this folder.")
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="Train on tokens: a dataset's name, or parquet or Arrow."),
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
+PublishedOption = Annotated[
+    bool, typer.Option("--as-published", help="Train with the defects of the published code.")
+]
 LimitOption = Annotated[
     int | None,
     typer.Option(
@@ -50,24 +62,17 @@ def demo(
     "\n\n  python -m probes.relora train micro --method full_rank --output runs/full_rank"
 )
 def train(
-    preset: Annotated[str, typer.Argument(help="micro, or tiny or small (as published).")],
+    preset: PresetArgument,
     output: Annotated[Path, typer.Option("--output", help="The folder of the run.")],
     method: Annotated[str, typer.Option("--method", help="full_rank, relora or lora.")] = "relora",
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Train on the .txt files of this folder.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Train on tokens: a dataset's name, or parquet or Arrow."),
-    ] = None,
+    text: TextOption = None,
+    data: DataOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
+    steps: StepsOption = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="field=value; any field of TrainConfig.")
     ] = None,
-    published: Annotated[
-        bool, typer.Option("--as-published", help="Train with the defects of the published code.")
-    ] = False,
+    published: PublishedOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     record: Annotated[bool, typer.Option("--record/--no-record", help="Record the run.")] = True,
     blimp: Annotated[
@@ -110,7 +115,7 @@ def train(
     " --seeds 0,1,2"
 )
 def sweep(
-    preset: Annotated[str, typer.Argument(help="micro, or tiny or small (as published).")],
+    preset: PresetArgument,
     output: Annotated[Path, typer.Option("--output", help="The folder of the sweep.")],
     method: Annotated[
         str,
@@ -118,22 +123,15 @@ def sweep(
             "--method", help="full_rank, relora, lora or relora:as_published; several as a,b."
         ),
     ] = "relora",
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Train on the .txt files of this folder.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Train on tokens: a dataset's name, or parquet or Arrow."),
-    ] = None,
+    text: TextOption = None,
+    data: DataOption = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, as in 0,1,2.")] = "0",
-    steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
+    steps: StepsOption = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="field=value; field=value,value,... varies the field."),
     ] = None,
-    published: Annotated[
-        bool, typer.Option("--as-published", help="Train with the defects of the published code.")
-    ] = False,
+    published: PublishedOption = False,
     match: Annotated[
         str,
         typer.Option("--match", help="What all runs share: steps, tokens or trainable_parameters."),
