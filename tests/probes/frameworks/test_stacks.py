@@ -4,11 +4,6 @@ Each recorded gradient is compared with the definition, computed in float64 from
 the same recording holds for the step before, and with what the optimizer did to the weights.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -18,6 +13,7 @@ from dynamics.recordings import Recording
 from tests.probes.adapted import relative_error
 from tests.probes.frameworks import stacks_ranks
 from tests.probes.stacks import CASES, LR, ONE_PROCESS, STEPS, TWO_PROCESSES, Case, reference
+from tests.probes.torchrun import run_two_ranks
 
 # Of the Frobenius norm. Forward and backward round inputs, weights and products to the dtype of
 # autocast, a handful of roundings one after another: 8 times its eps (bfloat16: 2^-8, 1/32 in all).
@@ -80,48 +76,41 @@ def test_training_computes_the_same_bits_in_every_stack(tmp_path, stack, record)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What two processes left; they check themselves that training computes the same bits."""
+def two_ranks(tmp_path_factory):
+    """The folder of two processes, which check that training computes the same bits."""
     folder = tmp_path_factory.mktemp("stacks")
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", stacks_ranks.__name__, str(folder)],
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    run_two_ranks(stacks_ranks, folder)
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("stack", TWO_PROCESSES)
-def test_two_processes_record_what_one_with_all_the_data_does(folder, stack, case):
-    check(folder / f"{stack}-{case}.zarr", case)
+def test_two_processes_record_what_one_with_all_the_data_does(two_ranks, stack, case):
+    check(two_ranks / f"{stack}-{case}.zarr", case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", TWO_PROCESSES)
-def test_before_clipping_it_is_averaged_over_the_ranks(folder, stack):
-    check(folder / f"{stack}-unclipped.zarr", stacks_ranks.UNCLIPPED, clipped=False)
+def test_before_clipping_it_is_averaged_over_the_ranks(two_ranks, stack):
+    check(two_ranks / f"{stack}-unclipped.zarr", stacks_ranks.UNCLIPPED, clipped=False)
 
 
 @pytest.mark.slow
-def test_under_ddp_rank_0_alone_may_record(folder):
-    check(folder / "alone_in_ddp.zarr", Case())
+def test_under_ddp_rank_0_alone_may_record(two_ranks):
+    check(two_ranks / "alone_in_ddp.zarr", Case())
 
 
 @pytest.mark.slow
-def test_lightning_in_two_processes_records_what_one_does(folder):
-    check(folder / "lightning.zarr", Case(accumulate=2, clip=True))
+def test_lightning_in_two_processes_records_what_one_does(two_ranks):
+    check(two_ranks / "lightning.zarr", Case(accumulate=2, clip=True))
 
 
 @pytest.mark.slow
-def test_adapters_of_a_sharded_model_are_those_of_the_whole_one(folder):
-    sharded, whole = (Recording(folder / f"adapted-{name}.zarr") for name in ("sharded", "whole"))
+def test_adapters_of_a_sharded_model_are_those_of_the_whole_one(two_ranks):
+    sharded, whole = (
+        Recording(two_ranks / f"adapted-{name}.zarr") for name in ("sharded", "whole")
+    )
     assert sharded.paths == whole.paths
     matrices = [path for path in whole.paths if path.startswith(("weight/", "adapter/"))]
     assert len(matrices) == 16 + 2 * 6
@@ -131,9 +120,9 @@ def test_adapters_of_a_sharded_model_are_those_of_the_whole_one(folder):
 
 
 @pytest.mark.slow
-def test_spectra_of_a_sharded_model_are_those_of_the_whole_one(folder):
+def test_spectra_of_a_sharded_model_are_those_of_the_whole_one(two_ranks):
     sharded, whole = (
-        dy.analyze(folder / f"adapted-{name}-spectra.zarr") for name in ("sharded", "whole")
+        dy.analyze(two_ranks / f"adapted-{name}-spectra.zarr") for name in ("sharded", "whole")
     )
     assert whole.kind.values.tolist() == ["weight", "adapter", "update", "displacement"]
     for name in ("singular_value", "noise_floor", "rank_bound"):

@@ -17,7 +17,7 @@ from probes.relora import (
     small,
     tiny,
 )
-from probes.relora.settings import config_from_words, parse_settings, with_settings, written
+from probes.relora.settings import config_from_words, parse_settings, setting_text, with_settings
 from probes.relora.sweep_plan import train_words
 from probes.relora.training.schedule import schedule_of
 
@@ -145,5 +145,5 @@ def test_the_words_of_a_config_give_it_again(preset: str, method: str) -> None:
 
 def test_every_field_is_written_as_it_is_read() -> None:
     config: TrainConfig = micro()
-    fields = {name: written(value) for name, value in vars(config).items()}
+    fields = {name: setting_text(value) for name, value in vars(config).items()}
     assert with_settings(tiny("full_rank"), fields) == config
