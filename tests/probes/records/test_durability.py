@@ -21,7 +21,7 @@ LAST = 200
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """Every record of the run that nobody interrupts, as plain arrays."""
     store = tmp_path_factory.mktemp("truth") / "run.zarr"
     process = _start(store, LAST)  # where the others run too: the same number of threads
@@ -30,15 +30,15 @@ def truth(tmp_path_factory):
     return xr.open_datatree(store, engine="zarr").load()
 
 
-def _check(store, truth):
-    """Every record that plain xarray shows is whole and equals the truth; returns how many."""
+def _check(store, uninterrupted):
+    """Each record that plain xarray shows equals the uninterrupted run; returns how many."""
     tree = xr.open_datatree(store, engine="zarr")
     steps = tree["step"].values
     assert steps.tolist() == list(range(len(steps)))
     for group in ("weight", "gradient"):
         for name in tree[group].data_vars if group in tree else ():
             found = tree[group][name].values
-            np.testing.assert_array_equal(found, truth[group][name].values[: len(steps)])
+            np.testing.assert_array_equal(found, uninterrupted[group][name].values[: len(steps)])
             assert not np.isnan(found[1:]).any()
     return len(steps)
 
@@ -54,7 +54,7 @@ def _start(store, *arguments):
     )
 
 
-def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, truth):
+def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, uninterrupted):
     store, moment = tmp_path / "run.zarr", random.Random(0)
     resume_at, committed = None, 0
     for _ in range(6):
@@ -68,7 +68,7 @@ def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, truth):
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        count = _check(store, truth)
+        count = _check(store, uninterrupted)
         assert count >= committed
         # The training thread may be ahead of the writer by its queue, a pending record and one
         # being written; everything before that was committed.
@@ -80,26 +80,26 @@ def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, truth):
     done = _start(store, resume_at + 20, resume_at)
     done.communicate()
     assert done.returncode == 0
-    assert _check(store, truth) == resume_at + 21
+    assert _check(store, uninterrupted) == resume_at + 21
     events = [(event.kind, event.step) for event in dy.open_run(store).events]
     merges = [step for kind, step in events if kind == "merge"]
     assert merges == list(range(0, resume_at + 20, 10))  # each once, the undone ones not twice
     assert ("resume", resume_at) in events
 
 
-def test_a_reader_beside_the_writer_sees_whole_records_only(tmp_path, truth):
+def test_a_reader_beside_the_writer_sees_whole_records_only(tmp_path, uninterrupted):
     store = tmp_path / "run.zarr"
     process = _start(store, LAST)
     process.stdout.readline()
     counts = []
     while process.poll() is None:
-        counts.append(_check(store, truth))
+        counts.append(_check(store, uninterrupted))
         if counts[-1] == 0:
             continue
         ds = dy.analyze(store, metrics=["effective_rank"], kinds=["weight"], steps=[0])
         assert (ds["status"] == dy.Status.MEASURED).all()
     process.stdout.close()
     assert process.returncode == 0
-    assert _check(store, truth) == LAST + 1
+    assert _check(store, uninterrupted) == LAST + 1
     assert len(set(counts)) >= 3  # it did look while the recording grew
     assert counts == sorted(counts)

@@ -43,7 +43,7 @@ def trained(store, end, *, start=0, **options):
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory):
+def in_directory(tmp_path_factory):
     """The same training recorded into a directory."""
     path = tmp_path_factory.mktemp("truth") / "run.zarr"
     trained(path, 12)
@@ -54,18 +54,20 @@ def tree_of(store):
     return xr.open_datatree(store, engine="zarr").load()
 
 
-def assert_begins_as(tree, truth):
-    """All that is shown is whole and equals the truth; returns how many records there are."""
+def assert_begins_as(tree, in_directory):
+    """Each record that is shown equals the one in a directory; returns how many."""
     steps = tree["step"].values.tolist()
-    assert steps == truth["step"].values[: len(steps)].tolist()
+    assert steps == in_directory["step"].values[: len(steps)].tolist()
     for group in ("weight", "gradient", "scalars"):
         for name, values in tree[group].data_vars.items() if group in tree else ():
-            expected = truth[group][name].values[: len(steps)]
+            expected = in_directory[group][name].values[: len(steps)]
             assert values.values.tobytes() == expected.tobytes(), (group, name)
     return len(steps)
 
 
-def test_every_commit_shows_whole_records_and_the_last_one_all_of_a_directory(repository, truth):
+def test_every_commit_shows_whole_records_and_the_last_one_all_of_a_directory(
+    repository, in_directory
+):
     trained(repository, 12)
 
     history = list(repository.ancestry(branch="main"))[::-1]
@@ -73,14 +75,14 @@ def test_every_commit_shows_whole_records_and_the_last_one_all_of_a_directory(re
     for snapshot in history:
         store = repository.readonly_session(snapshot_id=snapshot.id).store
         if snapshot.message not in ("Repository initialized", "a writer begins"):
-            counts.append(assert_begins_as(tree_of(store), truth))
+            counts.append(assert_begins_as(tree_of(store), in_directory))
     assert counts == sorted(counts)
     assert set(counts) == set(range(14))
     assert history[-2].message == "merge at step 12"
     tree = tree_of(repository.readonly_session("main").store)
-    assert set(tree["events"].data_vars) == set(truth["events"].data_vars)
+    assert set(tree["events"].data_vars) == set(in_directory["events"].data_vars)
     assert tree["events"]["kind"].values.tolist() == ["merge"]
-    assert tree.attrs["gradient"] == truth.attrs["gradient"]
+    assert tree.attrs["gradient"] == in_directory.attrs["gradient"]
 
 
 def test_a_run_in_a_repository_is_measured_as_one_in_a_directory(repository, tmp_path):
@@ -97,14 +99,14 @@ def test_a_run_in_a_repository_is_measured_as_one_in_a_directory(repository, tmp
     assert (done.exit_code, "5 records" in done.output) == (0, True)
 
 
-def test_a_resumed_repository_holds_what_an_uninterrupted_one_does(repository, truth):
+def test_a_resumed_repository_holds_what_an_uninterrupted_one_does(repository, in_directory):
     trained(repository, 9)
     with pytest.raises(OutputExistsError, match="already holds a recording of 10 records"):
         trained(repository, 9)
 
     trained(repository, 12, start=5, resume_at=5)
 
-    assert assert_begins_as(tree_of(repository.readonly_session("main").store), truth) == 13
+    assert assert_begins_as(tree_of(repository.readonly_session("main").store), in_directory) == 13
     run = dy.open_run(repository)
     assert [(event.kind, event.step) for event in run.events] == [("resume", 5), ("merge", 12)]
     assert run.verify() == dy.open_run(repository).verify()
@@ -159,7 +161,7 @@ def test_a_folder_that_is_no_repository_any_more_is_one_line(repository, tmp_pat
 
 
 @pytest.mark.slow
-def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, truth):
+def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, in_directory):
     moment, resume_at, path = random.Random(3), None, tmp_path / "killed"
     icechunk.Repository.create(local(path))
     for _ in range(2):
@@ -186,14 +188,14 @@ def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, truth):
         for group in ("weight", "gradient"):
             for name, values in tree[group].data_vars.items():
                 shown = min(len(steps), 13)
-                expected = truth[group][name].values[:shown]
+                expected = in_directory[group][name].values[:shown]
                 np.testing.assert_array_equal(values.values[:shown], expected)
         assert not dy.open_run(path).verify().damaged
         resume_at = len(steps) - 2
 
 
 @pytest.mark.slow
-def test_a_repository_on_an_object_store(s3, truth):
+def test_a_repository_on_an_object_store(s3, in_directory):
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     storage = icechunk.s3_storage(
         bucket="bucket", prefix="icechunk", endpoint_url=endpoint, allow_http=True,
@@ -204,6 +206,6 @@ def test_a_repository_on_an_object_store(s3, truth):
     trained(repository, 12, start=4, resume_at=4)
 
     again = icechunk.Repository.open(storage)
-    assert assert_begins_as(tree_of(again.readonly_session("main").store), truth) == 13
+    assert assert_begins_as(tree_of(again.readonly_session("main").store), in_directory) == 13
     assert dy.open_run(again).verify().sound == 13
     assert s3.ls("bucket/icechunk")

@@ -131,7 +131,7 @@ def _merge(model):
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
+def matrices_and_spectra(tmp_path_factory):
     """The same adapted training recorded as matrices and as spectra."""
     folder = tmp_path_factory.mktemp("twins")
     models = [
@@ -141,9 +141,9 @@ def twins(tmp_path_factory):
     return folder / "matrices", folder / "spectra", models
 
 
-def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(twins):
+def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(matrices_and_spectra):
     kinds = ["weight", "adapter", "gradient", "update", "displacement"]
-    stored, live = (dy.analyze(path, kinds=kinds) for path in twins[:2])
+    stored, live = (dy.analyze(path, kinds=kinds) for path in matrices_and_spectra[:2])
 
     assert list(live.matrix.values) == list(stored.matrix.values)
     assert list(live.step.values) == [0, 2, 4, 6, 8]
@@ -158,7 +158,7 @@ def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(twins):
         np.testing.assert_allclose(live[name], stored[name], rtol=1e-9)
     for name in ("numerical_rank", "rank_bound", "effective_rank_above_floor"):
         np.testing.assert_allclose(live[name], stored[name], rtol=1e-9, err_msg=name)
-    assert set(dy.open_run(twins[1]).kinds) == set(kinds)
+    assert set(dy.open_run(matrices_and_spectra[1]).kinds) == set(kinds)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -201,20 +201,20 @@ def test_a_matrix_for_which_a_gpu_has_no_memory_is_measured_on_the_cpu():
     assert found.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
 
 
-def test_spectra_only_leaves_training_as_it_is(twins):
-    for one, other in zip(*(model.parameters() for model in twins[2]), strict=True):
+def test_spectra_only_leaves_training_as_it_is(matrices_and_spectra):
+    for one, other in zip(*(model.parameters() for model in matrices_and_spectra[2]), strict=True):
         assert torch.equal(one, other)
 
 
-def test_a_record_of_spectra_is_small_and_opens_in_plain_xarray(twins):
-    with xr.open_datatree(twins[1], engine="zarr") as tree:
+def test_a_record_of_spectra_is_small_and_opens_in_plain_xarray(matrices_and_spectra):
+    with xr.open_datatree(matrices_and_spectra[1], engine="zarr") as tree:
         weight = tree["spectra/weight"]
-        matrices = dy.open_run(twins[1]).matrices
+        matrices = dy.open_run(matrices_and_spectra[1]).matrices
         assert weight["singular_value"].dims == ("step", "matrix", "index")
         assert weight["singular_value"].shape[:2] == (5, len(matrices))
         told = weight["singular_value"].attrs["matrices"]
         assert {each["name"] for each in told} == set(matrices)
-    chunks = [p for p in (twins[1] / "weight").rglob("c/*") if p.is_dir()]
+    chunks = [p for p in (matrices_and_spectra[1] / "weight").rglob("c/*") if p.is_dir()]
     assert {p.name for p in chunks} == {"0"}, "the weights of the first record only"
 
 
@@ -268,12 +268,12 @@ def test_numbers_that_are_not_finite_are_named_when_recorded_and_when_analyzed(t
     assert status == schema.Status.NON_FINITE
 
 
-def test_what_needs_matrices_is_refused(twins):
+def test_what_needs_matrices_is_refused(matrices_and_spectra):
     for ask in (
-        lambda: audit(twins[1]),
-        lambda: dy.analyze(twins[1], components=["ov_circuit"]),
-        lambda: dy.subspace_overlaps(dy.open_run(twins[1]), k=2),
-        lambda: dy.gradient_expressibility(twins[1]),
+        lambda: audit(matrices_and_spectra[1]),
+        lambda: dy.analyze(matrices_and_spectra[1], components=["ov_circuit"]),
+        lambda: dy.subspace_overlaps(dy.open_run(matrices_and_spectra[1]), k=2),
+        lambda: dy.gradient_expressibility(matrices_and_spectra[1]),
     ):
         with pytest.raises(MissingError, match=r"needs the matrices, and .*spectra_only=True"):
             ask()
@@ -294,12 +294,12 @@ def test_options_that_do_not_go_together_are_refused(options, message, tmp_path)
         Recorder(model, optimizer, tmp_path / "r", **options)
 
 
-def test_damaged_spectra_are_one_line(twins, tmp_path):
+def test_damaged_spectra_are_one_line(matrices_and_spectra, tmp_path):
     import json
     import shutil
 
     copied = tmp_path / "copy"
-    shutil.copytree(twins[1], copied)
+    shutil.copytree(matrices_and_spectra[1], copied)
     root = json.loads((copied / "zarr.json").read_text())
     path = "spectra/weight/singular_value"
     del root["consolidated_metadata"]["metadata"][path]["attributes"]["matrices"][0]

@@ -80,7 +80,7 @@ def losses(output: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
     printed = run(*arguments("relora", output, text))
     assert "validation loss" in printed
@@ -88,7 +88,7 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_killed_and_resumed_the_run_goes_on_with_the_same_bits(
-    whole: Path, text: Path, tmp_path: Path
+    uninterrupted: Path, text: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     words = arguments("relora", output, text)
@@ -101,12 +101,12 @@ def test_killed_and_resumed_the_run_goes_on_with_the_same_bits(
     assert process.wait() == -signal.SIGKILL
     assert not (output / f"checkpoint-{STEPS}").exists()
     assert "Resuming after step" in run(*words, "--resume")
-    expected = final_weights(whole)
+    expected = final_weights(uninterrupted)
     resumed = final_weights(output)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
-    assert losses(output) == losses(whole)
-    one, other = (dy.open_run(each / "run.zarr") for each in (output, whole))
+    assert losses(output) == losses(uninterrupted)
+    one, other = (dy.open_run(each / "run.zarr") for each in (output, uninterrupted))
     assert one.steps.tolist() == other.steps.tolist() == list(range(0, STEPS + 1, 3))
     for name, values in other.scalars.items():
         np.testing.assert_array_equal(one.scalars[name], values)
@@ -115,30 +115,30 @@ def test_killed_and_resumed_the_run_goes_on_with_the_same_bits(
 
 
 def test_a_run_without_a_whole_checkpoint_starts_again_and_records_anew(
-    whole: Path, text: Path, tmp_path: Path
+    uninterrupted: Path, text: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    shutil.copytree(whole, output)
+    shutil.copytree(uninterrupted, output)
     for checkpoint in output.glob("checkpoint-*"):
         if checkpoint.name == "checkpoint-6":  # killed while it was written
             (checkpoint / "base/model.safetensors").unlink()
         else:
             shutil.rmtree(checkpoint)
     assert "starting again" in run(*arguments("relora", output, text, "--resume"))
-    expected = final_weights(whole)
+    expected = final_weights(uninterrupted)
     assert all(torch.equal(each, expected[name]) for name, each in final_weights(output).items())
     assert dy.open_run(output / "run.zarr").steps.tolist() == list(range(0, STEPS + 1, 3))
 
 
 def test_what_was_never_started_or_was_another_run_is_not_resumed(
-    whole: Path, text: Path, tmp_path: Path
+    uninterrupted: Path, text: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DynamicsError, match=r"No run in .* to resume; start it without --resume"):
         run(*arguments("relora", tmp_path, text, "--resume"))
     with pytest.raises(DynamicsError, match=r"trained to its end, step 24 of 24"):
-        run(*arguments("relora", whole, text, "--resume"))
+        run(*arguments("relora", uninterrupted, text, "--resume"))
     with pytest.raises(DynamicsError, match=r"holds 4 checkpoints, the last of step 24; resume it"):
-        run(*arguments("relora", whole, text))
+        run(*arguments("relora", uninterrupted, text))
     with pytest.raises(DynamicsError, match=r"trains on --text or on --data; give one of them"):
         run(*arguments("relora", tmp_path, text, "--data", "some/tokens"))
 

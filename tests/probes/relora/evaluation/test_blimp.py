@@ -43,7 +43,7 @@ def model():
 
 
 @pytest.fixture
-def folder(tmp_path):
+def blimp_folder(tmp_path):
     return write_pairs(tmp_path / "blimp")
 
 
@@ -67,8 +67,10 @@ def test_a_score_does_not_depend_on_what_is_scored_with_it_but_for_rounding(mode
     np.testing.assert_allclose(together, alone, rtol=1e-6)
 
 
-def test_a_model_that_knows_nothing_prefers_fewer_tokens_and_ties_on_as_many(tokenizer, folder):
-    score = evaluate_blimp(uniform_llama(), tokenizer, read_blimp(folder))
+def test_a_model_that_knows_nothing_prefers_fewer_tokens_and_ties_on_as_many(
+    tokenizer, blimp_folder
+):
+    score = evaluate_blimp(uniform_llama(), tokenizer, read_blimp(blimp_folder))
     lengths = {
         name: [[len(tokenizer(sentence)["input_ids"]) for sentence in pair] for pair in pairs]
         for (_, _, name), pairs in PAIRS.items()
@@ -91,8 +93,8 @@ def test_equal_sentences_tie_and_a_tie_is_no_right_answer(model, tokenizer):
     assert (score.accuracy, score.ties, score.paradigms[0].tied) == (0.0, 3, (0, 1, 2))
 
 
-def test_means_are_over_paradigms_whatever_their_number_of_pairs(model, tokenizer, folder):
-    paradigms = read_blimp(folder)
+def test_means_are_over_paradigms_whatever_their_number_of_pairs(model, tokenizer, blimp_folder):
+    paradigms = read_blimp(blimp_folder)
     score = evaluate_blimp(model, tokenizer, paradigms)
     of = {each.name: each.correct / each.pairs for each in score.paradigms}
     assert score.accuracy == pytest.approx(sum(of.values()) / 4)
@@ -101,8 +103,8 @@ def test_means_are_over_paradigms_whatever_their_number_of_pairs(model, tokenize
     assert list(score.by("field")) == ["morphology", "syntax", "syntax_semantics"]
 
 
-def test_turning_the_pairs_around_turns_the_accuracy_around(model, tokenizer, folder):
-    paradigms = read_blimp(folder)
+def test_turning_the_pairs_around_turns_the_accuracy_around(model, tokenizer, blimp_folder):
+    paradigms = read_blimp(blimp_folder)
     turned = [
         Paradigm(p.name, p.phenomenon, p.field, tuple((bad, good) for good, bad in p.pairs))
         for p in paradigms
@@ -141,47 +143,49 @@ def test_texts_begin_after_the_beginning_of_sequence_or_else_the_end_of_text(tok
         start_token(other)
 
 
-def test_the_files_give_pairs_in_their_order_and_one_spelling_of_each_field(folder):
-    paradigms = {each.name: each for each in read_blimp(folder)}
+def test_the_files_give_pairs_in_their_order_and_one_spelling_of_each_field(blimp_folder):
+    paradigms = {each.name: each for each in read_blimp(blimp_folder)}
     assert paradigms["reflexive_gender"].field == "syntax_semantics"
     assert {name: list(each.pairs) for name, each in paradigms.items()} == {
         name: pairs for (_, _, name), pairs in PAIRS.items()
     }
-    assert sorted(len(each.pairs) for each in read_blimp(folder, limit=2)) == [1, 2, 2, 2]
-    assert [each.name for each in read_blimp(folder, only=["who_island"])] == ["who_island"]
+    assert sorted(len(each.pairs) for each in read_blimp(blimp_folder, limit=2)) == [1, 2, 2, 2]
+    assert [each.name for each in read_blimp(blimp_folder, only=["who_island"])] == ["who_island"]
 
 
-def test_paradigms_that_are_not_there_are_named(folder):
-    assert missing_paradigms(read_blimp(folder)) == list(PARADIGMS)
-    (folder / "who_island.jsonl").rename(folder / "wh_island.jsonl")
-    text = (folder / "wh_island.jsonl").read_text().replace("who_island", "wh_island")
-    (folder / "wh_island.jsonl").write_text(text)
-    assert missing_paradigms(read_blimp(folder)) == [p for p in PARADIGMS if p != "wh_island"]
+def test_paradigms_that_are_not_there_are_named(blimp_folder):
+    assert missing_paradigms(read_blimp(blimp_folder)) == list(PARADIGMS)
+    (blimp_folder / "who_island.jsonl").rename(blimp_folder / "wh_island.jsonl")
+    text = (blimp_folder / "wh_island.jsonl").read_text().replace("who_island", "wh_island")
+    (blimp_folder / "wh_island.jsonl").write_text(text)
+    assert missing_paradigms(read_blimp(blimp_folder)) == [p for p in PARADIGMS if p != "wh_island"]
     with pytest.raises(MissingError, match=r"No inchoative.jsonl in .*available: .*wh_island"):
-        read_blimp(folder, only=["inchoative"])
+        read_blimp(blimp_folder, only=["inchoative"])
 
 
-def test_what_is_no_blimp_file_is_refused(folder, tmp_path):
+def test_what_is_no_blimp_file_is_refused(blimp_folder, tmp_path):
     with pytest.raises(MissingError, match="--download-blimp"):
         read_blimp(tmp_path)
-    path = folder / "who_island.jsonl"
+    path = blimp_folder / "who_island.jsonl"
     path.write_text(path.read_text() + '{"sentence_good": "a"}\n')
     with pytest.raises(FormatError, match=re.escape(f"Line 2 of {path}")):
-        read_blimp(folder)
+        read_blimp(blimp_folder)
     path.write_text("")
     with pytest.raises(FormatError, match="does not hold one paradigm"):
-        read_blimp(folder)
+        read_blimp(blimp_folder)
 
 
 @pytest.fixture
-def home(folder):
+def blimp_server(blimp_folder):
     """The address of a server that has the files."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(blimp_folder))
+    ) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -192,19 +196,21 @@ def home(folder):
 NAMES = [name for _, _, name in PAIRS]
 
 
-def test_files_are_fetched_once(home, folder, tmp_path):
+def test_files_are_fetched_once(blimp_server, blimp_folder, tmp_path):
     said = []
-    download_blimp(tmp_path / "copy", home=home, only=NAMES, say=said.append)
-    assert read_blimp(tmp_path / "copy") == read_blimp(folder)
+    download_blimp(tmp_path / "copy", home=blimp_server, only=NAMES, say=said.append)
+    assert read_blimp(tmp_path / "copy") == read_blimp(blimp_folder)
     download_blimp(tmp_path / "copy", home="http://127.0.0.1:9", only=NAMES, say=said.append)
     assert len(said) == 1
     assert "4 BLiMP files" in said[0]
 
 
-def test_a_file_that_cannot_be_fetched_or_is_something_else_leaves_none(home, folder, tmp_path):
+def test_a_file_that_cannot_be_fetched_or_is_something_else_leaves_none(
+    blimp_server, blimp_folder, tmp_path
+):
     with pytest.raises(DynamicsError, match=r"Cannot fetch .*inchoative.jsonl: .*404"):
-        download_blimp(tmp_path / "copy", home=home, only=["inchoative"])
-    (folder / "who_island.jsonl").write_text(json.dumps({"message": "moved"}))
+        download_blimp(tmp_path / "copy", home=blimp_server, only=["inchoative"])
+    (blimp_folder / "who_island.jsonl").write_text(json.dumps({"message": "moved"}))
     with pytest.raises(FormatError, match="is not a BLiMP pair"):
-        download_blimp(tmp_path / "copy", home=home, only=["who_island"])
+        download_blimp(tmp_path / "copy", home=blimp_server, only=["who_island"])
     assert not list((tmp_path / "copy").glob("*.jsonl"))

@@ -35,7 +35,7 @@ def exact(model):
 
 
 @pytest.fixture(scope="module")
-def found(model, tokenizer):
+def perplexities(model, tokenizer):
     return evaluate_perplexity(model, tokenizer, TEXTS)
 
 
@@ -49,7 +49,7 @@ def test_the_windows_of_a_text_score_each_token_once_with_what_the_context_holds
 
 
 def test_perplexity_per_token_is_that_of_each_token_after_those_of_its_window(
-    exact, found, tokenizer
+    exact, perplexities, tokenizer
 ):
     for domain, texts in TEXTS.items():
         parts = []
@@ -60,12 +60,12 @@ def test_perplexity_per_token_is_that_of_each_token_after_those_of_its_window(
                 # Windows score the targets 1..C, C+1..2C, ...; the last ends with the text.
                 end = min(-(-n // CONTEXT) * CONTEXT, last)
                 parts.append(token_log_probability(exact, ids[max(0, end - CONTEXT) : n], ids[n]))
-        assert len(parts) == found[domain].tokens
+        assert len(parts) == perplexities[domain].tokens
         expected = math.exp(-math.fsum(parts) / len(parts))
-        assert found[domain].per_token == pytest.approx(expected, rel=1e-6)
+        assert perplexities[domain].per_token == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_mean_over_texts_is_that_of_the_published_tool(exact, found, tokenizer):
+def test_the_mean_over_texts_is_that_of_the_published_tool(exact, perplexities, tokenizer):
     for domain, texts in TEXTS.items():
         values = []
         for text in texts:
@@ -74,35 +74,37 @@ def test_the_mean_over_texts_is_that_of_the_published_tool(exact, found, tokeniz
                 continue
             parts = [token_log_probability(exact, ids[:n], ids[n]) for n in range(1, len(ids))]
             values.append(math.exp(-math.fsum(parts) / len(parts)))
-        assert found[domain].mean_over_texts == pytest.approx(sum(values) / len(values), rel=1e-6)
+        assert perplexities[domain].mean_over_texts == pytest.approx(
+            sum(values) / len(values), rel=1e-6
+        )
 
 
-def test_texts_that_are_cut_or_too_short_are_counted(found, tokenizer):
+def test_texts_that_are_cut_or_too_short_are_counted(perplexities, tokenizer):
     lengths = [len(tokenizer(text)["input_ids"]) for text in TEXTS["news"]]
-    assert found["news"].texts == 4
-    assert found["news"].tokens == sum(lengths)
-    assert found["news"].cut == sum(length > CONTEXT for length in lengths) == 2
-    assert found["news"].too_short == 1
+    assert perplexities["news"].texts == 4
+    assert perplexities["news"].tokens == sum(lengths)
+    assert perplexities["news"].cut == sum(length > CONTEXT for length in lengths) == 2
+    assert perplexities["news"].too_short == 1
 
 
-def test_all_domains_together_weigh_tokens_alike_and_texts_alike(model, tokenizer, found):
-    together = overall(found)
+def test_all_domains_together_weigh_tokens_alike_and_texts_alike(model, tokenizer, perplexities):
+    together = overall(perplexities)
     in_one = evaluate_perplexity(model, tokenizer, {"all": [*TEXTS["news"], *TEXTS["speech"]]})
     assert together.per_token == pytest.approx(in_one["all"].per_token, rel=1e-6)
     assert together.mean_over_texts == pytest.approx(in_one["all"].mean_over_texts, rel=1e-6)
 
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_there_are_tokens(tokenizer):
-    found = evaluate_perplexity(uniform_llama(context=CONTEXT), tokenizer, TEXTS)
-    for each in [*found.values(), overall(found)]:
+    perplexities = evaluate_perplexity(uniform_llama(context=CONTEXT), tokenizer, TEXTS)
+    for each in [*perplexities.values(), overall(perplexities)]:
         assert each.per_token == pytest.approx(320, rel=1e-6)
         assert each.mean_over_texts == pytest.approx(320, rel=1e-6)
 
 
 def test_without_a_token_there_is_no_perplexity(model, tokenizer):
-    found = evaluate_perplexity(model, tokenizer, {"empty": [""], "none": []})
-    assert all(math.isnan(each.per_token) for each in found.values())
-    assert all(math.isnan(each.mean_over_texts) for each in found.values())
+    perplexities = evaluate_perplexity(model, tokenizer, {"empty": [""], "none": []})
+    assert all(math.isnan(each.per_token) for each in perplexities.values())
+    assert all(math.isnan(each.mean_over_texts) for each in perplexities.values())
 
 
 def test_the_order_of_texts_does_not_matter(model, tokenizer):
@@ -125,5 +127,5 @@ def test_bfloat16_models_are_scored_by_float32_log_softmax(tokenizer):
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([ids[:-1]])).logits[0].double()
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).exp()
-    found = evaluate_perplexity(model, tokenizer, {"one": TEXTS["speech"]})["one"]
-    assert found.mean_over_texts == pytest.approx(float(expected), rel=1e-5)
+    perplexity = evaluate_perplexity(model, tokenizer, {"one": TEXTS["speech"]})["one"]
+    assert perplexity.mean_over_texts == pytest.approx(float(expected), rel=1e-5)
