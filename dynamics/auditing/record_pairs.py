@@ -11,18 +11,17 @@ import numpy as np
 
 from dynamics.auditing.rounding import fitted_scale, frobenius_norm, product_error, rounded
 from dynamics.runs.run import Dense, Factored
-from dynamics.spectra.noise import rounding_variance, ulp
 from dynamics.spectra.numpy_spectrum import singular_values
+from dynamics.spectra.rounding import rounding_variance, ulp
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """The matrices of one parameter in one record; None where one is absent or holds NaN or Inf."""
+class AdaptedWeight:
+    """The effective weight and the adapter of one parameter in one record."""
 
     step: int
-    weight: Dense | None
-    adapter: Factored | None
-    gradient: Dense | None
+    weight: Dense
+    adapter: Factored
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,10 @@ def weight_moved(before: Dense, now: Dense, *, merged: bool) -> bool:
     return bool((change > allowed).any())
 
 
-def base_change(before: Snapshot, now: Snapshot) -> tuple[float, float]:
+def base_change(before: AdaptedWeight, now: AdaptedWeight) -> tuple[float, float]:
     """‖base(now) - base(before)‖, and the largest value that rounding alone can give it."""
     bases, bound = [], 0.0
     for each in (before, now):
-        assert each.weight is not None
-        assert each.adapter is not None
         base = rounded(_float64(each.weight) - each.adapter.product(), each.weight.dtype)
         largest = np.maximum(np.abs(_float64(each.weight)), np.abs(base))
         bound += frobenius_norm(
@@ -100,12 +97,8 @@ def base_change(before: Snapshot, now: Snapshot) -> tuple[float, float]:
     return frobenius_norm(bases[1] - bases[0]), bound
 
 
-def merge_between(before: Snapshot, now: Snapshot) -> Merge:
-    """The numbers of a merge at `before`; both records have weight and adapter, D is not zero."""
-    assert before.weight is not None
-    assert before.adapter is not None
-    assert now.weight is not None
-    assert now.adapter is not None
+def merge_between(before: AdaptedWeight, now: AdaptedWeight) -> Merge:
+    """The numbers of a merge at `before`, whose D is not zero."""
     dtype = now.weight.dtype
     update = before.adapter.product()
     # Rounding to the base's grid removes the error of storing W = base + D.
@@ -156,18 +149,14 @@ def restart_between(step: int, old: Factored, new: Factored) -> Restart:
 
 
 def displacement_beyond_bound(
-    first: Snapshot, last: Snapshot, merges: tuple[int, ...]
+    first: AdaptedWeight, last: AdaptedWeight, merges: tuple[int, ...]
 ) -> tuple[int, int, float, float] | None:
     """The displacement's first singular value above what its adapters can explain.
 
     Returns:
         (step, bound, σ at index bound + 1, the largest that rounding can make it), or None where
-        `last` lacks weight or adapter, or the bound is not below full rank.
+        the bound is not below full rank.
     """
-    if last.weight is None or last.adapter is None:
-        return None
-    assert first.weight is not None
-    assert first.adapter is not None
     between = sum(first.step <= step < last.step for step in merges)
     # One product per cycle, and one more if the adapter was not zero when recording began.
     nonzero_at_first = first.adapter.left.any() and first.adapter.right.any()
@@ -177,8 +166,6 @@ def displacement_beyond_bound(
         return None
     noise = 0.0  # every stored weight and every merge rounds once
     for each, times in ((first, 1), (last, 1 + between)):
-        assert each.weight is not None
-        assert each.adapter is not None
         error = ulp(_float64(each.weight), each.weight.dtype) / 2
         noise += times * frobenius_norm(error + product_error(each.adapter, tf32=True))
     return last.step, bound, float(spectrum[bound]), noise

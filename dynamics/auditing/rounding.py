@@ -10,7 +10,7 @@ their sum is therefore not rounding, whatever the distribution of the errors is.
 import numpy as np
 
 from dynamics.runs.run import Factored
-from dynamics.spectra.noise import ulp
+from dynamics.spectra.rounding import ulp
 
 # Stored dtype -> unit roundoff of the dtype in which PEFT multiplies the factors. Factors of lower
 # precision are multiplied in float32: on a CPU because PEFT does so, on a GPU by the tensor cores.

@@ -41,7 +41,7 @@ from dynamics.runs.fused import Part, kept_whole
 from dynamics.runs.parameter_names import QKV, attention_path
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
-from dynamics.spectra.noise import ulp
+from dynamics.spectra.rounding import ulp
 
 Read = Callable[[str, int, str], Matrix | None]
 # (weight of a projection, architecture, query head) -> the slice of it in that head's circuit

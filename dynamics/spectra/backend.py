@@ -17,7 +17,7 @@ import numpy as np
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import noise, numpy_spectrum
+from dynamics.spectra import numpy_spectrum, rounding
 
 Result = TypeVar("Result")
 
@@ -44,8 +44,8 @@ class Backend(ABC):
         """Whether no number of the array is NaN or Inf."""
 
     @abstractmethod
-    def variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
-        """See `noise.variance_sums`."""
+    def variance_sums(self, term: rounding.Stored) -> tuple[np.ndarray, np.ndarray]:
+        """See `rounding.variance_sums`."""
 
     def digest(self, array: np.ndarray) -> bytes:
         """A hash of the numbers, their dtype and shape, and their order in memory.
@@ -77,11 +77,11 @@ class NumpyBackend(Backend):
         """See `Backend`."""
         return self._once(array, "finite", lambda: bool(np.isfinite(array).all()))
 
-    def variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
+    def variance_sums(self, term: rounding.Stored) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend`."""
         if len(term) > 2:  # with a scale, which is not part of the array
-            return noise.variance_sums(term)
-        return self._once(term[0], f"variance of {term[1]}", lambda: noise.variance_sums(term))
+            return rounding.variance_sums(term)
+        return self._once(term[0], f"variance of {term[1]}", lambda: rounding.variance_sums(term))
 
 
 def _digest(array: np.ndarray) -> bytes:

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from dynamics.errors import DynamicsError, one_line
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import gram, noise
+from dynamics.spectra import gram, rounding
 from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.calibration import Rates, load_rates, measure_rates
 from dynamics.spectra.numpy_spectrum import SMALL
@@ -128,7 +128,7 @@ class GpuBackend(Backend):
         with self._in_stream():
             return self._once(array, "finite", lambda: is_finite(self._copy(array)))
 
-    def variance_sums(self, term: noise.Stored) -> tuple[np.ndarray, np.ndarray]:
+    def variance_sums(self, term: rounding.Stored) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend`."""
         array, dtype, *scale = term
         if scale or not self.takes(array.shape):
@@ -167,7 +167,7 @@ def _rates(device: "torch.device") -> tuple[Rates, Rates]:
     def of_cpu() -> Rates:
         def look(values: np.ndarray) -> None:
             np.isfinite(values).all()
-            noise.variance_sums((values, "float32"))
+            rounding.variance_sums((values, "float32"))
 
         with threadpool_limits(1):
             return measure_rates(lambda values: values, look, gram.gram, gram.eigvalsh)

@@ -100,7 +100,7 @@ def spectrum(
 
     Raises:
         DynamicsError: `matrix` is not an array, its numbers are not real, its dtype has no rounding
-            model (see `noise`), it does not have two dimensions, it has no entries, or it holds
+            model (see `rounding`), it does not have two dimensions, it has no entries, or it holds
             NaN or Inf.
 
     Example:

@@ -1,4 +1,4 @@
-"""What `numpy_spectrum.py` and `noise.py` compute, for torch tensors on any device.
+"""What `numpy_spectrum.py` and `rounding.py` compute, for torch tensors on any device.
 
 It serves matrices that are on a device already (`probes.records.live_spectra`) and matrices that a
 GPU measures faster (`gpu_backend.py`). The rules and bounds are those of NumPy; the last digits
@@ -12,7 +12,7 @@ import torch
 
 from dynamics.spectra import numpy_spectrum
 from dynamics.spectra.gram import singular_values_from_gram
-from dynamics.spectra.noise import precision
+from dynamics.spectra.rounding import precision
 
 _BLOCK = 2**21  # entries of a block of rows, at least
 # At most so many products are added up one after the other. Those of a constant matrix are alike,
@@ -117,7 +117,7 @@ def singular_values(matrix: torch.Tensor, before: torch.Tensor | None = None) ->
 
 @torch.no_grad()
 def variance_sums(matrix: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """`noise.variance_sums` of numbers stored in `dtype`: row sums (m,), column sums (n,), float64.
+    """`rounding.variance_sums` of numbers stored in `dtype`: (m,) and (n,) float64.
 
     Args:
         matrix: (m, n), in any float dtype that holds the numbers exactly.
@@ -138,7 +138,7 @@ def variance_sums(matrix: torch.Tensor, dtype: str) -> tuple[np.ndarray, np.ndar
     height = max(1, _BLOCK // n)
     for first in range(0, m, height):
         values = _wide_enough(matrix[first : first + height])
-        # As in `noise`: the exponent's bits alone are the number 2^e.
+        # As in `rounding`: the exponent's bits alone are the number 2^e.
         bits = values.view(torch.int64 if values.itemsize == 8 else torch.int32)
         exponent = 0x7FF0000000000000 if values.itemsize == 8 else 0x7F800000
         binade = (bits & exponent).view(values.dtype)

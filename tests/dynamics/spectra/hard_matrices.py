@@ -4,8 +4,6 @@ import numpy as np
 import scipy.linalg
 import torch
 
-DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
-
 
 def reference(matrix):
     """gesvd in float64: no Gram matrix, and another algorithm than `singular_values` has."""
@@ -68,13 +66,3 @@ HARD = {
         .numpy()
     ),
 }
-
-
-def weight_with_zeros_and_powers(dtype):
-    """A (300, 200) tensor stored in `dtype` whose rounding has every special case."""
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(300, 200, generator=generator, dtype=torch.float64)
-    values[0] *= 2.0**-20
-    values[:, 50:60] = 0  # columns of padding
-    values[200:, 0] = 0.5  # a power of two, below which numbers lie closer
-    return values.to(getattr(torch, dtype))

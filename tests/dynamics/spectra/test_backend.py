@@ -6,9 +6,9 @@ import numpy as np
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import noise
+from dynamics.spectra import rounding
 from dynamics.spectra.backend import NumpyBackend
-from dynamics.spectra.noise import variance_sums
+from dynamics.spectra.rounding import variance_sums
 from dynamics.spectra.spectrum import spectrum
 
 
@@ -22,7 +22,7 @@ def test_what_weights_share_is_found_once_and_is_the_same(monkeypatch):
         calls.append(term)
         return variance_sums(term)
 
-    monkeypatch.setattr(noise, "variance_sums", counted)
+    monkeypatch.setattr(rounding, "variance_sums", counted)
     backend = NumpyBackend()
     assert [spectrum(each, backend=backend).noise_floor for each in matrices] == [
         each.noise_floor for each in expected

@@ -17,13 +17,14 @@ from dynamics.cli.app import main
 from dynamics.errors import DynamicsError
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
-from dynamics.spectra import gpu_backend, noise
+from dynamics.spectra import gpu_backend, rounding
 from dynamics.spectra.backend import NumpyBackend
 from dynamics.spectra.calibration import Rates
 from dynamics.spectra.gpu_backend import GpuBackend, backend_for
 from dynamics.spectra.spectrum import spectrum
 from tests.dynamics.spectra.conftest import needs_cuda
-from tests.dynamics.spectra.hard_matrices import DTYPES, reference, weight_with_zeros_and_powers
+from tests.dynamics.spectra.hard_matrices import reference
+from tests.dynamics.spectra.stored_matrices import DTYPES, weight_with_zeros_and_powers
 from tests.dynamics.spectra.test_calibration import FAST, SIDES, SLOW
 
 
@@ -57,7 +58,9 @@ def test_differences_and_integers_are_measured_as_by_numpy(backend):
     assert there.rank_bound == 40
     assert there.noise_floor == pytest.approx(here.noise_floor, rel=1e-12)
     scaled = (now.values, "int8", np.full((300, 1), 0.01))
-    np.testing.assert_array_equal(backend.variance_sums(scaled)[0], noise.variance_sums(scaled)[0])
+    np.testing.assert_array_equal(
+        backend.variance_sums(scaled)[0], rounding.variance_sums(scaled)[0]
+    )
 
 
 def test_arrays_as_files_give_them_are_taken_without_a_warning(backend):

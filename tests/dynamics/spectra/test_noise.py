@@ -4,12 +4,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse.linalg import svds
 
-from dynamics.errors import DynamicsError
 from dynamics.metrics import effective_rank, numerical_rank
 from dynamics.runs.run import Dense
 from dynamics.spectra.noise import (
@@ -20,27 +18,12 @@ from dynamics.spectra.noise import (
     noise_variance,
     product_noise_bound,
     product_noise_norm,
-    rounding_variance,
-    ulp,
-    variance_sums,
 )
 from dynamics.spectra.spectrum import spectrum
+from tests.dynamics.spectra.stored_matrices import ROUNDED, rounded, stored_as
 
-DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 PAPER = [(32, 96), (96, 96), (96, 384), (128, 384), (384, 384), (384, 1536)]
 PAPER_AND_TRANSPOSES = sorted({shape for m, n in PAPER for shape in ((m, n), (n, m))})
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    return torch.from_numpy(values).to(getattr(torch, dtype)).double().numpy()
-
-
-def _stored(values: np.ndarray, dtype: str):
-    """The matrix as it would be read back: int8 with one scale per row."""
-    if dtype != "int8":
-        return _rounded(values, dtype), dtype
-    scale = np.abs(values).max(axis=1, keepdims=True) / 127
-    return np.round(values / scale) * scale, dtype, scale
 
 
 def _norm(matrix: np.ndarray) -> float:
@@ -55,66 +38,12 @@ def _ratios(make, dtype, shape, seeds):
     norms, expected, bounds = [], [], []
     for seed in range(seeds):
         values = make(shape, np.random.default_rng(seed))
-        stored = _stored(values, dtype)
+        stored = stored_as(values, dtype)
         norms.append(_norm(stored[0] - values))
         expected.append(noise_norm(noise_variance(stored)))
         bounds.append(noise_floor(stored))
         assert norms[-1] <= noise_limit(stored)
     return np.mean(expected) / np.mean(norms), np.array(bounds) / norms
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_ulp_is_the_distance_to_the_next_number_of_the_dtype(dtype):
-    info = torch.finfo(getattr(torch, dtype))
-    smallest = info.tiny * info.eps
-    np.testing.assert_array_equal(
-        ulp(np.array([1.0, -1.5, 2.0, info.tiny, info.tiny / 2, 0.0]), dtype),
-        [info.eps, info.eps, 2 * info.eps, smallest, smallest, smallest],
-    )
-
-
-def test_ulp_agrees_with_numpy_for_float64_and_float32():
-    values = np.random.default_rng(0).standard_normal(1000) * 10.0 ** np.arange(-5, 5).repeat(100)
-    values[:2] = 0, -1
-    np.testing.assert_array_equal(ulp(values, "float64"), np.spacing(np.abs(values)))
-    single = values.astype(np.float32)
-    np.testing.assert_array_equal(ulp(single, "float32"), np.spacing(np.abs(single)))
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
-@pytest.mark.parametrize("scale", [1e-3, 0.02, 0.9, 3.0])
-def test_the_rounding_variance_is_that_of_simulated_rounding(dtype, scale):
-    values = scale * np.random.default_rng(1).standard_normal((400, 400))
-    stored = _stored(values, dtype)
-    error = stored[0] - values
-    assert (error**2).mean() == pytest.approx(rounding_variance(*stored).mean(), rel=0.05)
-
-
-def test_a_power_of_two_is_known_better_than_its_neighbours():
-    # float8_e5m2 has 1, 1.25, 1.5, 1.75: numbers in [1 - 1/16, 1 + 1/8] become 1.
-    computed = rounding_variance(np.array([[1.0, 1.25]]), "float8_e5m2")
-    exact = ((1 / 8) ** 3 + (1 / 16) ** 3) / 3 / (1 / 8 + 1 / 16)
-    np.testing.assert_allclose(computed, [[exact, 0.25**2 / 12]], rtol=1e-15)
-    smallest = 2.0**-14  # below it the spacing stays
-    computed = rounding_variance(np.array([[smallest]]), "float8_e5m2")
-    np.testing.assert_allclose(computed, [[(smallest / 4) ** 2 / 12]], rtol=1e-15)
-
-
-def test_a_zero_may_be_an_underflow_but_rows_and_columns_of_zeros_are_exact():
-    values = np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.0]])
-    variance = rounding_variance(values, "float8_e4m3fn")
-    assert variance[0, 1] == variance[1, 0] == 2.0**-18 / 12
-    assert not variance[2].any()
-    assert not variance[:, 2].any()
-    zeros = (np.zeros((3, 4)), "bfloat16")
-    assert noise_floor(zeros) == noise_norm(noise_variance(zeros)) == noise_limit(zeros) == 0
-
-
-@pytest.mark.parametrize("scale", [0.1, np.full((3, 1), 0.1), np.full((1, 5), 0.1)])
-def test_integers_are_known_to_half_a_step_of_their_scale(scale):
-    computed = rounding_variance(np.zeros((3, 5)), "int8", scale)
-    np.testing.assert_allclose(computed, np.full((3, 5), 0.01 / 12), rtol=1e-15)
-    assert noise_limit((np.zeros((3, 5)), "int8", scale)) == pytest.approx(0.05 * np.sqrt(15))
 
 
 def test_equal_variances_have_the_marchenko_pastur_edge_with_its_tracy_widom_shift():
@@ -145,7 +74,7 @@ def test_noise_is_ordered_transposes_and_follows_the_scale(m, n, seed, exponent)
         assert function(4.0**exponent * variance) == pytest.approx(2.0**exponent * value)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("dtype", [*ROUNDED, "int8"])
 @pytest.mark.parametrize("scale", [1e-3, 0.02, 0.9, 3.0])
 @pytest.mark.parametrize(
     ("shape", "seeds"), [((32, 32), 20), ((96, 32), 12), ((96, 384), 3), ((384, 384), 1)]
@@ -234,13 +163,13 @@ def test_a_rank_one_matrix_in_eight_bits_breaks_the_model_but_not_the_limit():
     # Its errors repeat along diagonals of log|u_i| + log|v_j|: they are not independent.
     rng = np.random.default_rng(0)
     values = np.outer(rng.standard_normal(1024), rng.standard_normal(1024))
-    stored = _stored(values, "float8_e4m3fn")
+    stored = stored_as(values, "float8_e4m3fn")
     assert noise_floor(stored) < _norm(stored[0] - values) < noise_limit(stored)
 
 
 def test_nothing_but_the_limit_covers_a_constant_matrix():
     values = np.full((64, 64), 1.003)
-    stored = _stored(values, "bfloat16")
+    stored = stored_as(values, "bfloat16")
     assert noise_floor(stored) < _norm(stored[0] - values) < noise_limit(stored)
 
 
@@ -261,7 +190,7 @@ def test_the_noise_of_a_difference_agrees_with_simulation(now, before):
         rng = np.random.default_rng(seed)
         first = 0.02 * rng.standard_normal((96, 128))
         second = first + 0.02 * rng.standard_normal((96, 128))
-        terms = _stored(second, now), _stored(first, before)
+        terms = stored_as(second, now), stored_as(first, before)
         error = _norm(terms[0][0] - terms[1][0] - (second - first))
         assert error <= noise_floor(*terms)
         ratios.append(noise_norm(noise_variance(*terms)) / error)
@@ -277,7 +206,7 @@ def test_the_noise_of_a_product_agrees_with_simulation(dtype, m, r, n):
     for seed in range(8):
         rng = np.random.default_rng(seed)
         exact = 0.3 * rng.standard_normal((m, r)), 0.02 * rng.standard_normal((r, n))
-        left, right = (_stored(each, dtype) for each in exact)
+        left, right = (stored_as(each, dtype) for each in exact)
         norms.append(_norm(left[0] @ right[0] - exact[0] @ exact[1]))
         expected.append(product_noise_norm(left, right))
         assert 1 <= product_noise_bound(left, right) / norms[-1] <= 3
@@ -294,7 +223,7 @@ def test_the_noise_of_a_graded_product_agrees_with_simulation(graded):
         left, right = rng.standard_normal((96, 8)), rng.standard_normal((8, 96))
         left = left * (grade[:, None] if which == 0 else grade if which == 2 else 1)
         right = right * (grade if which == 1 else 1)
-        stored = _stored(left, "bfloat16"), _stored(right, "bfloat16")
+        stored = stored_as(left, "bfloat16"), stored_as(right, "bfloat16")
         norms.append(_norm(stored[0][0] @ stored[1][0] - left @ right))
         expected.append(product_noise_norm(*stored))
         assert norms[-1] <= product_noise_bound(*stored)
@@ -311,7 +240,7 @@ def test_a_rank_16_product_in_bfloat16_has_rank_16_above_the_floor(shape):
     for seed in range(100):
         rng = np.random.default_rng(seed)
         product = rng.standard_normal((shape[0], 16)) @ rng.standard_normal((16, shape[1]))
-        computed = spectrum(Dense(_rounded(product, "bfloat16"), "bfloat16"))
+        computed = spectrum(Dense(rounded(product, "bfloat16"), "bfloat16"))
         assert numerical_rank(computed.s, computed.floor) == 16
         assert effective_rank(np.where(computed.s > computed.floor, computed.s, 0)) <= 16
 
@@ -326,7 +255,7 @@ def test_rounding_an_initialisation_loses_what_is_below_its_floor_and_nothing_el
     below = []
     for seed in range(20):
         exact = 0.02 * np.random.default_rng(seed).standard_normal(shape)
-        computed = spectrum(Dense(_rounded(exact, "bfloat16"), "bfloat16"))
+        computed = spectrum(Dense(rounded(exact, "bfloat16"), "bfloat16"))
         original = spectrum(Dense(exact, "float64"))
         assert numerical_rank(original.s, original.floor) == min(shape)
         assert numerical_rank(computed.s, computed.floor) == numerical_rank(
@@ -345,7 +274,7 @@ def test_rounding_an_initialisation_loses_what_is_below_its_floor_and_nothing_el
 def test_pure_rounding_has_no_rank(shape):
     for seed in range(30):
         values = np.random.default_rng(seed).standard_normal(shape)
-        stored = _stored(values, "bfloat16")
+        stored = stored_as(values, "bfloat16")
         s = np.linalg.svd(stored[0] - values, compute_uv=False)
         assert numerical_rank(s, noise_floor(stored)) == 0
 
@@ -357,38 +286,3 @@ def test_a_floor_takes_no_more_than_a_few_copies_of_the_matrix():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= 6 * values.nbytes
-
-
-def test_an_unknown_dtype_and_a_missing_scale_are_named():
-    with pytest.raises(DynamicsError, match=r"'int4'; known: float64, .*, int8"):
-        ulp(np.ones(1), "int4")
-    with pytest.raises(DynamicsError, match="'int8' came without a scale; int8 needs one"):
-        noise_floor((np.ones((2, 2)), "int8"))
-    with pytest.raises(DynamicsError, match="'float32' came with a scale"):
-        noise_floor((np.ones((2, 2)), "float32", 0.1))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("held", [np.float32, np.float64, np.float16, ">f4"])
-def test_the_spacing_is_the_one_that_frexp_gives(dtype, held):
-    rng = np.random.default_rng(0)
-    values = rng.standard_normal((60, 50)) * rng.choice([1e-40, 1e-30, 1e-4, 1, 100], (60, 1))
-    values[rng.random(values.shape) < 0.1] = 0
-    values[7] = 2.0 ** rng.integers(-16, 10, 50)
-    values = values.astype(held)
-    info = torch.finfo(getattr(torch, dtype))
-    _, exponent = np.frexp(values)
-    smallest = np.log2(info.tiny)
-    exponent = np.where(values == 0, smallest, np.maximum(exponent - 1.0, smallest))
-    np.testing.assert_array_equal(ulp(values, dtype), info.eps * 2.0**exponent)
-
-
-@pytest.mark.parametrize("shape", [(700, 300), (3, 900), (1, 1)])
-def test_row_and_column_sums_are_those_of_the_variances(shape):
-    rng = np.random.default_rng(1)
-    values = rng.standard_normal(shape) * (rng.random(shape) < 0.9)
-    values[:: shape[0]] = values[:, :: shape[1]] = 0
-    term = (_rounded(values, "bfloat16"), "bfloat16")
-    variance = noise_variance(term)
-    for computed, axis in zip(variance_sums(term), (1, 0), strict=True):
-        np.testing.assert_allclose(computed, variance.sum(axis=axis), rtol=1e-13)

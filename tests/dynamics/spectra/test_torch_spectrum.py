@@ -4,15 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dynamics.spectra import noise, torch_spectrum
+from dynamics.spectra import rounding, torch_spectrum
 from dynamics.spectra.gram import gram_error
 from dynamics.spectra.numpy_spectrum import EPS
-from tests.dynamics.spectra.hard_matrices import (
-    DTYPES,
-    HARD,
-    reference,
-    weight_with_zeros_and_powers,
-)
+from tests.dynamics.spectra.hard_matrices import HARD, reference
+from tests.dynamics.spectra.stored_matrices import DTYPES, weight_with_zeros_and_powers
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -45,5 +41,5 @@ def test_the_variances_of_rounding_are_those_of_numpy(dtype, device):
     stored = weight_with_zeros_and_powers(dtype)
     array = (stored if dtype == "float64" else stored.float()).numpy()
     there = torch_spectrum.variance_sums(stored.to(device), dtype)
-    for one, other in zip(noise.variance_sums((array, dtype)), there, strict=True):
+    for one, other in zip(rounding.variance_sums((array, dtype)), there, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-12)
