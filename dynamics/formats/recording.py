@@ -71,9 +71,9 @@ class RecordingRun(Run):
         self._with_adapter = set(self._recording.parameters(ADAPTER))
         self._spectra = SpectraReader(self._recording)
         self.spectrum_kinds = tuple(self._spectra.shapes)
-        measured = (shapes.items() for shapes in self._spectra.shapes.values())
+        of_spectra = (shapes.items() for shapes in self._spectra.shapes.values())
         self.matrices = matrices_of(
-            dict(chain.from_iterable(measured))
+            dict(chain.from_iterable(of_spectra))
             | {name: self._adapter_shape(name) for name in self._with_adapter}
             | {
                 name: self._recording.array(matrix_path(group, name)).shape[1:]
@@ -109,13 +109,13 @@ class RecordingRun(Run):
         return self._dense(_GROUPS[kind], name, index) if kind in _GROUPS else None
 
     def read_spectrum(self, name: str, step: int, kind: str) -> Spectrum | None:
-        """A spectrum that the recorder measured; see `Run.measured`."""
+        """A spectrum that the recorder measured; see `Run.read_spectrum`."""
         return self._spectra.read(name, self._index[step], kind)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """The chunks that `read` takes the matrix from; see `Run.origin`."""
-        adapted = kind in (schema.ADAPTER, schema.BASE) and name in self._with_adapter
-        paths = [factor_path(name, factor) for factor in "AB"] if adapted else []
+        has_factors = kind in (schema.ADAPTER, schema.BASE) and name in self._with_adapter
+        paths = [factor_path(name, factor) for factor in "AB"] if has_factors else []
         if kind != schema.ADAPTER:
             paths.append(matrix_path(_GROUPS.get(kind, WEIGHT), name))
         origins = [self._recording.origin(path, self._index[step]) for path in paths]
@@ -141,10 +141,7 @@ class RecordingRun(Run):
         if name not in self._with_adapter:
             return None
         path = factor_path(name, "A")
-        a, b = (
-            self._recording.read(path, index),
-            self._recording.read(factor_path(name, "B"), index),
-        )
+        a, b = (self._recording.read(factor_path(name, factor), index) for factor in "AB")
         if a is None or b is None:
             return None
         dtype = self._source_dtype(path)

@@ -23,8 +23,8 @@ from tests.dynamics.formats.writers.lora import adapted, randomized, save  # noq
 
 EVERY = 4
 SAVED = (2, 4, 6, 8, 10)
-Q0 = "model.layers.0.self_attn.q_proj.weight"
-V0 = "model.layers.0.self_attn.v_proj.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+V_PROJ = "model.layers.0.self_attn.v_proj.weight"
 
 
 class Training:
@@ -136,7 +136,7 @@ def training(tiny_llama, tmp_path):
 def test_unquantised_training_is_read_exactly(training):
     trained = training(quantized=False)
     stored = safetensors_torch.load_file(trained.checkpoint(6) / "relora/model.safetensors")
-    assert f"{Q0.removesuffix('.weight')}.base_layer.weight" in stored
+    assert f"{Q_PROJ.removesuffix('.weight')}.base_layer.weight" in stored
     assert any("lora_A.default" in name for name in stored)
     assert not (trained.checkpoint(8) / "relora").exists()
 
@@ -168,21 +168,21 @@ def test_quantised_training_has_its_merged_weights_where_it_merged(training, sha
             np.testing.assert_allclose(
                 found.values.astype(np.float64), expected, rtol=2e-3 * merged + 1e-12, atol=1e-6
             )
-        base = run.read(Q0, step, "base")
+        base = run.read(Q_PROJ, step, "base")
         assert (base is None) == merged
         if base is not None:
-            np.testing.assert_array_equal(base.values, trained.bases[step][Q0])
-        adapter = run.read(Q0, step, "adapter").product()
+            np.testing.assert_array_equal(base.values, trained.bases[step][Q_PROJ])
+        adapter = run.read(Q_PROJ, step, "adapter").product()
         assert adapter.any()
 
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_merges_are_counted(training, quantized):
     run = dy.open_run(training(quantized).output)
-    assert [run.merges_between(Q0, 2, step) for step in SAVED] == (
+    assert [run.merges_between(Q_PROJ, 2, step) for step in SAVED] == (
         [0, 1, 1, 2, 2] if quantized else [0, 0, 1, 1, 2]  # at or after the checkpoint of a merge
     )
-    assert run.merges_between(V0, 2, 10) == 0  # has no adapter
+    assert run.merges_between(V_PROJ, 2, 10) == 0  # has no adapter
 
 
 def test_a_cycle_whose_weights_no_checkpoint_has_says_so(training):
@@ -200,8 +200,8 @@ def test_deleted_checkpoints_do_not_bring_the_first_base_back(training):
     trained = training(quantized=False)
     for step in (2, 4):
         shutil.rmtree(trained.checkpoint(step))
-    found = dy.open_run(trained.output).read(Q0, 8, "weight").values
-    np.testing.assert_allclose(found, trained.weights[8][Q0], rtol=1e-12, atol=1e-14)
+    found = dy.open_run(trained.output).read(Q_PROJ, 8, "weight").values
+    np.testing.assert_allclose(found, trained.weights[8][Q_PROJ], rtol=1e-12, atol=1e-14)
     shutil.rmtree(trained.checkpoint(6))
     shutil.rmtree(trained.checkpoint(10))
     log = {"global_step": 8, "log_history": [{"step": 8, "num_lora_restarts": 1}]}
@@ -212,7 +212,7 @@ def test_deleted_checkpoints_do_not_bring_the_first_base_back(training):
 def test_it_is_measured(training):
     trained = training(quantized=False)
     analysis = dy.analyze(trained.output, metrics=["frobenius_norm"], select="*q_proj")
-    change = trained.weights[8][Q0] - trained.weights[6][Q0]
-    found = analysis["frobenius_norm"].sel(kind="update", step=8, matrix=Q0)
+    change = trained.weights[8][Q_PROJ] - trained.weights[6][Q_PROJ]
+    found = analysis["frobenius_norm"].sel(kind="update", step=8, matrix=Q_PROJ)
     np.testing.assert_allclose(float(found), np.linalg.norm(change), rtol=1e-10)
     assert json.loads(analysis.attrs["problems"]) == []

@@ -193,7 +193,9 @@ def test_damaged_files_are_named(copied, garbage):
     folder = copied("bf16_2")
     file = folder / "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
     file.write_bytes(file.read_bytes()[:2000] if garbage is None else garbage)
-    assert_problem(dy.open_run(folder), 2, "rank_1_mp_rank_00_optim_states.pt .*not a readable file")
+    assert_problem(
+        dy.open_run(folder), 2, "rank_1_mp_rank_00_optim_states.pt .*not a readable file"
+    )
 
 
 @pytest.mark.slow

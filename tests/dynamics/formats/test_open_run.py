@@ -12,7 +12,7 @@ from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.recordings import RecordingWriter
 from dynamics.schema import Status
 
-UP = "model.layers.1.mlp.up_proj.weight"
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_named_and_the_other_checkpoints_are_measured(checkpoi
     analysis, problems = measured(checkpoints, metrics=["stable_rank"])
     assert len(problems) == 1
     assert str(file) in problems[0]
-    status = analysis["status"].sel(matrix=UP)
+    status = analysis["status"].sel(matrix=UP_PROJ)
     assert status.sel(kind="weight").values.tolist() == [
         Status.MEASURED, Status.UNREADABLE, Status.MEASURED
     ]  # fmt: skip
@@ -234,7 +234,7 @@ def test_a_checkpoint_without_a_model_among_good_ones_is_named(checkpoints):
         f"checkpoint-{step} holds no model.safetensors" in problem
         for step, problem in zip((4, 8), problems, strict=True)
     ] == [True, True]
-    status = analysis["status"].sel(kind="weight", matrix=UP)
+    status = analysis["status"].sel(kind="weight", matrix=UP_PROJ)
     assert status.values.tolist() == [
         Status.MEASURED, Status.UNREADABLE, Status.MEASURED, Status.UNREADABLE
     ]  # fmt: skip
@@ -254,24 +254,24 @@ def test_a_damaged_config_is_named(checkpoints):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_matrix_with_a_number_that_is_none_is_named_and_the_rest_measured(write_recording, value):
     def spoil(step, name, weight):
-        if step == 10 and name == UP:
+        if step == 10 and name == UP_PROJ:
             weight[3, 2] = value
 
     analysis, problems = measured(dy.open_run(write_recording(MemoryStore(), spoil=spoil)))
     assert len(problems) == 1
-    assert f"{UP} (weight) at step 10 holds NaN or Inf" in problems[0]
+    assert f"{UP_PROJ} (weight) at step 10 holds NaN or Inf" in problems[0]
     status = analysis["status"]
-    assert status.sel(kind="weight", matrix=UP).values.tolist() == [
+    assert status.sel(kind="weight", matrix=UP_PROJ).values.tolist() == [
         Status.MEASURED, Status.NON_FINITE, Status.MEASURED
     ]  # fmt: skip
-    assert status.sel(kind="update", matrix=UP).values.tolist() == [
+    assert status.sel(kind="update", matrix=UP_PROJ).values.tolist() == [
         Status.UNDEFINED, Status.NON_FINITE, Status.NON_FINITE
     ]  # fmt: skip
-    assert status.sel(kind="displacement", matrix=UP, step=20) == Status.MEASURED
-    others = status.drop_sel(matrix=UP)
+    assert status.sel(kind="displacement", matrix=UP_PROJ, step=20) == Status.MEASURED
+    others = status.drop_sel(matrix=UP_PROJ)
     assert not (others == Status.NON_FINITE).any()
     assert (others.sel(kind="weight") == Status.MEASURED).all()
-    assert analysis["effective_rank"].sel(kind="weight", step=10, matrix=UP).isnull()
+    assert analysis["effective_rank"].sel(kind="weight", step=10, matrix=UP_PROJ).isnull()
 
 
 def test_nan_in_a_checkpoint_is_named(checkpoints):
@@ -279,10 +279,10 @@ def test_nan_in_a_checkpoint_is_named(checkpoints):
 
     file = checkpoints / "checkpoint-6/model.safetensors"
     tensors = load_file(file)
-    tensors[UP][0, 0] = np.nan
+    tensors[UP_PROJ][0, 0] = np.nan
     save_file(tensors, file)
     analysis, problems = measured(checkpoints)
-    assert problems == [f"{UP} (weight) at step 6 holds NaN or Inf; it was not measured."]
+    assert problems == [f"{UP_PROJ} (weight) at step 6 holds NaN or Inf; it was not measured."]
     assert (analysis["status"].sel(kind="weight", step=[2, 4]) == Status.MEASURED).all()
 
 
@@ -389,12 +389,12 @@ def test_a_damaged_root_of_a_recording_is_named(write_recording, tmp_path, conte
 
 def test_a_damaged_chunk_of_a_recording_is_named_and_the_rest_measured(write_recording, tmp_path):
     path = write_recording(tmp_path / "run.zarr")
-    chunk = path / f"weight/{UP}/c/1/0/0"
+    chunk = path / f"weight/{UP_PROJ}/c/1/0/0"
     chunk.write_bytes(chunk.read_bytes()[:20])
     analysis, problems = measured(path)
     assert len(problems) == 1
-    assert f"weight/{UP}" in problems[0]
-    assert analysis["status"].sel(kind="weight", matrix=UP).values.tolist() == [
+    assert f"weight/{UP_PROJ}" in problems[0]
+    assert analysis["status"].sel(kind="weight", matrix=UP_PROJ).values.tolist() == [
         Status.MEASURED, Status.UNREADABLE, Status.MEASURED
     ]  # fmt: skip
 
@@ -419,9 +419,9 @@ def test_a_recording_of_adapters_alone_is_measured(transposed):
 
 def test_a_recording_read_by_itself_gives_the_values_and_differences(write_recording):
     run = dy.open_run(write_recording(MemoryStore(), merges=(10,)))
-    weights = [run.read(UP, step, "weight").values.astype(float) for step in (0, 10, 20)]
+    weights = [run.read(UP_PROJ, step, "weight").values.astype(float) for step in (0, 10, 20)]
     analysis = dy.analyze(run, metrics=["frobenius_norm"])
-    norm = analysis["frobenius_norm"].sel(matrix=UP)
+    norm = analysis["frobenius_norm"].sel(matrix=UP_PROJ)
     expected = {
         ("weight", 20): weights[2],
         ("update", 20): weights[2] - weights[1],
@@ -430,7 +430,7 @@ def test_a_recording_read_by_itself_gives_the_values_and_differences(write_recor
     for (kind, step), matrix in expected.items():
         found = float(norm.sel(kind=kind, step=step))
         assert found == pytest.approx(np.linalg.norm(matrix), rel=1e-12)
-    assert analysis["status"].sel(kind="gradient", step=0, matrix=UP) == Status.NOT_RECORDED
+    assert analysis["status"].sel(kind="gradient", step=0, matrix=UP_PROJ) == Status.NOT_RECORDED
     assert analysis["loss"].values.tolist()[1:] == [4.0, 3.0]
     assert analysis["tokens"].values.tolist() == [0, 640, 1280]
     assert json.loads(analysis.attrs["events"]) == [

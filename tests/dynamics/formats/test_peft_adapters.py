@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-Q0 = "model.layers.0.self_attn.q_proj.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 UP1 = "model.layers.1.mlp.up_proj.weight"
 TARGETS = ["q_proj", "up_proj"]
 
@@ -167,8 +167,8 @@ def test_an_adapter_in_bfloat16_says_so(saved, tiny_llama):
     directory, model = saved(model=tiny_llama().to(torch.bfloat16))
     model.to(torch.bfloat16).save_pretrained(directory / "checkpoint-3")
     run = check_against_peft(directory, model)
-    assert run.read(Q0, 3, schema.ADAPTER).dtype == "bfloat16"
-    assert run.read(Q0, 3, schema.BASE).dtype == "bfloat16"
+    assert run.read(Q_PROJ, 3, schema.ADAPTER).dtype == "bfloat16"
+    assert run.read(Q_PROJ, 3, schema.BASE).dtype == "bfloat16"
 
 
 def test_a_module_that_was_trained_in_full_is_the_trained_one(saved):
@@ -195,7 +195,7 @@ def test_a_matrix_without_adapter_has_its_base_as_weight(saved):
 def test_the_spectrum_of_an_adapter_is_that_of_the_product(saved):
     directory, model = saved()
     analysis = dy.analyze(directory, kinds=["adapter"])
-    for name in (Q0, UP1):
+    for name in (Q_PROJ, UP1):
         layer = lora_layers(model)[name]
         a, b = (
             each["default"].weight.detach().double().numpy()
@@ -215,7 +215,7 @@ def test_matrices_without_an_adapter_are_not_recorded_in_that_kind(saved):
         "weight", "base", "adapter", "update", "displacement", "cycle_update"
     ]  # fmt: skip
     status = analysis["status"].sel(kind="adapter", step=3)
-    assert status.sel(matrix=Q0) == schema.Status.MEASURED
+    assert status.sel(matrix=Q_PROJ) == schema.Status.MEASURED
     assert status.sel(matrix="lm_head.weight") == schema.Status.NOT_RECORDED
 
 
@@ -224,8 +224,10 @@ def test_several_checkpoints_share_the_base_beside_them(saved):
     random_factors(model, seed=2)
     model.save_pretrained(directory / "checkpoint-9")
     analysis = dy.analyze(directory, kinds=["update", "adapter", "base"])
-    first, second = (dy.open_run(directory).read(Q0, step, "adapter").product() for step in (3, 9))
-    found = analysis["frobenius_norm"].sel(kind="update", step=9, matrix=Q0)
+    first, second = (
+        dy.open_run(directory).read(Q_PROJ, step, "adapter").product() for step in (3, 9)
+    )
+    found = analysis["frobenius_norm"].sel(kind="update", step=9, matrix=Q_PROJ)
     np.testing.assert_allclose(float(found), np.linalg.norm(second - first), rtol=1e-10)
 
 
@@ -236,8 +238,8 @@ def test_each_checkpoint_may_have_its_own_base(saved, tiny_llama):
     other.save_pretrained(directory / "checkpoint-9/base")
     run = dy.open_run(directory)
     expected = other.model.layers[0].self_attn.q_proj.weight.detach().numpy()
-    np.testing.assert_array_equal(run.read(Q0, 9, "base").values, expected)
-    assert not np.array_equal(run.read(Q0, 3, "base").values, expected)
+    np.testing.assert_array_equal(run.read(Q_PROJ, 9, "base").values, expected)
+    assert not np.array_equal(run.read(Q_PROJ, 3, "base").values, expected)
 
 
 def test_a_single_adapter_directory_is_one_checkpoint(saved):
@@ -297,7 +299,7 @@ def test_a_base_that_is_given_is_used(without_base, tiny_llama, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "given")
     run = dy.open_run(directory, base=tmp_path / "given")
     np.testing.assert_allclose(
-        run.read(Q0, 3, "weight").values, merged_weights(model)[Q0], rtol=1e-12, atol=1e-14
+        run.read(Q_PROJ, 3, "weight").values, merged_weights(model)[Q_PROJ], rtol=1e-12, atol=1e-14
     )
 
 
@@ -311,7 +313,9 @@ def test_a_base_that_is_none_is_named(without_base, tmp_path):
 def test_a_base_of_another_model_is_named(without_base, tmp_path):
     directory, _ = without_base
     gpt2().save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(FormatError, match=r"gpt2 has no model\.layers.*not the base of this adapter"):
+    with pytest.raises(
+        FormatError, match=r"gpt2 has no model\.layers.*not the base of this adapter"
+    ):
         dy.open_run(directory, base=tmp_path / "gpt2")
 
 
@@ -392,7 +396,7 @@ def test_a_damaged_adapter_among_good_ones_is_named_and_the_rest_measured(saved)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.warns(dy.UnmeasuredWarning, match="checkpoint-9"):
         analysis = dy.analyze(directory, kinds=["adapter"])
-    status = analysis["status"].sel(kind="adapter", matrix=Q0)
+    status = analysis["status"].sel(kind="adapter", matrix=Q_PROJ)
     assert status.values.tolist() == [schema.Status.MEASURED, schema.Status.UNREADABLE]
 
 

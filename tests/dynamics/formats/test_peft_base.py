@@ -19,7 +19,7 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 
 from tests.dynamics.formats.writers.lora import adapted, randomized, save  # noqa: E402
 
-Q0 = "model.layers.0.self_attn.q_proj.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BASE_NAME = "base_model_name_or_path"
 
 
@@ -35,7 +35,7 @@ def check_weights(run, step, model):
     for name in run.matrices:
         found = run.read(name, step, "weight").values
         np.testing.assert_allclose(found, merged[name], rtol=1e-12, atol=1e-14)
-    adapter = run.read(Q0, step, "adapter")
+    adapter = run.read(Q_PROJ, step, "adapter")
     assert adapter is None or adapter.product().any()
 
 
@@ -66,7 +66,7 @@ def test_an_adapter_is_chosen_by_name_and_is_the_default_one_without(several, na
     model.set_adapter(name or "default")
     opened = dy.open_run(run, adapter=name)
     assert dy.open_run(run, adapter=name, split_fused=False).format == "peft"
-    assert opened.read(Q0, 4, "adapter").rank_bound == (2 if name in ("red", "blue") else 3)
+    assert opened.read(Q_PROJ, 4, "adapter").rank_bound == (2 if name in ("red", "blue") else 3)
     check_weights(opened, 4, model)
 
 
@@ -233,7 +233,9 @@ def test_an_output_embedding_that_is_tied_has_the_input_embedding_as_base(tiny_l
     config = tmp_path / "run/base/config.json"
     content = json.loads(config.read_text()) | {"tie_word_embeddings": False}
     config.write_text(json.dumps(content))
-    assert_refused(tmp_path / "run", r"has no lm_head\.weight; so it is not the base of this adapter")
+    assert_refused(
+        tmp_path / "run", r"has no lm_head\.weight; so it is not the base of this adapter"
+    )
 
 
 # Where matrices come from ------------------------------------------------------------------------
@@ -261,18 +263,18 @@ def origins(run):
     return {
         (kind, name): opened.origin(name, 1, kind)
         for kind in ("weight", "base", "adapter")
-        for name in (Q0, "lm_head.weight")
+        for name in (Q_PROJ, "lm_head.weight")
     }
 
 
 @pytest.mark.parametrize(
     ("file", "changed"),
     [
-        ("checkpoint-1/adapter_model.safetensors", {("weight", Q0), ("adapter", Q0)}),
-        ("checkpoint-1/adapter_config.json", {("weight", Q0), ("adapter", Q0)}),
+        ("checkpoint-1/adapter_model.safetensors", {("weight", Q_PROJ), ("adapter", Q_PROJ)}),
+        ("checkpoint-1/adapter_config.json", {("weight", Q_PROJ), ("adapter", Q_PROJ)}),
         (
             "base/model.safetensors",
-            {(kind, name) for kind in ("weight", "base") for name in (Q0, "lm_head.weight")},
+            {(kind, name) for kind in ("weight", "base") for name in (Q_PROJ, "lm_head.weight")},
         ),
         ("checkpoint-2/adapter_model.safetensors", set()),
     ],
@@ -296,16 +298,16 @@ def test_a_base_that_two_checkpoints_share_is_not_read_to_count_merges(two_check
     (two_checkpoints / "base/model.safetensors").write_bytes(b"")
     aged(two_checkpoints)
     with pytest.raises(DynamicsError):
-        opened.read(Q0, 1, "base")
-    assert opened.merges_between(Q0, 1, 2) == 0
+        opened.read(Q_PROJ, 1, "base")
+    assert opened.merges_between(Q_PROJ, 1, 2) == 0
 
 
 def test_bases_of_equal_numbers_are_no_merge_and_others_are(two_checkpoints, tiny_llama):
     shutil.copytree(two_checkpoints / "base", two_checkpoints / "checkpoint-2/base")
-    assert dy.open_run(two_checkpoints).merges_between(Q0, 1, 2) == 0
+    assert dy.open_run(two_checkpoints).merges_between(Q_PROJ, 1, 2) == 0
     tiny_llama(seed=3).save_pretrained(two_checkpoints / "checkpoint-2/base")
     run = dy.open_run(two_checkpoints)
-    assert run.merges_between(Q0, 1, 2) == 1
+    assert run.merges_between(Q_PROJ, 1, 2) == 1
     assert run.merges_between("lm_head.weight", 1, 2) == 0
 
 

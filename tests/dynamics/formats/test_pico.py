@@ -24,7 +24,7 @@ from tests.dynamics.formats.writers.pico import (  # noqa: E402
     save_model,
 )
 
-V0 = "layers.0.attention.v_proj.weight"
+V_PROJ = "layers.0.attention.v_proj.weight"
 
 
 def matrices(model):
@@ -83,7 +83,7 @@ def test_gradients_of_the_validation_batch_are_read_where_there_are_no_others(tr
     _, expected = save_dynamics(models[5], run, 5, "val", seed=1)
     opened = dy.open_run(run)
     expected_v0 = expected["_forward_module.layers.0.attention.v_proj"].numpy()
-    np.testing.assert_array_equal(opened.read(V0, 5, "gradient").values, expected_v0)
+    np.testing.assert_array_equal(opened.read(V_PROJ, 5, "gradient").values, expected_v0)
     assert "val batch" in opened.attrs["gradient"]
 
 
@@ -190,19 +190,21 @@ def test_factors_of_learning_dynamics_are_adapters(relora):
     opened = dy.open_run(run)
     expected = effective_weights(model)
     assert opened.stored_kinds == ("weight", "base", "adapter", "gradient")
-    np.testing.assert_allclose(opened.read(V0, 5, "weight").values, expected[V0], atol=1e-14)
-    np.testing.assert_array_equal(
-        opened.read(V0, 5, "base").values, low_rank_layers(model)[V0].weight.numpy()
+    np.testing.assert_allclose(
+        opened.read(V_PROJ, 5, "weight").values, expected[V_PROJ], atol=1e-14
     )
-    a = V0.replace(".weight", ".A_lora.weight")
+    np.testing.assert_array_equal(
+        opened.read(V_PROJ, 5, "base").values, low_rank_layers(model)[V_PROJ].weight.numpy()
+    )
+    a = V_PROJ.replace(".weight", ".A_lora.weight")
     np.testing.assert_array_equal(
         opened.read(a, 5, "gradient").values,
         gradients["_forward_module.layers.0.attention.v_proj.A_lora"].numpy(),
     )
     assert opened.read(a, 5, "weight") is None
-    assert opened.read(V0, 5, "gradient") is None  # frozen
+    assert opened.read(V_PROJ, 5, "gradient") is None  # frozen
     analysis = dy.analyze(run, metrics=["stable_rank"])
-    assert (analysis["status"].sel(kind="adapter", matrix=V0) == dy.Status.MEASURED).all()
+    assert (analysis["status"].sel(kind="adapter", matrix=V_PROJ) == dy.Status.MEASURED).all()
 
 
 def test_a_trained_scaling_that_is_not_there_is_refused(relora):

@@ -18,7 +18,7 @@ from tests.dynamics.formats.writers.low_rank import (  # noqa: E402
 )
 from tests.dynamics.formats.writers.original_relora import save_relora, with_relora  # noqa: E402
 
-Q0 = "model.layers.0.self_attn.q_proj.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
@@ -108,10 +108,10 @@ def test_merges_between_are_those_counted_and_one_where_the_base_changed(
         layer.merge()
     save_relora(trained, tmp_path, 30, restarts=restarts)
     run = dy.open_run(tmp_path)
-    assert run.merges_between(Q0, 10, 20) == 0
-    assert run.merges_between(Q0, 10, 30) == expected
+    assert run.merges_between(Q_PROJ, 10, 20) == 0
+    assert run.merges_between(Q_PROJ, 10, 30) == expected
     assert run.merges_between("lm_head.weight", 10, 30) == 0
-    before, after = (run.read(Q0, step, "weight").values for step in (20, 30))
+    before, after = (run.read(Q_PROJ, step, "weight").values for step in (20, 30))
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
@@ -195,7 +195,7 @@ def test_a_trained_scaling_of_zero_makes_a_dead_adapter(model, tmp_path):
     for layer in low_rank_layers(trained).values():
         layer.scaling.data.zero_()
     save_relora(trained, tmp_path, 10)
-    adapter = dy.open_run(tmp_path).read(Q0, 10, "adapter")
+    adapter = dy.open_run(tmp_path).read(Q_PROJ, 10, "adapter")
     assert adapter.scale == 0.0
     assert not adapter.product().any()
 

@@ -14,8 +14,8 @@ from dynamics.errors import FormatError
 from dynamics.recordings import Compression, Recording, RecordingWriter, verify
 from dynamics.runs.run import Event
 
-W, G = "weight/a.weight", "gradient/a.weight"
-ATTRS = {path: {"source_dtype": "float32"} for path in (W, G)}
+WEIGHT, GRADIENT = "weight/a.weight", "gradient/a.weight"
+ATTRS = {path: {"source_dtype": "float32"} for path in (WEIGHT, GRADIENT)}
 
 
 def matrix(seed, shape=(40, 30)):
@@ -27,10 +27,14 @@ def recording(request, tmp_path):
     path = tmp_path / "run.zarr"
     with RecordingWriter(path, {}, compression=Compression(request.param)) as writer:
         for step in (0, 10, 20):
-            gradient = {G: matrix(step + 1)} if step else {}
+            gradient = {GRADIENT: matrix(step + 1)} if step else {}
             scalars = {"loss": step / 7} if step else {}
             writer.append(
-                step, {W: matrix(step), **gradient}, attrs=ATTRS, scalars=scalars, tokens=3 * step
+                step,
+                {WEIGHT: matrix(step), **gradient},
+                attrs=ATTRS,
+                scalars=scalars,
+                tokens=3 * step,
             )
         writer.event(Event(20, "merge", {"index": 1}))
     return path
@@ -50,14 +54,14 @@ def flip(path, at):
 
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.7, 1.0])
 def test_one_flipped_bit_of_a_matrix_is_found_by_verifying_and_by_reading(recording, where):
-    chunk = recording / W / "c/1/0/0"
+    chunk = recording / WEIGHT / "c/1/0/0"
     flip(chunk, int(where * (chunk.stat().st_size - 1)))
     found = verify(Recording(recording))
     assert len(found.damaged) == 1
     assert found.damaged[0].startswith("Record at step 10: The chunk of weight/a.weight in record")
     assert found.sound == 2
     with pytest.raises(FormatError, match=r"weight/a\.weight"):
-        Recording(recording).read(W, 1)
+        Recording(recording).read(WEIGHT, 1)
     with pytest.warns(dy.UnmeasuredWarning):
         status = dy.analyze(recording, kinds=["weight"])["status"]
     assert (status.sel(step=10) == dy.Status.UNREADABLE).all()
@@ -65,22 +69,22 @@ def test_one_flipped_bit_of_a_matrix_is_found_by_verifying_and_by_reading(record
 
 
 def test_a_matrix_that_is_gone_is_found(recording):
-    (recording / G / "c/2/0/0").unlink()
+    (recording / GRADIENT / "c/2/0/0").unlink()
     found = verify(Recording(recording))
     assert [line.split(" of ")[0] for line in found.damaged] == ["Record at step 20"]
     assert found.sound == 2
 
 
 def test_a_matrix_of_another_record_is_found_although_it_decodes(recording):
-    shutil.copy(recording / W / "c/0/0/0", recording / W / "c/2/0/0")
-    assert Recording(recording).read(W, 2) is not None
+    shutil.copy(recording / WEIGHT / "c/0/0/0", recording / WEIGHT / "c/2/0/0")
+    assert Recording(recording).read(WEIGHT, 2) is not None
     found = verify(Recording(recording))
     assert [line.split(" of ")[0] for line in found.damaged] == ["Record at step 20"]
 
 
 def test_a_matrix_that_no_writer_wrote_is_found(recording):
-    (recording / G / "c/0/0").mkdir(parents=True)
-    shutil.copy(recording / G / "c/1/0/0", recording / G / "c/0/0/0")
+    (recording / GRADIENT / "c/0/0").mkdir(parents=True)
+    shutil.copy(recording / GRADIENT / "c/1/0/0", recording / GRADIENT / "c/0/0/0")
     assert [line.split(" of ")[0] for line in verify(Recording(recording)).damaged] == [
         "Record at step 0"
     ]
@@ -112,8 +116,8 @@ def test_damaged_events_are_named(recording):
 
 
 def test_what_killed_writers_leave_is_listed_does_no_harm_and_goes_when_resuming(recording):
-    left = [f"{W}/c/3/0/0", f"{W}/zarr.{'0' * 32}.partial", "events/kind/c/1"]
-    kept = f"{W}/notes.txt"  # not ours to delete
+    left = [f"{WEIGHT}/c/3/0/0", f"{WEIGHT}/zarr.{'0' * 32}.partial", "events/kind/c/1"]
+    kept = f"{WEIGHT}/notes.txt"  # not ours to delete
     for name in (*left, kept):
         (recording / name).parent.mkdir(parents=True, exist_ok=True)
         (recording / name).write_bytes(b"left")
@@ -129,9 +133,9 @@ def test_what_killed_writers_leave_is_listed_does_no_harm_and_goes_when_resuming
 def test_nan_and_records_without_matrices_have_checksums_too():
     store = MemoryStore()
     writer = RecordingWriter(store, {})
-    writer.append(0, {W: np.full((3, 2), np.nan, np.float32)}, scalars={"loss": float("nan")})
+    writer.append(0, {WEIGHT: np.full((3, 2), np.nan, np.float32)}, scalars={"loss": float("nan")})
     writer.append(1, {})
-    writer.append(2, {W: np.asfortranarray(matrix(0, (3, 2)))}, scalars={"late": float("inf")})
+    writer.append(2, {WEIGHT: np.asfortranarray(matrix(0, (3, 2)))}, scalars={"late": float("inf")})
     found = verify(Recording(store))
     assert (found.damaged, found.sound) == ((), 3)
 
@@ -151,10 +155,10 @@ def test_a_recording_of_version_1_is_read_and_goes_on_as_version_2(recording):
     found = verify(Recording(recording))
     assert (found.damaged, found.sound, found.unchecked) == ((), 0, 3)
     with RecordingWriter(recording, {}, resume=True) as writer:
-        writer.append(30, {W: matrix(30)}, scalars={"loss": 1.0})
+        writer.append(30, {WEIGHT: matrix(30)}, scalars={"loss": 1.0})
     reopened = Recording(recording)
     assert reopened.attrs["format_version"] == 2
-    np.testing.assert_array_equal(reopened.read(W, 1), matrix(10))
+    np.testing.assert_array_equal(reopened.read(WEIGHT, 1), matrix(10))
     found = verify(reopened)
     assert (found.damaged, found.sound, found.unchecked) == ((), 1, 3)
 
@@ -167,8 +171,8 @@ def test_the_command_line_says_so_by_a_line_per_record_and_the_exit_code(recordi
     done = inspect(recording)
     assert done.exit_code == 0
     assert "3 of 3 records hold what was written" in done.stdout
-    flip(recording / W / "c/0/0/0", 20)
-    (recording / G / "c/2/0/0").unlink()
+    flip(recording / WEIGHT / "c/0/0/0", 20)
+    (recording / GRADIENT / "c/2/0/0").unlink()
     done = inspect(recording)
     assert done.exit_code == 1
     assert "1 of 3 records hold what was written" in done.stdout
