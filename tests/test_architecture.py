@@ -1,74 +1,95 @@
-"""Imports point one way: probes -> dynamics, and down the layers of dynamics."""
+"""The structure of the code: imports point one way, folders stay small, the docs show it."""
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import dynamics
+from tests.layers import LAYERS, picture
 
 ROOT = Path(__file__).parents[1]
-
-# A module may import what stands in its own or an earlier row.
-LAYERS = [
-    {"dynamics.errors", "dynamics.schema"},
-    {"dynamics.runs"},
-    {"dynamics.recordings", "dynamics.spectra"},
-    {"dynamics.formats", "dynamics.components", "dynamics.metrics"},
-    {"dynamics.directions", "dynamics.auditing", "dynamics.analysis", "dynamics.plots"},
-    {"dynamics.examples"},
-    {"dynamics.cli"},
-    {"dynamics"},  # re-exports
-    {"probes.schedule", "probes.model"},
-    {"probes.checks", "probes.gradients"},
-    {"probes.records"},
-    {"probes.recorder"},
-    {"probes.frameworks"},
-    {"probes.relora"},
-    {"probes"},  # re-exports
-]
+PACKAGES = ("dynamics", "probes")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+FLOORS = {name: -number for number, floor in enumerate(LAYERS) for name in floor}
 
 
-def _layer(module: str) -> int:
-    matching = [
-        (len(name), index)
-        for index, names in enumerate(LAYERS)
-        for name in names
-        if module == name or (module.startswith(name + ".") and name not in ("dynamics", "probes"))
-    ]
-    assert matching, f"{module} stands in no layer; give it one."
-    return max(matching)[1]
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(path: Path) -> list[str]:
-    found = []
+MODULES = {module_of(path) for path in FILES}
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """The modules of ours that a file imports anywhere in it."""
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            package = node.module in ("dynamics", "probes")
-            found += [f"{node.module}.{a.name}" for a in node.names] if package else [node.module]
-    return [name for name in found if name.split(".")[0] in ("dynamics", "probes")]
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            imported |= {each if each in MODULES else node.module for each in members}
+    return frozenset(each for each in imported if each.partition(".")[0] in PACKAGES)
 
 
-FILES = sorted([*ROOT.glob("dynamics/**/*.py"), *ROOT.glob("probes/**/*.py")])
+def room_of(module: str) -> str:
+    """The package of `LAYERS` that a module belongs to."""
+    rooms = [name for name in FLOORS if module == name or module.startswith(name + ".")]
+    assert rooms, f"{module} stands in no layer; give it one in tests/layers.py"
+    return max(rooms, key=len)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_imports_only_from_its_own_layer_or_below(path):
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-    for imported in _imports(path):
-        if imported in ("probes.Recorder", "probes.log_spaced", "probes.every"):
-            continue  # the public names, which relora uses as any user does
-        assert _layer(imported) <= _layer(module), f"{module} imports {imported}"
+def test_a_module_imports_only_from_its_own_package_or_from_below(path):
+    module = module_of(path)
+    if module in PACKAGES:
+        return  # the public names
+    for imported in imports(path):
+        if imported in PACKAGES:
+            continue  # the experiment uses the public names, as any user does
+        here, there = room_of(module), room_of(imported)
+        assert here == there or FLOORS[there] < FLOORS[here], f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {module_of(path): imports(path) - {module_of(path)} for path in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_documentation_shows_the_layers():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    assert picture() in text, "run python -m tests.layers and copy the picture"
+
+
+def test_folders_stay_small():
+    tracked = subprocess.run(
+        ["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    entries: dict[str, set[str]] = {}
+    for path in tracked:
+        for parent in Path(path).parents:
+            inside = Path(path).relative_to(parent).parts
+            files = entries.setdefault(str(parent), set())
+            files.add(inside[0] if str(parent) == "dynamics" or len(inside) == 1 else "")
+    assert len(entries["dynamics"]) <= 16
+    crowded = {folder: len(files - {""}) for folder, files in entries.items()}
+    for folder, number in crowded.items():
+        assert number <= 14 or folder in ("dynamics", "dynamics/formats"), (folder, number)
 
 
 def test_importing_and_asking_for_help_load_neither_torch_nor_pyplot():
     code = (
-        "import sys, dynamics, dynamics.cli;"
+        "import sys, dynamics, dynamics.cli.app;"
         "print([m for m in ('torch', 'matplotlib', 'xarray', 'zarr') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
