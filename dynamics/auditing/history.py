@@ -11,9 +11,9 @@ import numpy as np
 
 from dynamics import schema
 from dynamics.auditing.record_pairs import (
+    AdaptedWeight,
     Merge,
     Restart,
-    Snapshot,
     base_change,
     displacement_beyond_bound,
     merge_between,
@@ -22,6 +22,23 @@ from dynamics.auditing.record_pairs import (
 )
 from dynamics.errors import FormatError
 from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The matrices of one parameter in one record; None where one is absent or holds NaN or Inf."""
+
+    step: int
+    weight: Dense | None
+    adapter: Factored | None
+    gradient: Dense | None
+
+    @property
+    def adapted(self) -> AdaptedWeight | None:
+        """Weight and adapter, where both are present."""
+        if self.weight is None or self.adapter is None:
+            return None
+        return AdaptedWeight(self.step, self.weight, self.adapter)
 
 
 @dataclass
@@ -48,18 +65,18 @@ class MatrixHistory:
 def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixHistory:
     """Read every record of a matrix; `merges` are the steps of the run's merge events."""
     history = MatrixHistory(info)
-    first: Snapshot | None = None
+    first: AdaptedWeight | None = None
     before: Snapshot | None = None
     for now in _snapshots(run, history):
         _add_record(now, history)
         if before is not None:
             crossed = [step for step in merges if before.step <= step < now.step]
             _add_pair(run, before, now, crossed, bool(merges), history)
-        if now.weight is not None and now.adapter is not None:
-            first = first or now
+        first = first or now.adapted
         before = now
-    if first is not None and before is not None and before.step > first.step and merges:
-        history.rank = displacement_beyond_bound(first, before, merges)
+    last = before.adapted if before is not None else None
+    if first is not None and last is not None and last.step > first.step and merges:
+        history.rank = displacement_beyond_bound(first, last, merges)
     return history
 
 
@@ -115,15 +132,15 @@ def _add_pair(
     has_events: bool,
     history: MatrixHistory,
 ) -> None:
-    both_weights = before.weight is not None and now.weight is not None
     if before.weight is not None and now.weight is not None:
         pair = before.step, now.step
         history.moved[pair] = weight_moved(before.weight, now.weight, merged=bool(crossed))
     if before.adapter is None or now.adapter is None:
         return
     merged = bool(crossed)
-    if both_weights:
-        drift, bound = base_change(before, now)
+    old, new = before.adapted, now.adapted
+    if old is not None and new is not None:
+        drift, bound = base_change(old, new)
         if not has_events:  # only the base can show a merge; checkpoints store it exactly
             merged = drift > bound or bool(
                 run.merges_between(history.info.name, before.step, now.step)
@@ -132,18 +149,22 @@ def _add_pair(
             history.drifts.append((now.step, drift, bound))
     if not merged:
         return
-    _add_merge(before, now, crossed, has_events, history)
+    if old is None or new is None:
+        history.unchecked[before.step] = "no effective weight is recorded beside the adapter"
+    else:
+        _add_merge(old, new, crossed, has_events, history)
     if before.adapter.left.shape == now.adapter.left.shape:
         history.restarts.append(restart_between(before.step, before.adapter, now.adapter))
 
 
 def _add_merge(
-    before: Snapshot, now: Snapshot, crossed: list[int], has_events: bool, history: MatrixHistory
+    before: AdaptedWeight,
+    now: AdaptedWeight,
+    crossed: list[int],
+    has_events: bool,
+    history: MatrixHistory,
 ) -> None:
-    assert before.adapter is not None
-    if before.weight is None or now.weight is None:
-        history.unchecked[before.step] = "no effective weight is recorded beside the adapter"
-    elif has_events and crossed != [before.step]:
+    if has_events and crossed != [before.step]:
         history.unchecked[crossed[0]] = (
             f"{len(crossed)} merges lie between the records {before.step} and {now.step}"
             if len(crossed) > 1

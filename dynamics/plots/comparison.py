@@ -43,7 +43,8 @@ def plot_comparison(
     Example:
         >>> import matplotlib
         >>> matplotlib.use("Agg")
-        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> runs = {"full": "full/run.zarr", "relora": "relora/run.zarr"}
+        >>> both = dy.compare(runs, kinds=["weight"])
         >>> ax = dy.plot_comparison(both, "stable_rank")
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['full', 'relora']
