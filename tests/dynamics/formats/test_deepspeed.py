@@ -160,7 +160,7 @@ def test_partitions_that_do_not_fit_the_shapes_are_refused(copied, name, change)
         groups = saved["optimizer_state_dict"][key]
         groups[0] = groups[0][:-9].clone() if change == "shorter" else groups[0].repeat(2)
         torch.save(saved, file)
-    assert_problem(dy.open_run(folder), 2, "numbers in its partitions where its parameters take")
+    assert_problem(dy.open_run(folder), 2, "numbers in its partitions, but its parameters take")
 
 
 @pytest.mark.slow

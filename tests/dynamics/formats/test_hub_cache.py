@@ -103,11 +103,11 @@ def test_several_models_without_steps_are_refused(cache):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("0" * 40, "stands for the snapshot 0+, which is not in"),
+        ("0" * 40, "names the snapshot 0+, which is not in"),
         ("", "outside its directory: ''"),
         ("../../elsewhere", "outside its directory: '../../elsewhere'"),
-        ("é" * 20, "holds no commit"),
-        ("a" * 9999, "9999 bytes, expected a commit"),
+        ("é" * 20, "does not hold a commit"),
+        ("a" * 9999, "9999 bytes, too many for a commit"),
     ],
 )
 def test_a_damaged_ref_makes_its_step_a_problem(cache, content, match):

@@ -114,7 +114,7 @@ def test_a_deflate_bomb_is_refused_before_memory_is_asked_for(tmp_path):
         (np.ones((2, 2), complex), r"a\.npy as complex128; only float16"),
         (np.ones((2, 2), "V2"), r"a\.npy as \|V2; only float16"),
         (np.ones((2, 2), [("x", "f4")]), "only float16"),
-        (np.ones((2, 2), int), "no arrays of floating-point numbers"),
+        (np.ones((2, 2), int), "no floating-point arrays"),
     ],
     ids=["object", "complex", "void", "fields", "integers"],
 )
@@ -134,4 +134,4 @@ def test_objects_are_never_unpickled(tmp_path):
 
 def test_other_compression_is_refused(tmp_path):
     zipped(tmp_path / "x.npz", npy(MATRIX), zipfile.ZIP_BZIP2)
-    assert_refused(tmp_path / "x.npz", "compressed otherwise")
+    assert_refused(tmp_path / "x.npz", "compressed in another way")

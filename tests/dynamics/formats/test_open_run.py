@@ -80,7 +80,7 @@ def test_a_path_that_does_not_exist_is_said_to(tmp_path, format):
 @pytest.mark.parametrize("format", ["checkpoints", "peft", "recording", "deepspeed", "dcp"])
 def test_a_file_is_no_run_of_a_format_of_directories(tmp_path, format):
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(FormatError, match=f"a file, and a run of format '{format}' is a"):
+    with pytest.raises(FormatError, match=f"a file, but a run of format '{format}' is a"):
         dy.open_run(tmp_path / "model.safetensors", format=format)
 
 

@@ -159,7 +159,7 @@ def test_layers_of_both_orientations_in_one_adapter_are_refused(saved):
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         model.config.tie_word_embeddings = False
         directory, _ = saved(model=model, target_modules=["c_attn", "lm_head"])
-    with pytest.raises(FormatError, match="fan_in_fan_out does not suit all of its layers"):
+    with pytest.raises(FormatError, match="fan_in_fan_out is wrong for some of its layers"):
         dy.open_run(directory)
 
 

@@ -318,7 +318,7 @@ def test_bases_of_equal_numbers_are_no_merge_and_others_are(two_checkpoints, tin
     ("content", "match"),
     [
         ({"alpha_pattern": [1]}, "alpha_pattern"),
-        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha 'x'"),
         ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),

@@ -273,4 +273,4 @@ def test_the_config_is_pico_trains(trained):
 
 
 def test_a_directory_of_another_kind_is_refused_when_forced(llama_checkpoints):
-    assert_refused(llama_checkpoints, "holds no step_N/", format="pico")
+    assert_refused(llama_checkpoints, "holds neither step_N/", format="pico")

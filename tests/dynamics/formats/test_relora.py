@@ -201,4 +201,4 @@ def test_a_trained_scaling_of_zero_makes_a_dead_adapter(model, tmp_path):
 
 
 def test_a_directory_of_another_kind_is_refused_when_forced(llama_checkpoints):
-    assert_refused(llama_checkpoints, "holds no model_N/", format="relora")
+    assert_refused(llama_checkpoints, "holds no directory model_N/", format="relora")

@@ -146,7 +146,7 @@ def test_a_second_writer_is_refused_and_one_taken_over_stops(repository):
 
 def test_the_store_of_a_session_is_refused(repository, tmp_path):
     model, optimizer = training.build()
-    with pytest.raises(DynamicsError, match="give the Repository itself"):
+    with pytest.raises(DynamicsError, match="give the Repository instead"):
         Recorder(model, optimizer, repository.writable_session("main").store).attach()
 
 
