@@ -26,6 +26,8 @@ from dynamics.spectra.rounding import Stored, rounding_variance, spacing, varian
 from dynamics.spectra.variance_profiles import edge_of_profile
 
 _DRAWS = 4
+_LARGEST = 1e150  # sum of variances: the product of two does not overflow
+_SHRINK = 2.0**-600  # makes larger numbers smaller, exactly
 
 
 def noise_variance(*stored: Stored) -> np.ndarray:
@@ -166,9 +168,18 @@ def noise_floor(
     rows: np.ndarray | float = 0.0
     cols: np.ndarray | float = 0.0
     for term in {id(each): each for each in stored}.values():
-        of_rows, of_cols = sums(term)
-        rows, cols = rows + counts[id(term)] * of_rows, cols + counts[id(term)] * of_cols
-    return bound_of_sums(np.asarray(rows), np.asarray(cols))
+        with np.errstate(over="ignore"):
+            of_rows, of_cols = sums(term)
+            rows, cols = rows + counts[id(term)] * of_rows, cols + counts[id(term)] * of_cols
+    rows, cols = np.asarray(rows), np.asarray(cols)
+    if not max(rows.max(), cols.max()) < _LARGEST:
+        return noise_floor(*map(_shrunk, stored)) / _SHRINK
+    return bound_of_sums(rows, cols)
+
+
+def _shrunk(term: Stored) -> Stored:
+    values = np.multiply(term[0], _SHRINK, dtype=np.float64)
+    return (values, term[1]) if len(term) == 2 else (values, term[1], term[2] * np.array(_SHRINK))
 
 
 def product_noise_norm(left: Stored, right: Stored) -> float:

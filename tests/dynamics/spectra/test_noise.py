@@ -279,6 +279,15 @@ def test_pure_rounding_has_no_rank(shape):
         assert numerical_rank(s, noise_floor(stored)) == 0
 
 
+@pytest.mark.parametrize("scale", [2.0**400, 2.0**500, 2.0**600, 2.0**1000])
+def test_numbers_whose_squares_overflow_have_the_same_floor_in_relation(scale):
+    values = np.random.default_rng(0).standard_normal((30, 20))
+    terms, large = (((each, "float64"), (-each, "float64")) for each in (values, scale * values))
+    assert noise_floor(*large) == pytest.approx(scale * noise_floor(*terms), rel=1e-12)
+    measured = spectrum(Dense(scale * values, "float64"))
+    np.testing.assert_allclose(measured.s / scale, spectrum(Dense(values, "float64")).s, rtol=1e-12)
+
+
 def test_a_floor_takes_no_more_than_a_few_copies_of_the_matrix():
     values = np.random.default_rng(0).standard_normal((1000, 2000))
     tracemalloc.start()
