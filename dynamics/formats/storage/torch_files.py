@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dynamics.errors import FormatError
+from dynamics.formats.storage.file_parts import BoundedFile, open_part
 from dynamics.formats.storage.files import contained, one_line, read_range, size_of
 from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, checked_shape
 from dynamics.formats.storage.unpickling import Inert, TensorUnpickler, callable_from_files
@@ -76,11 +77,11 @@ def torch_file(path: Path, root: Path, first: int = 0, length: int | None = None
     if first < 0 or length < 0 or first + length > size:
         raise _damage_error(path, size, f"it does not have {length} bytes at {first}")
     try:
-        with _open_part(path, first, length) as file:
+        with open_part(path, first, length) as file:
             if zipfile.is_zipfile(file):
                 return _read_zip(path, file, first, length)
             file.seek(0)
-            return _read_legacy(path, cast(BinaryIO, _Bounded(file, length)), first, length)
+            return _read_legacy(path, cast(BinaryIO, BoundedFile(file, length)), first, length)
     except FormatError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -293,61 +294,6 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= max(size, 1)
     return True
-
-
-class _Bounded:
-    """A file for an unpickler: a read beyond its end fails before memory is allocated."""
-
-    def __init__(self, file: BinaryIO, length: int):
-        self._file, self._length = file, length
-        self.readline, self.tell, self.seek = file.readline, file.tell, file.seek
-
-    def read(self, size: int) -> bytes:
-        if size > self._length - self._file.tell():
-            raise EOFError(f"{size} bytes are missing at its end")
-        return self._file.read(size)
-
-
-class _Window(io.RawIOBase):
-    """A range of bytes of a file, as a file of its own."""
-
-    def __init__(self, file: BinaryIO, first: int, length: int):
-        self._file, self._first, self._length, self._at = file, first, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = {0: 0, 1: self._at, 2: self._length}[whence]
-        if base + offset < 0:
-            raise OSError(f"a position of {base + offset}")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(self._length - self._at, 0))
-        self._file.seek(self._first + self._at)
-        content = self._file.read(wanted)
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open_part(path: Path, first: int, length: int) -> BinaryIO:
-    file = cast(BinaryIO, path.open("rb"))
-    if first == 0 and length == size_of(path):
-        return file
-    return cast(BinaryIO, io.BufferedReader(_Window(file, first, length)))
 
 
 def _damage_error(path: Path, size: int, what: str) -> FormatError:

@@ -101,7 +101,7 @@ def test_a_deflate_bomb_is_refused_before_memory_is_asked_for(tmp_path):
     declaring(file, len(npy(MATRIX)))
     run = dy.open_run(file)
     tracemalloc.start()
-    with pytest.raises(FormatError, match="more than the 248 bytes"):
+    with pytest.raises(FormatError, match="more bytes than the 248 that it declares"):
         run.read("a", 0, "weight")
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
@@ -110,7 +110,7 @@ def test_a_deflate_bomb_is_refused_before_memory_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("array", "match"),
     [
-        (np.array([[{"a": 1}]], dtype=object), r"holds objects as a\.npy, which are pickled"),
+        (np.array([[{"a": 1}]], dtype=object), r"holds Python objects as a\.npy; these are pickles"),
         (np.ones((2, 2), complex), r"a\.npy as complex128; only float16"),
         (np.ones((2, 2), "V2"), r"a\.npy as \|V2; only float16"),
         (np.ones((2, 2), [("x", "f4")]), "only float16"),
@@ -126,7 +126,7 @@ def test_arrays_of_other_types_are_refused_by_name(tmp_path, array, match):
 def test_objects_are_never_unpickled(tmp_path):
     marker = tmp_path / "marker"
     np.savez(tmp_path / "x.npz", b=MATRIX, a=np.array([Touch(marker)], dtype=object))
-    assert_refused(tmp_path / "x.npz", "holds objects as a")
+    assert_refused(tmp_path / "x.npz", "holds Python objects as a")
     assert not marker.exists()
     np.load(tmp_path / "x.npz", allow_pickle=True)["a"]
     assert marker.exists()

@@ -8,7 +8,11 @@ import zarr
 from zarr.storage import MemoryStore
 
 import dynamics as dy
+from dynamics import formats
 from dynamics.errors import DynamicsError, FormatError, MissingError
+from dynamics.formats.format import Format
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsRun
+from dynamics.formats.storage.tensors import StoredTensor
 from dynamics.recordings import RecordingWriter
 from dynamics.schema import Status
 
@@ -67,8 +71,40 @@ def test_a_format_may_be_forced(llama_checkpoints, write_recording, tmp_path):
 
 
 def test_an_unknown_format_lists_the_known_ones(llama_checkpoints):
-    with pytest.raises(MissingError, match=r"'gguf'; known: recording, .*checkpoints, .*files"):
+    with pytest.raises(MissingError, match=r"'gguf'; give one of recording, .*checkpoints, .*files"):
         dy.open_run(llama_checkpoints, format="gguf")
+
+
+class OneArray(Format):
+    """A directory with weights.npy, of which `--adapter` names the parameter."""
+
+    name = "one_array"
+    description = "weights.npy"
+    options = ("adapter",)
+
+    def recognises(self, path):
+        return (path / "weights.npy").is_file()
+
+    def open(self, path, options):
+        def tensors():
+            array = np.load(path / "weights.npy")
+            offset = (path / "weights.npy").stat().st_size - array.nbytes
+            return {options.adapter: StoredTensor(path / "weights.npy", offset, "float32", (4, 3))}
+
+        return FullCheckpointsRun(path, self.name, {7: FullCheckpoint(path, tensors)})
+
+
+def test_a_format_of_ones_own_is_one_class_and_one_entry_of_the_list(monkeypatch, tmp_path):
+    weights = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(tmp_path / "weights.npy", weights)
+    monkeypatch.setattr(formats, "FORMATS", (*formats.FORMATS, OneArray()))
+    run = dy.open_run(tmp_path, adapter="a.weight")
+    assert (run.format, run.steps.tolist()) == ("one_array", [7])
+    np.testing.assert_array_equal(run.read("a.weight", 7, "weight").values, weights)
+    with pytest.raises(DynamicsError, match="of format 'one_array', which takes no base model"):
+        dy.open_run(tmp_path, base=tmp_path)
+    with pytest.raises(FormatError, match="a file, but a run of format 'one_array' is a directory"):
+        dy.open_run(tmp_path / "weights.npy", format="one_array")
 
 
 @pytest.mark.parametrize("format", [None, "checkpoints", "peft", "recording"])
