@@ -87,7 +87,9 @@ class StepGradients:
 
     def arm(self) -> None:
         """Watch the backward passes from now on, because the next step is recorded."""
-        for collector in (self._probed, self._unclipped):
+        self.disarm()
+        # `_probed` comes last: it makes frozen weights require a gradient, like trained ones.
+        for collector in (self._unclipped, self._probed):
             if collector is not None:
                 collector.arm()
 

@@ -71,6 +71,21 @@ def test_a_probed_gradient_is_that_of_the_effective_weight_in_a_plain_model(tmp_
             assert relative_error(found, parameter.grad) < 1e-12
 
 
+def test_frozen_weights_are_probed_while_trained_ones_are_taken_before_clipping(tmp_path):
+    words = ("gradient_before_clipping", "probed_gradient")
+    runs = []
+    for record in (words[:1], words[1:], words):
+        model = adapted_model()
+        model.get_output_embeddings().weight.requires_grad_(True)
+        store = tmp_path / "-".join(record)
+        options = {"record": record}
+        runs.append(_recorded(store, model, adam(model), 2, clip=0.05, options=options))
+    for name in runs[2].matrices:
+        trained, probed, both = (run.read(name, 2, "gradient") for run in runs)
+        assert (trained is None) != (probed is None)
+        assert (both.values == (probed if trained is None else trained).values).all()
+
+
 @pytest.mark.parametrize("of_all", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_with_probing_computes_the_same_bits(tmp_path, of_all, dtype):
