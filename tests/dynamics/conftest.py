@@ -1,5 +1,6 @@
 """Small runs that the tests of this directory share: recordings, and a tiny Llama."""
 
+import shutil
 from pathlib import Path
 
 import matplotlib
@@ -21,8 +22,21 @@ SHAPES = {
 
 
 @pytest.fixture(scope="session")
-def write_recording():
-    """write_recording(store, ...): a finished recording with weights, gradients and a loss."""
+def write_recording(tmp_path_factory):
+    """write_recording(store, ...): a finished recording with weights, gradients and a loss.
+
+    In a directory it is a copy of one that is written once.
+    """
+    written = {}
+
+    def write_or_copy(store, **options):
+        if not isinstance(store, Path) or store.exists() or "spoil" in options:
+            return write(store, **options)
+        key = repr(sorted(options.items()))
+        if key not in written:
+            written[key] = write(tmp_path_factory.mktemp("recording") / "run.zarr", **options)
+        # Files as new as written ones: the age of a file matters to a cache.
+        return shutil.copytree(written[key], store, copy_function=shutil.copy)
 
     def write(store, *, steps=(0, 10, 20), seed=0, shapes=SHAPES, merges=(), spoil=None):
         """`spoil(step, name, weight)` may change a weight before it is written."""
@@ -52,7 +66,7 @@ def write_recording():
         writer.close()
         return store
 
-    return write
+    return write_or_copy
 
 
 @pytest.fixture(scope="session")
