@@ -282,9 +282,21 @@ def test_an_analysis_is_brought_up_to_date(command, write_recording, tmp_path):
     ("options", "message"),
     [
         (["--steps", "0"], "this would lose step 10, 20"),
-        (["--kinds", "weight"], "this would lose kind gradient, update, displacement"),
-        (["--metrics", "stable_rank"], "this would lose metric condition_number"),
-        (["--select", "*q_proj"], "this would lose matrix model.embed_tokens.weight"),
+        pytest.param(
+            ["--kinds", "weight"],
+            "this would lose kind gradient, update, displacement",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--metrics", "stable_rank"],
+            "this would lose metric condition_number",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--select", "*q_proj"],
+            "this would lose matrix model.embed_tokens.weight",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_analysis_that_would_lose_something_is_refused(

@@ -20,6 +20,9 @@ from tests.probes.torchrun import run_two_ranks
 # float32 sums few numbers; the order of the summands differs between stacks.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8 * 2**-8, "float16": 8 * 2**-11}
 NAMES = {"up_proj.weight", "down_proj.weight"}
+STACKS = [
+    pytest.param(name, marks=() if name == "plain" else pytest.mark.slow) for name in ONE_PROCESS
+]
 
 
 def check(store, case, *, clipped=None):
@@ -45,13 +48,13 @@ def check(store, case, *, clipped=None):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("stack", ONE_PROCESS)
+@pytest.mark.parametrize("stack", STACKS)
 def test_the_recorded_gradient_is_the_definition_in_every_stack(tmp_path, stack, case):
     ONE_PROCESS[stack](case, tmp_path / "run.zarr", tmp_path)
     check(tmp_path / "run.zarr", case)
 
 
-@pytest.mark.parametrize("stack", ONE_PROCESS)
+@pytest.mark.parametrize("stack", STACKS)
 def test_before_clipping_it_is_the_unclipped_one_in_every_stack(tmp_path, stack):
     for precision in TOLERANCE:
         case = Case(precision, 2, clip=True, record=("weight", "gradient_before_clipping"))
@@ -61,7 +64,7 @@ def test_before_clipping_it_is_the_unclipped_one_in_every_stack(tmp_path, stack)
 
 
 @pytest.mark.parametrize("record", [("weight", "gradient"), ("gradient_before_clipping",)])
-@pytest.mark.parametrize("stack", ONE_PROCESS)
+@pytest.mark.parametrize("stack", STACKS)
 def test_training_computes_the_same_bits_in_every_stack(tmp_path, stack, record):
     for precision in ("bfloat16", "float16"):
         case = Case(precision, 2, clip=True, dropout=0.3, record=record)
