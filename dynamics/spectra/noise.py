@@ -110,6 +110,8 @@ def noise_norm_bound(variance: np.ndarray) -> float:
 def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
     """`noise_norm_bound` of variances with these row sums (m,) and column sums (n,).
 
+    It is Inf where a sum is above 1e150, whose products overflow; `noise_floor` scales these.
+
     Example:
         >>> bound_of_sums(np.full(400, 100.0), np.full(100, 400.0)) == noise_norm_bound(
         ...     np.ones((400, 100))
@@ -118,6 +120,8 @@ def bound_of_sums(rows: np.ndarray, cols: np.ndarray) -> float:
     """
     if not rows.any():
         return 0.0
+    if not max(rows.max(), cols.max()) < _LARGEST:
+        return float("inf")
     edge, scale = edge_of_profile(rows, cols)
     flat = np.sqrt(edge + TRACY_WIDOM_999 * scale)
     return float(max(flat, np.sqrt(rows.max()) + np.sqrt(cols.max())))

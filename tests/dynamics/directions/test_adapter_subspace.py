@@ -39,22 +39,25 @@ def test_the_shares_are_those_of_dense_least_squares(m, n, r, deficient):
         left[:] = 0
     elif deficient == "dependent":
         left[:, -1] = left[:, 0]
-    found = expressibility(gradient, left, right)
+    computed = expressibility(gradient, left, right)
     expected = _least_squares_shares(gradient, left, right)
     np.testing.assert_allclose(
-        [found.share, found.left_share, found.right_share], expected, rtol=1e-11, atol=1e-14
+        [computed.share, computed.left_share, computed.right_share],
+        expected,
+        rtol=1e-11,
+        atol=1e-14,
     )
-    assert found.left_rank == np.linalg.matrix_rank(left)
-    assert found.right_rank == np.linalg.matrix_rank(right)
+    assert computed.left_rank == np.linalg.matrix_rank(left)
+    assert computed.right_rank == np.linalg.matrix_rank(right)
 
 
 def test_after_a_reset_only_the_row_space_of_a_is_left():
     gradient, a = _random(8, 6), _random(2, 6, seed=1)
     q = np.linalg.qr(a.T)[0]
-    found = expressibility(gradient, np.zeros((8, 2)), a)
+    computed = expressibility(gradient, np.zeros((8, 2)), a)
     expected = np.linalg.norm(gradient @ q @ q.T) ** 2 / np.linalg.norm(gradient) ** 2
-    np.testing.assert_allclose(found.share, expected, rtol=1e-13)
-    assert (found.left_share, found.right_share) == (0, found.share)
+    np.testing.assert_allclose(computed.share, expected, rtol=1e-13)
+    assert (computed.left_share, computed.right_share) == (0, computed.share)
 
 
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
@@ -70,9 +73,9 @@ def test_the_best_share_is_reached_and_never_exceeded(m, n, r):
         next_ones = expressibility(gradient, u[:, :r], vt[r : 2 * r])
         np.testing.assert_allclose(next_ones.share, next_ones.best_share, rtol=1e-12)
     # Gradient ascent over all pairs of subspaces finds nothing better.
-    found = _best_by_search(gradient, r)
-    assert found <= same.best_share * (1 + 1e-9)
-    assert found >= same.best_share * (1 - 1e-2)
+    computed = _best_by_search(gradient, r)
+    assert computed <= same.best_share * (1 + 1e-9)
+    assert computed >= same.best_share * (1 - 1e-2)
 
 
 def _best_by_search(gradient, r, restarts=4, steps=300):
@@ -100,21 +103,25 @@ def test_random_factors_express_the_random_share_on_average():
     gradient = rng.standard_normal((12, 3)) @ rng.standard_normal((3, 9))  # not isotropic
     shares = []
     for _ in range(2000):
-        found = expressibility(gradient, rng.standard_normal((12, 2)), rng.standard_normal((2, 9)))
-        shares.append(found.share)
-    assert found.random_share == pytest.approx(1 - (1 - 2 / 12) * (1 - 2 / 9))
-    assert np.mean(shares) == pytest.approx(found.random_share, abs=4 * np.std(shares) / 2000**0.5)
+        computed = expressibility(
+            gradient, rng.standard_normal((12, 2)), rng.standard_normal((2, 9))
+        )
+        shares.append(computed.share)
+    assert computed.random_share == pytest.approx(1 - (1 - 2 / 12) * (1 - 2 / 9))
+    assert np.mean(shares) == pytest.approx(
+        computed.random_share, abs=4 * np.std(shares) / 2000**0.5
+    )
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.floats(1e-150, 1e150), st.floats(1e-6, 1e6))
 def test_scales_do_not_matter_and_shares_are_ordered(seed, r, scale, factor_scale):
     gradient, left, right = _random(6, 5, seed=seed), _random(6, r, seed=1), _random(r, 5, seed=2)
-    found = expressibility(scale * gradient, factor_scale * left, right)
+    computed = expressibility(scale * gradient, factor_scale * left, right)
     plain = expressibility(gradient, left, right)
-    assert found.share == pytest.approx(plain.share, rel=1e-9)
-    assert max(found.left_share, found.right_share) <= found.share * (1 + 1e-12)
-    assert found.share <= min(1.0, found.left_share + found.right_share) * (1 + 1e-12)
-    assert found.share <= found.best_share * (1 + 1e-12) <= 1 + 1e-9
+    assert computed.share == pytest.approx(plain.share, rel=1e-9)
+    assert max(computed.left_share, computed.right_share) <= computed.share * (1 + 1e-12)
+    assert computed.share <= min(1.0, computed.left_share + computed.right_share) * (1 + 1e-12)
+    assert computed.share <= computed.best_share * (1 + 1e-12) <= 1 + 1e-9
 
 
 def test_a_zero_gradient_has_no_shares_and_wrong_input_is_refused():

@@ -54,10 +54,10 @@ def test_random_subspaces_overlap_by_their_share_of_the_space():
 def test_the_leading_subspaces_of_factors_are_those_of_the_dense_product(m, r, n):
     factored = _factored(m, r, n)
     u, s, vt = np.linalg.svd(factored.product())
-    found = leading_subspaces(factored, k=2)
-    np.testing.assert_allclose(found.s, s[:2], rtol=1e-12)
-    np.testing.assert_allclose(found.left @ found.left.T, u[:, :2] @ u[:, :2].T, atol=1e-10)
-    np.testing.assert_allclose(found.right @ found.right.T, vt[:2].T @ vt[:2], atol=1e-10)
+    leading = leading_subspaces(factored, k=2)
+    np.testing.assert_allclose(leading.s, s[:2], rtol=1e-12)
+    np.testing.assert_allclose(leading.left @ leading.left.T, u[:, :2] @ u[:, :2].T, atol=1e-10)
+    np.testing.assert_allclose(leading.right @ leading.right.T, vt[:2].T @ vt[:2], atol=1e-10)
 
 
 def test_directions_below_the_floor_are_left_out():

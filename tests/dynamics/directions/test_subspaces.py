@@ -11,7 +11,7 @@ import dynamics as dy
 from dynamics.errors import FormatError, MissingError
 
 NAME = "model.layers.1.mlp.up_proj.weight"
-K = 3
+DIRECTIONS = 3
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,15 @@ def _weights(path):
 
 
 def _overlap(one, other):
-    """Of the K leading left and right directions."""
+    """Of the DIRECTIONS leading left and right directions."""
     (u1, _, v1), (u2, _, v2) = (np.linalg.svd(each, full_matrices=False) for each in (one, other))
-    left, right = u1[:, :K].T @ u2[:, :K], v1[:K] @ v2[:K].T
-    return [np.sum(each**2) / K for each in (left, right)]
+    left, right = u1[:, :DIRECTIONS].T @ u2[:, :DIRECTIONS], v1[:DIRECTIONS] @ v2[:DIRECTIONS].T
+    return [np.sum(each**2) / DIRECTIONS for each in (left, right)]
 
 
 def test_updates_overlap_with_the_weight_from_which_they_started(paths):
     weights = _weights(paths[0])
-    overlaps = dy.subspace_overlaps(paths[0], k=K).sel(matrix=NAME)
+    overlaps = dy.subspace_overlaps(paths[0], k=DIRECTIONS).sel(matrix=NAME)
     assert overlaps["kind"].values.tolist() == ["update", "displacement"]
     for kind, start in (("update", 1), ("displacement", 0)):
         update, at = weights[2] - weights[start], overlaps.sel(kind=kind, step=20)
@@ -42,7 +42,10 @@ def test_updates_overlap_with_the_weight_from_which_they_started(paths):
         sides = [float(at[f"{side}_overlap_with_weight"]) for side in ("left", "right")]
         np.testing.assert_allclose(sides, expected, rtol=1e-9)
         u, _, vt = np.linalg.svd(weights[start], full_matrices=False)
-        inside = np.linalg.norm(u[:, :K].T @ update @ vt[:K].T) ** 2 / np.linalg.norm(update) ** 2
+        inside = (
+            np.linalg.norm(u[:, :DIRECTIONS].T @ update @ vt[:DIRECTIONS].T) ** 2
+            / np.linalg.norm(update) ** 2
+        )
         assert float(at["energy_in_weight"]) == pytest.approx(inside, rel=1e-9)
     assert "left_overlap_with_last_cycle" not in overlaps
     assert overlaps["energy_in_weight"].sel(step=0).isnull().all()
@@ -50,12 +53,12 @@ def test_updates_overlap_with_the_weight_from_which_they_started(paths):
 
 def test_two_runs_are_aligned_by_the_cosine_of_their_matrices(paths):
     one, other = (weights[2] - weights[0] for weights in map(_weights, paths))
-    at = dy.run_alignment(*paths, k=K).sel(kind="displacement", step=20, matrix=NAME)
+    at = dy.run_alignment(*paths, k=DIRECTIONS).sel(kind="displacement", step=20, matrix=NAME)
     cosine = np.sum(one * other) / np.linalg.norm(one) / np.linalg.norm(other)
     assert float(at["alignment"]) == pytest.approx(cosine, rel=1e-9)
     sides = [float(at[f"{side}_overlap"]) for side in ("left", "right")]
     np.testing.assert_allclose(sides, _overlap(one, other), rtol=1e-9)
-    assert int(at["subspace_dimension"]) == K
+    assert int(at["subspace_dimension"]) == DIRECTIONS
 
 
 def test_paths_are_taken_as_their_runs_are(paths):

@@ -118,41 +118,41 @@ def _of(matrix: np.ndarray) -> dict[str, float]:
 
 @pytest.mark.parametrize("shape", [(4, 4), (9, 3), (3, 9)])
 def test_the_zero_matrix_has_rank_zero_and_no_condition_number(shape):
-    found = _of(np.zeros(shape))
+    computed = _of(np.zeros(shape))
     for name in ("effective_rank", "proportional_effective_rank", "stable_rank", "numerical_rank"):
-        assert found[name] == 0
+        assert computed[name] == 0
     for name in ("frobenius_norm", "spectral_norm", "nuclear_norm", "top_1_energy"):
-        assert found[name] == 0
+        assert computed[name] == 0
     for name in ("per_over_random", "outliers", "exceeds_rank_bound"):
-        assert found[name] == 0
-    assert np.isnan(found["condition_number"])
-    assert np.isnan(found["condition_number_raw"])
-    assert found["rank_bound"] == min(shape)
+        assert computed[name] == 0
+    assert np.isnan(computed["condition_number"])
+    assert np.isnan(computed["condition_number_raw"])
+    assert computed["rank_bound"] == min(shape)
 
 
 @pytest.mark.parametrize("shape", [(40, 40), (60, 20), (20, 60)])
 def test_a_rank_one_matrix_has_rank_one_by_every_measure(shape):
     # Powers of two: the product is exact in float64, so its rank is exactly one.
     matrix = np.outer(2.0 ** (np.arange(shape[0]) % 5), 2.0 ** -(np.arange(shape[1]) % 3))
-    found = _of(matrix)
-    assert found["numerical_rank"] == 1
-    assert found["condition_number"] == 1
-    assert found["condition_number_raw"] == np.inf
-    assert found["effective_rank_above_floor"] == 1
-    np.testing.assert_allclose(found["effective_rank"], 1, rtol=1e-10)
-    np.testing.assert_allclose(found["stable_rank"], 1, rtol=1e-12)
-    np.testing.assert_allclose(found["top_1_energy"], 1, rtol=1e-12)
+    computed = _of(matrix)
+    assert computed["numerical_rank"] == 1
+    assert computed["condition_number"] == 1
+    assert computed["condition_number_raw"] == np.inf
+    assert computed["effective_rank_above_floor"] == 1
+    np.testing.assert_allclose(computed["effective_rank"], 1, rtol=1e-10)
+    np.testing.assert_allclose(computed["stable_rank"], 1, rtol=1e-12)
+    np.testing.assert_allclose(computed["top_1_energy"], 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(6, 6), (6, 11), (11, 6)])
 def test_the_identity_uses_every_direction_equally(rows, cols):
-    found = _of(np.eye(rows, cols))
+    computed = _of(np.eye(rows, cols))
     for name in ("effective_rank", "stable_rank", "numerical_rank", "nuclear_norm"):
-        np.testing.assert_allclose(found[name], 6, rtol=1e-14)
+        np.testing.assert_allclose(computed[name], 6, rtol=1e-14)
     for name in ("proportional_effective_rank", "rank_bound_use", "condition_number"):
-        np.testing.assert_allclose(found[name], 1, rtol=1e-14)
-    np.testing.assert_allclose(found["top_4_energy"], 4 / 6, rtol=1e-14)
-    assert found["top_16_energy"] == 1
+        np.testing.assert_allclose(computed[name], 1, rtol=1e-14)
+    np.testing.assert_allclose(computed["top_4_energy"], 4 / 6, rtol=1e-14)
+    assert computed["top_16_energy"] == 1
 
 
 def test_exact_zeros_in_the_spectrum_are_neither_noise_nor_directions():
@@ -186,8 +186,8 @@ def test_a_rounded_low_rank_product_keeps_its_rank_above_the_floor():
     rng = np.random.default_rng(1)
     product = rng.standard_normal((384, 16)) @ rng.standard_normal((16, 384))
     stored = torch.from_numpy(product).to(torch.bfloat16).double().numpy()
-    found = spectrum(Dense(stored, "bfloat16"))
-    value = {name: float(metric.function(found)) for name, metric in METRICS.items()}
+    computed = spectrum(Dense(stored, "bfloat16"))
+    value = {name: float(metric.function(computed)) for name, metric in METRICS.items()}
     assert value["effective_rank"] > 16 >= value["effective_rank_above_floor"]
     assert value["numerical_rank"] == 16
     assert value["numerical_rank_raw"] == 384
@@ -219,9 +219,9 @@ def test_the_flag_leaves_the_error_of_the_computation_out():
 
 
 def test_the_bound_that_a_caller_knows_is_used_and_reported():
-    found = spectrum(Dense(np.eye(5), "float32"), rank_bound=2)
-    assert found.rank_bound == 2
-    assert METRICS["rank_bound_use"].function(found) == pytest.approx(2.5)
+    computed = spectrum(Dense(np.eye(5), "float32"), rank_bound=2)
+    assert computed.rank_bound == 2
+    assert METRICS["rank_bound_use"].function(computed) == pytest.approx(2.5)
     assert spectrum(Dense(np.eye(5), "float32"), rank_bound=9).rank_bound == 5
 
 

@@ -11,6 +11,7 @@ from scipy.sparse.linalg import svds
 from dynamics.metrics import effective_rank, numerical_rank
 from dynamics.runs.run import Dense
 from dynamics.spectra.noise import (
+    bound_of_sums,
     noise_floor,
     noise_limit,
     noise_norm,
@@ -282,6 +283,7 @@ def test_pure_rounding_has_no_rank(shape):
 @pytest.mark.parametrize("scale", [2.0**400, 2.0**500, 2.0**600, 2.0**1000])
 def test_numbers_whose_squares_overflow_have_the_same_floor_in_relation(scale):
     values = np.random.default_rng(0).standard_normal((30, 20))
+    assert bound_of_sums(np.full(3, np.inf), np.full(3, np.inf)) == np.inf
     terms, large = (((each, "float64"), (-each, "float64")) for each in (values, scale * values))
     assert noise_floor(*large) == pytest.approx(scale * noise_floor(*terms), rel=1e-12)
     measured = spectrum(Dense(scale * values, "float64"))
