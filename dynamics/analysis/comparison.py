@@ -133,7 +133,7 @@ def _labelled(progress: Progress | None, label: str) -> Progress | None:
 
 
 def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
-    """Every other run less the baseline run, value by value.
+    """Every other run minus the baseline run, value by value.
 
     NaN where either was not measured. The variables `status`, `singular_value_error` and
     `noise_floor` describe single runs and are left out.
@@ -141,6 +141,11 @@ def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
     Raises:
         DynamicsError: `comparison` has no dimension `run`.
         MissingError: no run is called `baseline`.
+
+    Example:
+        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> dy.difference(both, baseline="full").run.values.tolist()
+        ['relora']
     """
     if schema.RUN not in comparison.dims:
         raise DynamicsError("difference() takes what compare() returns: it has a dimension 'run'.")
@@ -159,7 +164,12 @@ def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
     """One run of a comparison, as a dataset without the dimension `run` and with its own events.
 
     Raises:
-        MissingError: no run is called `run`, or this is no comparison.
+        MissingError: no run is called `run`, or this is not a comparison.
+
+    Example:
+        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> "run" in dy.select_run(both, "relora").dims
+        False
     """
     labels = comparison[schema.RUN].values.tolist() if schema.RUN in comparison.dims else []
     if run not in labels:

@@ -70,10 +70,8 @@ def follow(
         DynamicsError: what opening, `before` and `analyze` raise, but for FormatErrors.
 
     Example:
-        >>> from dynamics.analysis.following import follow
-        >>> looks = iter([False, False, True])
-        >>> for ranks in follow("run.zarr", stopped=lambda: next(looks, True), kinds=["weight"]):
-        ...     print(ranks.sizes["kind"])
+        >>> results = dy.follow("run.zarr", stopped=lambda: False, kinds=["weight"])
+        >>> next(results).sizes["kind"]  # the next one comes when the run has changed
         1
     """
     execution = execution_with(execution, options)

@@ -202,7 +202,7 @@ def _loss(old: xr.Dataset, planned: Selection, *, rewound: bool) -> str | None:
     """What an analysis has that the planned one will not have, None if it is all there."""
     source = old.attrs.get("source")
     if source is None or schema.RUN in old.dims:
-        return "and is no analysis of a single run"
+        return "and is not an analysis of a single run"
     if _place(source) != _place(planned.run.path):
         return f"and is an analysis of {source}, not of {planned.run.path}"
     steps = old[schema.STEP].values.tolist()

@@ -14,13 +14,13 @@ def mean_interval(
 ) -> xr.Dataset:
     """Mean of independent measurements, and the interval that holds its expectation.
 
-    mean ± t_{(1 + level)/2, n - 1} · sd / √n, with sd the sample's (divided by n - 1) and t the
-    quantile of Student's distribution: exact for normal values, for any n >= 2. It describes what
-    varies along `over` and nothing else: runs of several seeds are independent of each other,
-    layers of one run are not.
+    mean ± t_{(1 + level)/2, n - 1} · sd / √n. Here sd is the standard deviation of the sample
+    (divided by n - 1), and t is the quantile of Student's distribution. The interval is exact for
+    normal values and any n >= 2. It describes only what varies along `over`. Runs of several seeds
+    are independent of each other; layers of one run are not.
 
     Args:
-        values: any dims; NaN is a measurement that was not made, and left out.
+        values: any dims; NaN stands for a measurement that was not made; it is left out.
         over: the dimension or dimensions of the measurements.
         level: probability that the interval holds the expectation.
 
@@ -30,6 +30,12 @@ def mean_interval(
 
     Raises:
         DynamicsError: `values` has no such dimension, or `level` is not between 0 and 1.
+
+    Example:
+        >>> import xarray as xr
+        >>> interval = dy.mean_interval(xr.DataArray([1.0, 2.0, 3.0], dims="seed"), "seed")
+        >>> [round(float(interval[name]), 3) for name in ("lower", "mean", "upper")]
+        [-0.484, 2.0, 4.484]
     """
     dims = [over] if isinstance(over, str) else list(over)
     missing = [dim for dim in dims if dim not in values.dims]

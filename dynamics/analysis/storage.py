@@ -33,7 +33,7 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
         )
     if path.exists() and not (_is_empty_directory(path) or is_analysis(path)):
         raise OutputExistsError(
-            f"{path} exists and is no analysis; it is left alone. Choose another output."
+            f"{path} exists and is not an analysis; it is left alone. Choose another output."
         )
     for parent in path.parents:
         if parent.is_file():
@@ -46,7 +46,15 @@ def _is_empty_directory(path: Path) -> bool:
 
 
 def save(dataset: xr.Dataset, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an analysis or comparison to a Zarr directory, whole or not at all; returns the path.
+    """Write an analysis or comparison to a Zarr directory, as a whole or not at all.
+
+    Example:
+        >>> path = dy.save(dy.analyze("run.zarr", kinds=["weight"]), "ranks.zarr")
+        >>> dy.load(path).sizes["kind"]
+        1
+
+    Returns:
+        The path.
 
     Raises:
         OutputExistsError: see `check_output`.
@@ -88,6 +96,11 @@ def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
 
     Raises:
         FormatError: there is no analysis at `path`, one of a newer version, or a damaged one.
+
+    Example:
+        >>> path = dy.save(dy.analyze("run.zarr", kinds=["weight"]), "loaded.zarr")
+        >>> "singular_value" in dy.load(path, without=["singular_value"])
+        False
     """
     path = Path(path)
     if not path.exists():
@@ -96,7 +109,7 @@ def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
         attrs = _attrs(path)
         if attrs.get("format") != schema.ANALYSIS_FORMAT:
             raise FormatError(
-                f"{path} is no analysis (format {attrs.get('format')!r}); "
+                f"{path} is not an analysis (format {attrs.get('format')!r}); "
                 "make one with 'dynamics analyze'."
             )
         if attrs.get("format_version") != schema.ANALYSIS_VERSION:

@@ -1,7 +1,7 @@
 """The shape of a model's attention, from the configuration that a run carries.
 
-Hugging Face's config.json, pico-train's model config and GPT-2's spell the same four numbers
-differently; a spelling is one entry of `_SPELLINGS`.
+The same four numbers have different names in the config.json of Hugging Face, of pico-train and of
+GPT-2. A spelling is one entry of `_SPELLINGS`.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "d_model", "n_embd", "dim"),
     "head_dim": ("head_dim", "d_kv"),
 }
-# Families with one key-value head for all, unless `multi_query` is false; whatever else their
-# config says of key-value heads is then not used (Falcon: unless it has the new architecture).
+# Families in which one key-value head serves all query heads, unless `multi_query` is false. Other
+# numbers of key-value heads in their config are then not used (but Falcon's new architecture does).
 _MULTI_QUERY = ("falcon", "gpt_bigcode")
 # Where a config keeps its language model: multimodal models, pico-train's training config.
 _NESTED = ("text_config", "model")
@@ -92,22 +92,22 @@ def read_architecture(attrs: Mapping[str, Any], where: str) -> Architecture:
             f"{where} has no model config, so its number of attention heads is unknown; "
             "put the model's config.json beside its weights."
         )
-    found = _numbers(language_config(config))
+    numbers = _numbers(language_config(config))
     for name in ("num_heads", "hidden_size"):
-        if name not in found:
+        if name not in numbers:
             raise MissingError(
                 f"The model config of {where} has none of {', '.join(_SPELLINGS[name])}; "
                 f"without its {name} the matrices of its heads cannot be told apart."
             )
-    num_heads, hidden_size = found["num_heads"], found["hidden_size"]
+    num_heads, hidden_size = numbers["num_heads"], numbers["hidden_size"]
     try:
-        given = Architecture(num_heads, found.get("num_kv_heads", num_heads), 1, hidden_size)
-        if "head_dim" not in found and hidden_size % num_heads:
+        given = Architecture(num_heads, numbers.get("num_kv_heads", num_heads), 1, hidden_size)
+        if "head_dim" not in numbers and hidden_size % num_heads:
             raise DynamicsError(
-                f"hidden_size {hidden_size} is no multiple of {num_heads} heads, and there is no "
-                "head_dim."
+                f"hidden_size {hidden_size} is not a multiple of {num_heads} heads, and no "
+                "head_dim is given."
             )
-        head_dim = found.get("head_dim", hidden_size // num_heads)
+        head_dim = numbers.get("head_dim", hidden_size // num_heads)
         return Architecture(given.num_heads, given.num_kv_heads, head_dim, given.hidden_size)
     except DynamicsError as error:
         raise DynamicsError(f"The model config of {where} is inconsistent: {error}") from None
@@ -124,10 +124,10 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def tied_aliases(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None
 ) -> set[str]:
-    """The names of output embeddings that are the input embedding once more.
+    """The names of output embeddings that are the input embedding under a second name.
 
-    That is so where the config says `tie_word_embeddings`: loading such a checkpoint discards a
-    stored lm_head. A config that does not say so ties nothing here.
+    The config says so with `tie_word_embeddings`: loading such a checkpoint discards a stored
+    lm_head. A config that does not say so ties nothing here.
 
     Args:
         shapes: clean name -> shape of the stored tensors.
@@ -170,13 +170,13 @@ def check_projections(
 
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    numbers = {}
     for name, spellings in _SPELLINGS.items():
         given = [config[key] for key in spellings if config.get(key) is not None]
         if given:
-            found[name] = given[0]
+            numbers[name] = given[0]
     if config.get("model_type") in _MULTI_QUERY and not config.get("new_decoder_architecture"):
-        found.pop("num_kv_heads", None)
+        numbers.pop("num_kv_heads", None)
         if config.get("multi_query", True):
-            found["num_kv_heads"] = 1
-    return found
+            numbers["num_kv_heads"] = 1
+    return numbers

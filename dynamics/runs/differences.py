@@ -1,4 +1,4 @@
-"""Kinds made from weights: update and displacement are differences of two stored matrices."""
+"""Kinds that are made from weights: differences of two stored matrices, and sums of adapters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,13 +77,14 @@ def is_finite(
 
 
 def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:
-    """The step whose weight a derived kind subtracts; None where there is none to subtract.
+    """The step whose weight a derived kind subtracts, None where there is no such step.
 
-    `update` refers to the run's previous record, whichever steps an analysis selects, so that its
-    value does not depend on the selection; `displacement` to the first record;
-    `optimizer_update` to the step before, if that is recorded; `cycle_update` to the last record
-    that is not after the last merge, or to the first record before there was a merge, and is
-    undefined for a weight without an adapter.
+    - `update`: the run's previous record. It is the same whichever steps an analysis selects, so
+      that the value does not depend on the selection.
+    - `displacement`: the first record.
+    - `optimizer_update`: the step before, if that is recorded.
+    - `cycle_update`: the latest record at or before the last merge; the first record where there
+      was no merge yet. None for a weight without an adapter.
     """
     steps = run.steps
     position = int(np.searchsorted(steps, step))
@@ -101,7 +102,7 @@ def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:
 
 
 def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
-    """The largest rank of W_now - W_before where adapters alone moved W, None where they did not.
+    """The largest rank of W_now - W_before, None where more than adapters changed W.
 
     See `cycles_rank_bound`.
     """
@@ -122,17 +123,17 @@ def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | N
 
 
 def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: bool) -> int:
-    """The largest rank of a difference of weights that adapters alone moved.
+    """The largest rank of a difference of two weights between which only adapters changed.
 
-    Between the two, every merge adds a cycle's s·B·A of rank r, and the present adapter adds
-    another: r·(merges + 1). The earlier adapter is subtracted and adds its rank, unless it was
-    merged at that very step, so that it cancels against the first merge. It cancels where the merge
-    adds what it should: the difference across one that leaves out s exceeds this bound.
+    Every merge in between adds the s·B·A of one cycle, of rank r, and the present adapter adds one
+    more: r·(merges + 1). The earlier adapter is subtracted, which adds its rank, too. It does not
+    if it was merged at that very step: then it cancels against the first merge. It cancels only if
+    the merge added what it should, so a merge that leaves out s exceeds this bound.
 
     Args:
         rank: r of the present adapter.
-        earlier: that of the adapter at the earlier step, 0 where it was zero.
-        merges: from the earlier step to the present one.
+        earlier: the rank of the adapter at the earlier step, 0 where that adapter was zero.
+        merges: how many there were from the earlier step to the present one.
         merged_there: whether the first of them happened at the earlier step.
     """
     return rank * merges if merged_there else rank * (merges + 1) + earlier
@@ -143,7 +144,7 @@ def accumulated_adapter(run: Run, name: str, step: int) -> Factored | None:
 
     The factors of K cycles stand side by side, [s₁B₁ … s_K B_K] and [A₁; …; A_K], so that the
     sum has rank K·r at most and is never multiplied out. It is what the adapters added to the
-    weight, free of the rounding of the merges.
+    weight, without the rounding that each merge causes.
 
     Returns:
         None where the weight has no adapter at this step, or a merge happened at a step that

@@ -1,11 +1,11 @@
 """Fused matrices as their parts: GPT-2's `c_attn` holds query, key and value in one.
 
 Which rows of a fused matrix belong to which part is a convention of the code that computes with
-it; neither the numbers nor, mostly, the name tell. It is therefore taken from the model config: its
-`model_type`, and its heads where they matter. An arrangement is one row of `ARRANGEMENTS`, and a
-matrix that fits none stays whole, for a reason that `kept_whole` tells.
+it. The numbers do not show it, and mostly the name does not either. It is therefore taken from the
+model config: its `model_type`, and its heads where they matter. An arrangement is one row of
+`ARRANGEMENTS`. A matrix that fits none stays whole, and `kept_whole` gives the reason.
 
-The experts of a mixture that are stored as one three-dimensional tensor are no matrices, and are
+The experts of a mixture that are stored as one three-dimensional tensor are not matrices; they are
 not measured.
 """
 
@@ -213,9 +213,9 @@ def split_fused(run: Run) -> Run:
 
 
 def kept_whole(run: Run) -> dict[str, str]:
-    """Name -> why it is not split, of the fused matrices of a run that cannot be.
+    """Name -> the reason, a sentence, for each fused matrix of a run that cannot be split.
 
-    The reasons are sentences. Empty where everything fused can be split, or has been.
+    Empty where every fused matrix can be split, or has been.
     """
     split = {
         name: _parts(run, info)
@@ -265,7 +265,7 @@ def _arranged(run: Run, info: MatrixInfo, known: list[Arrangement]) -> tuple[int
         return 1, known[0].split(info.cols, None)
     if not config:
         raise MissingError(
-            f"{run.path} has no model config, which would tell how the parts of {info.name} lie; "
+            f"{run.path} has no model config, which says how the parts of {info.name} lie; "
             "put the model's config.json beside its weights."
         )
     rows = [row for row in known if family in row.families]

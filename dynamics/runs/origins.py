@@ -1,11 +1,11 @@
-"""Where stored numbers come from, told without reading them: what a second analysis relies on."""
+"""Origins: tokens that change when a file may have changed. A second analysis relies on them."""
 
 import os
 import time
 from pathlib import Path
 
 # Two changes within the resolution of a file system's clock leave the same time stamp. A file
-# changed this lately (nanoseconds) has no origin yet, as git's index has none for it.
+# changed so recently (nanoseconds) has no origin yet; git's index treats such a file the same way.
 RACY = 2 * 10**9
 ABSENT = "absent"
 
@@ -13,19 +13,20 @@ ABSENT = "absent"
 def file_origin(path: str | Path) -> str | None:
     """A token that changes whenever the file's content may have changed, without reading it.
 
-    Size, times of the last change of content and of inode, inode. The inode's time also tells a
-    change whose time stamp was set back (`cp -p`, `rsync -t`). `ABSENT` where there is no file.
+    It is made of the size, the time when the content changed, the time when the inode changed, and
+    the inode. The inode's time also shows a change whose time stamp was set back (`cp -p`,
+    `rsync -t`).
 
     Returns:
-        None where that cannot be told: the file was changed just now or in the future, or the
-        file system does not answer.
+        `ABSENT` where there is no file. None where changes cannot be seen: the file was changed
+        just now or in the future, or the file system does not answer.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return ABSENT
     except OSError:
         return None
-    if time.time_ns() - found.st_mtime_ns < RACY:
+    if time.time_ns() - status.st_mtime_ns < RACY:
         return None
-    return f"{found.st_size}|{found.st_mtime_ns}|{found.st_ctime_ns}|{found.st_ino}"
+    return f"{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"

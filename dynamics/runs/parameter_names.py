@@ -1,4 +1,4 @@
-"""Parameter names: wrapper prefixes stripped, layer and module found.
+"""Parameter names: without the prefixes of wrappers; the layer and the module that they belong to.
 
 A model family is a few rows of `MODULES`.
 """
@@ -146,8 +146,8 @@ def layer_of(name: str) -> int | None:
     >>> layer_of("model.layers.11.self_attn.q_proj.weight"), layer_of("lm_head.weight")
     (11, None)
     """
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def module_of(name: str) -> str:
@@ -163,8 +163,8 @@ def module_of(name: str) -> str:
     for suffix, module in MODULES:
         if numbered == suffix or numbered.endswith("." + suffix):
             return module
-    found = _LAYER.search(path + ".")
-    return path[found.end() :] if found and path[found.end() :] else path
+    match = _LAYER.search(path + ".")
+    return path[match.end() :] if match and path[match.end() :] else path
 
 
 def attention_path(name: str) -> str:

@@ -17,10 +17,10 @@ class MatrixInfo:
     """One matrix of a model: its name, where it belongs, and its shape.
 
     Attributes:
-        name: the clean parameter name, or that of a circuit.
-        layer: None outside the stack.
+        name: the clean parameter name, or the name of a circuit.
+        layer: the index of the layer, None outside the stack of layers.
         module: its role, see `parameter_names.module_of`.
-        rows: m.
+        rows: m, of (m, n).
         cols: n.
         head: the query head of a circuit, None where it belongs to no single head.
     """
@@ -51,7 +51,7 @@ class Dense:
 
     Attributes:
         values: (rows, cols), any float dtype that holds the stored numbers exactly.
-        dtype: the dtype the numbers were stored in, e.g. "bfloat16": their noise comes from it.
+        dtype: the dtype that the numbers were stored in, e.g. "bfloat16". It decides their noise.
     """
 
     values: np.ndarray

@@ -324,7 +324,7 @@ def test_an_analysis_of_something_else_is_refused(command, write_recording, tmp_
     dy.save(dy.compare({"a": dy.analyze(one), "b": dy.analyze(other)}), "both.zarr")
     code, _, err = command(one, "-o", "both.zarr")
     assert code == 2
-    assert "is no analysis of a single run" in err
+    assert "is not an analysis of a single run" in err
 
 
 def test_what_was_measured_and_is_damaged_now_is_kept(command, llama_checkpoints, tmp_path):

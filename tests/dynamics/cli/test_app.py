@@ -520,7 +520,7 @@ def test_what_a_result_does_not_have_cannot_be_drawn(refused, saved, here, which
 
 def test_only_saved_results_are_drawn(refused, recording, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert "is no analysis" in refused("plot", recording)
+    assert "is not an analysis" in refused("plot", recording)
     assert "does not exist" in refused("plot", tmp_path / "nowhere")
     assert "file" in refused("plot", tmp_path / "file")
 
