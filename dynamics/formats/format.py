@@ -1,8 +1,10 @@
 """What a format is: how its directories are recognised, and how one is opened as a run.
 
 A new format is a subclass of `Format` in a file of its own, one line of `FORMATS` in
-`dynamics/formats/__init__.py`, and one test. Most formats store complete checkpoints. They derive
-from `FullCheckpointsFormat` in `shared/full_checkpoints.py` and only say where each step lies.
+`dynamics/formats/__init__.py`, and one test. Its `open` returns a `CheckpointsRun` with one
+`Checkpoint` per step (`shared/checkpoints.py`). Most formats store complete checkpoints without
+adapters: they derive from `FullCheckpointsFormat` (`shared/full_checkpoints.py`) and only say where
+each step lies.
 """
 
 from abc import ABC, abstractmethod

@@ -20,9 +20,9 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
-from dynamics.formats.shared.lora_checkpoints import LoRACheckpoint, LoRACheckpointsRun
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
 from dynamics.formats.shared.steps import numbered_directories
 from dynamics.formats.storage.files import contained, one_line, read_range, root_of, size_of
@@ -74,7 +74,7 @@ class PicoFormat(Format):
         )
         split = next(with_gradients, None)
         root = root_of(path)
-        return LoRACheckpointsRun(
+        return CheckpointsRun(
             path,
             self.name,
             {
@@ -138,9 +138,7 @@ def _plain_entries(section: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _open(
-    directory: Path, root: Path, config: Mapping[str, Any], split: str | None
-) -> LoRACheckpoint:
+def _open(directory: Path, root: Path, config: Mapping[str, Any], split: str | None) -> Checkpoint:
     attrs: dict[str, Any] = {"config": dict(config)} if config else model_attrs(directory, root)
     parts, weights = pair_factors(_weights(directory, root), _PART, directory)
     relora = attrs.get("config", {}).get("relora")
@@ -166,8 +164,8 @@ def _open(
         file = directory / _DYNAMICS / f"{split}_gradients.pt"
         if file.is_file():
             gradients = _by_parameter(pickled_tensors(file, root), file)
-    return LoRACheckpoint(
-        adapters, without_tied_names(weights, attrs), gradients=gradients, attrs=attrs
+    return Checkpoint(
+        without_tied_names(weights, attrs), adapters, gradients=gradients, attrs=attrs
     )
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
-from dynamics.formats.shared.lora_checkpoints import LoRACheckpoint, LoRACheckpointsRun
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
 from dynamics.formats.shared.steps import numbered_directories
 from dynamics.formats.storage.files import contained, read_json, root_of
@@ -58,14 +58,14 @@ class ReLoRAFormat(Format):
         )
 
 
-class ReLoRARun(LoRACheckpointsRun):
+class ReLoRARun(CheckpointsRun):
     """A run of the original ReLoRA, whose training_state.json counts the merges."""
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """The restarts that training_state.json counted, if the base changed at all.
 
         A resumed run may count from 0 again. Where the count does not grow, the changes of the base
-        are counted, as `LoRACheckpointsRun` does.
+        are counted, as in `CheckpointsRun`.
         """
         changed = super().merges_between(name, before, now)
         restarts = self.scalars.get("n_lora_restarts")
@@ -76,7 +76,7 @@ class ReLoRARun(LoRACheckpointsRun):
         return max(changed, int(difference)) if difference > 0 else changed
 
 
-def _open(directory: Path, root: Path) -> LoRACheckpoint:
+def _open(directory: Path, root: Path) -> Checkpoint:
     if not has_model(directory):
         raise FormatError(f"{directory} holds no model.safetensors or pytorch_model.bin.")
     attrs = model_attrs(directory, root)
@@ -97,9 +97,9 @@ def _open(directory: Path, root: Path) -> LoRACheckpoint:
     check_fits(adapters, weights, directory, directory)
     if config:
         attrs["relora_config"] = config
-    return LoRACheckpoint(
-        adapters,
+    return Checkpoint(
         without_tied_names(weights, attrs),
+        adapters,
         attrs=attrs,
         scalars=_scalars(directory / _STATE, root),
     )

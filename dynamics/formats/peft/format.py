@@ -20,9 +20,9 @@ from dynamics.formats.peft.config import (
     has_adapter,
     scaling,
 )
+from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names
 from dynamics.formats.shared.hugging_face_files import checkpoint_directories, logged_scalars
-from dynamics.formats.shared.lora_checkpoints import LoRACheckpoint, LoRACheckpointsRun
 from dynamics.formats.shared.lora_factors import Adapter, check_fits, pair_factors
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
@@ -49,7 +49,7 @@ class PeftFormat(Format):
         """See `Format.open`."""
         directories = checkpoint_directories(path, has_adapter)
         bases = BaseModels(path, directories, options.base)
-        return LoRACheckpointsRun(
+        return CheckpointsRun(
             path,
             self.name,
             {
@@ -61,7 +61,7 @@ class PeftFormat(Format):
 
 def _open(
     step: int, directory: Path, root: Path, bases: BaseModels, adapter: str | None
-) -> LoRACheckpoint:
+) -> Checkpoint:
     at = adapter_directory(directory, adapter)
     config = read_json(contained(at / CONFIG, root))
     check_is_plain(config, at)
@@ -81,9 +81,9 @@ def _open(
         tensors = base_tensors(base, bases.root(base.directory), needed, model_config)
         tensors |= full_modules
         check_fits(adapters, tensors, base.directory, at)
-    return LoRACheckpoint(
-        adapters,
+    return Checkpoint(
         tensors,
+        adapters,
         is_merged=base is not None and base.is_merged,
         no_base="" if base else bases.why_none(step, config, merges),
         attrs=attrs,

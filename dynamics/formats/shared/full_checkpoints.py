@@ -1,8 +1,7 @@
 """Formats whose checkpoints are complete: every step has the weights of the whole model, by name.
 
 Such a format only says which checkpoints there are (`FullCheckpointsFormat.checkpoints`). The rest
-is here: names lose the prefixes of wrappers, a tied weight is measured once, and a checkpoint that
-cannot be read is a problem of its step.
+is here: names lose the prefixes of wrappers, and a tied weight is measured once.
 """
 
 from abc import abstractmethod
@@ -11,18 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
-from dynamics.formats.shared.evaluations import with_evaluations
+from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.storage.files import root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
 from dynamics.runs.attention_config import tied_aliases
-from dynamics.runs.origins import ABSENT
-from dynamics.runs.run import Dense, Run, matrices_of
+from dynamics.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,12 @@ class FullCheckpoint:
     tensors: Callable[[], Mapping[str, Tensor]]
     attrs: Callable[[], Mapping[str, Any]] = dict
     scalars: Callable[[], Mapping[str, float]] = dict
+
+    def open(self) -> Checkpoint:
+        """The checkpoint, with clean names and each tied weight under one name only."""
+        attrs = self.attrs()
+        tensors = with_clean_names(self.tensors(), self.where)
+        return Checkpoint(without_tied_names(tensors, attrs), attrs=attrs, scalars=self.scalars())
 
     @classmethod
     def unreadable(cls, where: Path, problem: FormatError) -> "FullCheckpoint":
@@ -68,74 +69,8 @@ class FullCheckpointsFormat(Format):
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""
-        return FullCheckpointsRun(path, self.name, self.checkpoints(path, root_of(path)))
-
-
-class FullCheckpointsRun(Run):
-    """A run of complete checkpoints.
-
-    Args:
-        path: where it lies.
-        format: the name of its format.
-        checkpoints: step -> checkpoint.
-
-    Raises:
-        FormatError: no checkpoint can be read, or none holds matrices.
-    """
-
-    stored_kinds = (schema.WEIGHT,)
-
-    def __init__(self, path: Path, format: str, checkpoints: Mapping[int, FullCheckpoint]):
-        self.path = str(path)
-        self.format = format
-        self.steps = np.array(sorted(checkpoints), dtype=np.int64)
-        self.problems: dict[int, str] = {}
-        self.attrs: dict[str, Any] = {}
-        self._tensors: dict[int, dict[str, Tensor]] = {}
-        self._scalars: dict[str, np.ndarray] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for position, step in enumerate(self.steps.tolist()):
-            checkpoint = checkpoints[step]
-            try:
-                attrs = checkpoint.attrs()
-                tensors = without_tied_names(
-                    with_clean_names(checkpoint.tensors(), checkpoint.where), attrs
-                )
-                scalars = checkpoint.scalars()
-            except FormatError as problem:
-                self.problems[step] = str(problem)
-                continue
-            self._tensors[step] = tensors
-            self.attrs = self.attrs or dict(attrs)
-            shapes |= {name: tensor.shape for name, tensor in tensors.items()}
-            for name, value in scalars.items():
-                series = self._scalars.setdefault(name, np.full(len(self.steps), np.nan))
-                series[position] = value
-        self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
-        self.matrices = matrices_of(shapes)
-        if not self.matrices:
-            raise FormatError(next(iter(self.problems.values()), f"{path} holds no matrices."))
-
-    def read(self, name: str, step: int, kind: str) -> Dense | None:
-        """The weight of a parameter; see `Run.read`."""
-        if kind != schema.WEIGHT:
-            return None
-        if step in self.problems:
-            raise FormatError(self.problems[step])
-        tensor = self._tensors[step].get(name)
-        return None if tensor is None else Dense(tensor.read(), tensor.dtype)
-
-    def origin(self, name: str, step: int, kind: str) -> str | None:
-        """See `Run.origin`."""
-        if kind != schema.WEIGHT or step in self.problems:
-            return None
-        tensor = self._tensors[step].get(name)
-        return ABSENT if tensor is None else tensor.origin
-
-    @property
-    def scalars(self) -> dict[str, np.ndarray]:
-        """Along the steps: what the checkpoints logged, and what evaluation.jsonl holds."""
-        return self._scalars
+        checkpoints = self.checkpoints(path, root_of(path))
+        return CheckpointsRun(path, self.name, {s: each.open for s, each in checkpoints.items()})
 
 
 def with_clean_names(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:

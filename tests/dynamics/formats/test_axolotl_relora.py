@@ -188,7 +188,9 @@ def test_merges_are_counted(training, quantized):
 def test_a_cycle_whose_weights_no_checkpoint_has_says_so(training):
     trained = training(quantized=False)
     shutil.rmtree(trained.checkpoint(6))
-    message = "checkpoint-8 holds an adapter only, saved after a merge; no checkpoint between"
+    message = (
+        "checkpoint-8 holds only an adapter that was saved after a merge; no checkpoint between"
+    )
     with pytest.raises(dy.DynamicsError, match=message) as caught:
         dy.analyze(trained.output)
     assert "\n" not in str(caught.value)

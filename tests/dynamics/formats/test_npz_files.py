@@ -110,7 +110,10 @@ def test_a_deflate_bomb_is_refused_before_memory_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("array", "match"),
     [
-        (np.array([[{"a": 1}]], dtype=object), r"holds Python objects as a\.npy; these are pickles"),
+        (
+            np.array([[{"a": 1}]], dtype=object),
+            r"holds Python objects as a\.npy; these are pickles",
+        ),
         (np.ones((2, 2), complex), r"a\.npy as complex128; only float16"),
         (np.ones((2, 2), "V2"), r"a\.npy as \|V2; only float16"),
         (np.ones((2, 2), [("x", "f4")]), "only float16"),

@@ -11,7 +11,7 @@ import dynamics as dy
 from dynamics import formats
 from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.format import Format
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsRun
+from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.storage.tensors import StoredTensor
 from dynamics.recordings import RecordingWriter
 from dynamics.schema import Status
@@ -71,7 +71,9 @@ def test_a_format_may_be_forced(llama_checkpoints, write_recording, tmp_path):
 
 
 def test_an_unknown_format_lists_the_known_ones(llama_checkpoints):
-    with pytest.raises(MissingError, match=r"'gguf'; give one of recording, .*checkpoints, .*files"):
+    with pytest.raises(
+        MissingError, match=r"'gguf'; give one of recording, .*checkpoints, .*files"
+    ):
         dy.open_run(llama_checkpoints, format="gguf")
 
 
@@ -86,12 +88,13 @@ class OneArray(Format):
         return (path / "weights.npy").is_file()
 
     def open(self, path, options):
-        def tensors():
+        def checkpoint():
             array = np.load(path / "weights.npy")
             offset = (path / "weights.npy").stat().st_size - array.nbytes
-            return {options.adapter: StoredTensor(path / "weights.npy", offset, "float32", (4, 3))}
+            weight = StoredTensor(path / "weights.npy", offset, "float32", (4, 3))
+            return Checkpoint({options.adapter: weight})
 
-        return FullCheckpointsRun(path, self.name, {7: FullCheckpoint(path, tensors)})
+        return CheckpointsRun(path, self.name, {7: checkpoint})
 
 
 def test_a_format_of_ones_own_is_one_class_and_one_entry_of_the_list(monkeypatch, tmp_path):

@@ -234,7 +234,7 @@ def test_an_output_embedding_that_is_tied_has_the_input_embedding_as_base(tiny_l
     content = json.loads(config.read_text()) | {"tie_word_embeddings": False}
     config.write_text(json.dumps(content))
     assert_refused(
-        tmp_path / "run", r"has no lm_head\.weight; so it is not the base of this adapter"
+        tmp_path / "run", r"has no lm_head\.weight, so it is not the base of this adapter"
     )
 
 

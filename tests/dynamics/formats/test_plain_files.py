@@ -112,7 +112,7 @@ def test_a_model_of_hugging_face_goes_first(tmp_path):
             ["step_5.pt", "step-05.safetensors"],
             r"step-05\.safetensors and step_5\.pt, both of step 5",
         ),
-        (["step_5.pt", "final.pt"], r"the name of final\.pt has no step"),
+        (["step_5.pt", "final.pt"], r"the name final\.pt contains no step"),
         (["x-00001-of-00002.pt", "x-00002-of-00002.pt"], "but not the index"),
         (["consolidated.00.pth", "consolidated.01.pth"], "a part of a model"),
     ],

@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_a_problem_of_its_step(model, tmp_path, file, co
     [
         ("lora_B", None, r"holds lora_A of .* only"),
         ("lora_B", (16, 3), "no rank in common"),
-        ("lora_B", (17, 4), r"in shape \(16, 16\), the adapter .* fits \(17, 16\)"),
+        ("lora_B", (17, 4), r"in shape \(16, 16\), but the adapter .* fits \(17, 16\)"),
     ],
 )
 def test_factors_that_do_not_fit_are_named(model, tmp_path, part, shape, match):

@@ -1,7 +1,9 @@
-"""Runs of models with LoRA adapters: W = W_base + s·B·A.
+"""A run is a series of checkpoints: weights, and where there are any, LoRA adapters and gradients.
 
-PEFT, ReLoRA and relora-pico share this: the kinds weight, base and adapter, and merges, which show
-as a base that changed. A format says where the tensors lie and what s is.
+Every format that stores checkpoints builds a `Checkpoint` per step, and `CheckpointsRun` does the
+rest. With adapters, the effective weight is W = W_base + s·B·A, and the run has the kinds weight,
+base and adapter. A merge shows as a base that changed. A format says where the tensors lie and
+what s is. A checkpoint that cannot be read is a problem of its step.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,22 +25,23 @@ from dynamics.runs.run import Dense, Matrix, Run, matrices_of
 
 
 @dataclass(frozen=True)
-class LoRACheckpoint:
-    """One checkpoint: where its adapters, its other weights and its gradients lie.
+class Checkpoint:
+    """One checkpoint: where its weights, adapters and gradients lie.
 
     Attributes:
+        weights: clean name -> stored weight, without the product of its adapter; None where the
+            base model was not found. A parameter that has an adapter but is not in `weights`
+            consists of the adapter alone.
         adapters: clean name -> adapter.
-        base: clean name -> tensor of the model without adapters; None where it was not found. A
-            parameter that has an adapter but is not in `base` consists of the adapter alone.
-        is_merged: whether the adapters were merged into `base` already: `base` then holds weights.
+        is_merged: whether the adapters were merged into `weights` already.
         gradients: clean name -> tensor.
-        no_base: why there is no base and what to do, for messages.
+        no_base: why the base model was not found and what to do, for messages.
         attrs: what the checkpoint says of its model: {"config": ...}.
         scalars: name -> value that was logged.
     """
 
-    adapters: Mapping[str, Adapter]
-    base: Mapping[str, Tensor] | None
+    weights: Mapping[str, Tensor] | None
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
     is_merged: bool = False
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     no_base: str = ""
@@ -48,14 +51,14 @@ class LoRACheckpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Clean name -> shape of everything that can be measured."""
-        parts = (self.gradients, self.adapters, self.base or {})
+        parts = (self.gradients, self.adapters, self.weights or {})
         return {name: each.shape for part in parts for name, each in part.items()}
 
     @property
     def kinds(self) -> set[str]:
         """The kinds that are stored here."""
         kinds = {schema.ADAPTER} if self.adapters else set()
-        if self.base is not None:
+        if self.weights is not None:
             kinds |= {schema.WEIGHT, *((schema.BASE,) if self.adapters else ())}
         return kinds | ({schema.GRADIENT} if self.gradients else set())
 
@@ -66,20 +69,22 @@ class LoRACheckpoint:
         adapter = self.adapters.get(name)
         if kind == schema.ADAPTER:
             return adapter.read() if adapter else None
-        if self.base is None or kind not in (schema.WEIGHT, schema.BASE):
+        if self.weights is None or kind not in (schema.WEIGHT, schema.BASE):
             return None
         if adapter is None or (self.is_merged and kind == schema.WEIGHT):
-            return _dense(self.base.get(name))
+            return _dense(self.weights.get(name))
         if kind == schema.BASE:
-            return None if self.is_merged else _dense(self.base.get(name))
-        base, product = _dense(self.base.get(name)), adapter.read()
+            return None if self.is_merged else _dense(self.weights.get(name))
+        base, product = _dense(self.weights.get(name)), adapter.read()
         if base is None:
             return Dense(product.product(), product.dtype)
         return Dense(base.values.astype(np.float64) + product.product(), base.dtype)
 
     def origin(self, name: str, kind: str) -> str | None:
         """See `Run.origin`."""
-        adapter, base = self.adapters.get(name), (self.base or {}).get(name)
+        if not self.adapters and kind == schema.WEIGHT:
+            return _origin((self.weights or {}).get(name))
+        adapter, base = self.adapters.get(name), (self.weights or {}).get(name)
         parts: list[str | None] = [f"{kind}, merged: {self.is_merged}"]
         if kind == schema.GRADIENT:
             parts.append(_origin(self.gradients.get(name)))
@@ -90,8 +95,8 @@ class LoRACheckpoint:
         return joined_origin(parts)
 
 
-class LoRACheckpointsRun(Run):
-    """A run of checkpoints with LoRA adapters.
+class CheckpointsRun(Run):
+    """A run of checkpoints.
 
     Args:
         path: where it lies.
@@ -104,7 +109,7 @@ class LoRACheckpointsRun(Run):
     """
 
     def __init__(
-        self, path: Path, format: str, checkpoints: Mapping[int, Callable[[], LoRACheckpoint]]
+        self, path: Path, format: str, checkpoints: Mapping[int, Callable[[], Checkpoint]]
     ):
         self.path = str(path)
         self.format = format
@@ -112,7 +117,7 @@ class LoRACheckpointsRun(Run):
         self.problems: dict[int, str] = {}
         self.attrs: dict[str, Any] = {}
         self.absent_kinds: dict[str, str] = {}
-        self._checkpoints: dict[int, LoRACheckpoint] = {}
+        self._checkpoints: dict[int, Checkpoint] = {}
         self._base_changes: dict[tuple[str, int, int], bool] = {}
         self._scalars: dict[str, np.ndarray] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -130,15 +135,15 @@ class LoRACheckpointsRun(Run):
             for name, value in checkpoint.scalars.items():
                 series = self._scalars.setdefault(name, np.full(len(self.steps), np.nan))
                 series[position] = value
-            if checkpoint.base is None:
+            if checkpoint.weights is None:
                 self.absent_kinds = dict.fromkeys((schema.WEIGHT, schema.BASE), checkpoint.no_base)
         self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
         self.stored_kinds = tuple(
             kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
         )
+        self._with_adapter = {name for each in self._checkpoints.values() for name in each.adapters}
         if self.absent_kinds:  # parameters without adapter cannot be measured at every step
-            with_adapter = {name for each in self._checkpoints.values() for name in each.adapters}
-            shapes = {name: shape for name, shape in shapes.items() if name in with_adapter}
+            shapes = {name: shape for name, shape in shapes.items() if name in self._with_adapter}
         self.matrices = matrices_of(shapes)
         if not self.matrices:
             raise FormatError(next(iter(self.problems.values()), f"{path} holds no matrices."))
@@ -164,6 +169,8 @@ class LoRACheckpointsRun(Run):
         Each change is one merge or more; several merges between two neighbouring checkpoints count
         as one. Checkpoints that cannot be read are skipped.
         """
+        if name not in self._with_adapter:
+            return 0
         readable = [
             int(s) for s in self.steps if before <= s <= now and int(s) in self._checkpoints
         ]
@@ -173,7 +180,7 @@ class LoRACheckpointsRun(Run):
         key = (name, before, now)
         if key not in self._base_changes:
             one, other = self._checkpoints[before], self._checkpoints[now]
-            bases = [(each.base or {}).get(name) for each in (one, other)]
+            bases = [(each.weights or {}).get(name) for each in (one, other)]
             self._base_changes[key] = name in other.adapters and _differ(*bases)
         return self._base_changes[key]
 
