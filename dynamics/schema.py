@@ -63,7 +63,13 @@ STATUS = "status"
 
 
 class Status(IntEnum):
-    """Why a cell of an analysis holds a number, or NaN."""
+    """Why a cell of an analysis holds a number, or NaN.
+
+    Example:
+        >>> ranks = dy.analyze("run.zarr", kinds=["update"])
+        >>> dy.Status(int(ranks["status"][0, 0, 0])).name  # nothing comes before the first record
+        'UNDEFINED'
+    """
 
     NOT_RECORDED = 0  # the run has no such matrix at this step
     MEASURED = 1

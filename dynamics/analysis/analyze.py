@@ -37,7 +37,14 @@ class StoppedError(Exception):
 
 
 class UnmeasuredWarning(UserWarning):
-    """A matrix or a checkpoint could not be measured; the rest was."""
+    """A matrix or a checkpoint could not be measured; the rest was.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", dy.UnmeasuredWarning)
+        ...     ranks = dy.analyze("run.zarr", kinds=["weight"])
+    """
 
 
 def analyze(

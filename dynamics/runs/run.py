@@ -118,6 +118,11 @@ class Spectrum:
         error: bound on |computed - exact| for every singular value. Where they come from a Gram
             matrix it is that of the smallest, and the others are nearer to theirs by s_k/s.
         noise_floor: spectral norm of the rounding noise in the stored numbers.
+
+    Example:
+        >>> spectrum = dy.spectrum(np.diag([3.0, 1.0]))
+        >>> spectrum.s.tolist(), spectrum.rank_bound
+        ([3.0, 1.0], 2)
     """
 
     s: np.ndarray
@@ -156,6 +161,12 @@ class Run(ABC):
         problems: step -> why nothing can be read there (a damaged checkpoint).
         absent_kinds: kind -> why a run of this format usually has it and this one does not.
         merges_told_by_events: whether `merges_between` looks at `events` only, and not at bases.
+
+    Example:
+        >>> run = dy.open_run("run.zarr")
+        >>> name, info = next(iter(run.matrices.items()))
+        >>> run.read(name, run.steps[0], "weight").shape == (info.rows, info.cols)
+        True
     """
 
     path: str
