@@ -188,7 +188,7 @@ def test_a_step_that_the_scaler_skipped_counts_as_the_trainer_counts_it(tmp_path
         assert np.isfinite(run.read(name, 3, "gradient").values).all()
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_probing_adapted_models_changes_no_bit_and_leaves_them_frozen(tmp_path, every):
     probed = trained_by_trainer(tmp_path, "probed", batch=4, every=every, dropout=0.3)
     plain = trained_by_trainer(tmp_path, "plain", batch=4, dropout=0.3)

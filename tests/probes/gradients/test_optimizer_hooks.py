@@ -225,6 +225,7 @@ def test_a_tied_matrix_is_recorded_once_with_the_sum_of_its_gradients(tmp_path):
     assert_same(recorded_gradients(tmp_path / "run.zarr", 1), {"0.weight": expected.numpy()})
 
 
+@pytest.mark.slow  # the compiler takes seconds
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_names_of_compiled_models_are_clean(tmp_path, backend):
     model = Net()

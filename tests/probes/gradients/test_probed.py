@@ -86,8 +86,10 @@ def test_frozen_weights_are_probed_while_trained_ones_are_taken_before_clipping(
         assert (both.values == (probed if trained is None else trained).values).all()
 
 
-@pytest.mark.parametrize("of_all", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_all", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_training_with_probing_computes_the_same_bits(tmp_path, of_all, dtype):
     ends = []
     for every in (None, 1, 3):
