@@ -60,13 +60,15 @@ app = typer.Typer(
     "  dynamics analyze checkpoints/ -o ranks.zarr --kinds weight,update --steps 0:1000\n\n"
     "  dynamics analyze run.zarr --follow\n\n"
     "  dynamics analyze checkpoints/ --workers 8\n\n"
-    "Again with the same output, it measures only what is new."
+    "A second time with the same output, it measures only what is new."
 )
 def analyze(
     run: RunPath,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Result, a Zarr directory; RUN.analysis.zarr here."),
+        typer.Option(
+            "-o", "--output", help="Where to save the result; RUN.analysis.zarr by default."
+        ),
     ] = None,
     metrics: MetricsOption = None,
     components: ComponentsOption = None,
@@ -81,10 +83,12 @@ def analyze(
     strict: StrictOption = False,
     no_cache: NoCacheOption = False,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Keep up with a run in progress until interrupted.")
+        bool,
+        typer.Option("--follow", help="Measure a run in progress again and again, until Ctrl-C."),
     ] = False,
     interval: Annotated[
-        float, typer.Option("--interval", min=0.1, help="Seconds between looks of --follow.")
+        float,
+        typer.Option("--interval", min=0.1, help="Seconds that --follow waits between two looks."),
     ] = 10.0,
     workers: WorkersOption = 1,
     scheduler: SchedulerOption = None,
@@ -133,13 +137,15 @@ def analyze(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="NAME=RUN...", help="Two or more runs, or saved analyses."),
+        typer.Argument(
+            metavar="NAME=RUN...", help="Two or more runs or saved analyses, each with a name."
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Result, a Zarr directory.")
+        Path, typer.Option("-o", "--output", help="Where to save the result.")
     ] = Path("comparison.zarr"),
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="Save differences from this run instead.")
+        str | None, typer.Option("--baseline", help="Save the differences from this run instead.")
     ] = None,
     metrics: MetricsOption = None,
     components: ComponentsOption = None,
@@ -195,28 +201,34 @@ def compare(
     "  dynamics plot run.analysis.zarr --style spectrum --matrix model.layers.0.mlp.up_proj.weight"
 )
 def plot(
-    result: Annotated[Path, typer.Argument(help="What 'analyze' or 'compare' saved.")],
+    result: Annotated[Path, typer.Argument(help="A result that 'analyze' or 'compare' saved.")],
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="PNG, PDF or SVG; RESULT.STYLE.METRIC.KIND.png here."),
+        typer.Option(
+            "-o",
+            "--output",
+            help="A PNG, PDF or SVG file; RESULT.STYLE.METRIC.KIND.png by default.",
+        ),
     ] = None,
     style: Annotated[
         Style | None,
-        typer.Option("--style", help="Default: comparison for several runs, else trajectory."),
+        typer.Option("--style", help="By default comparison for several runs, else trajectory."),
     ] = None,
-    metric: Annotated[str, typer.Option("--metric")] = "effective_rank",
-    kind: Annotated[str, typer.Option("--kind")] = schema.WEIGHT,
+    metric: Annotated[str, typer.Option("--metric", help="The metric to draw.")] = "effective_rank",
+    kind: Annotated[
+        str, typer.Option("--kind", help="The kind of matrix to draw.")
+    ] = schema.WEIGHT,
     by: Annotated[
-        str, typer.Option("--by", help="trajectory: a line per module, layer or matrix.")
+        str, typer.Option("--by", help="For trajectories: one line per module, layer or matrix.")
     ] = "module",
     module: Annotated[
-        str | None, typer.Option("--module", help="heatmap, comparison: one module only.")
+        str | None, typer.Option("--module", help="For heatmaps and comparisons: only this module.")
     ] = None,
     matrix: Annotated[
-        str | None, typer.Option("--matrix", help="spectrum: the parameter's name.")
+        str | None, typer.Option("--matrix", help="For spectra: the name of the matrix.")
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", help="One run of a comparison, for the other styles.")
+        str | None, typer.Option("--run", help="Draw only this run of a comparison.")
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -258,10 +270,12 @@ def inspect(
     keep_fused: FusedOption = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Read every number of a recording; exit code 1: damaged."),
+        typer.Option(
+            "--verify", help="Read every number of a recording. Exit code 1: it is damaged."
+        ),
     ] = False,
 ) -> None:
-    """Say what a run holds: its format, steps, kinds, matrices, scalars and events."""
+    """Show what a run holds: its format, steps, kinds, matrices, scalars and events."""
     from dynamics.cli.tables import contents_table, matrices_table, verification_lines
     from dynamics.formats import open_run
     from dynamics.formats.recording import RecordingRun
@@ -298,7 +312,7 @@ def audit(
         bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
     ] = False,
 ) -> None:
-    """Check a run for defects: merges, resets, dead or frozen layers, NaN. Exit code 1: failed."""
+    """Check a run for defects, such as wrong merges, dead layers, NaN. Exit code 1: one failed."""
     from dynamics.auditing import audit as audit_run
     from dynamics.cli.tables import audit_table
     from dynamics.formats import open_run

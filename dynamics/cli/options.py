@@ -6,53 +6,83 @@ from typing import Annotated
 import typer
 
 RunPath = Annotated[
-    str, typer.Argument(help="A recording, checkpoints or one checkpoint: a path or a URL.")
+    str,
+    typer.Argument(
+        help="The path or URL of a recording, of a directory of checkpoints, or of one."
+    ),
 ]
 FormatOption = Annotated[
-    str | None, typer.Option("--format", help="Force a format instead of detecting it.")
+    str | None,
+    typer.Option(
+        "--format", help="The format, where it is not to be detected; see 'dynamics list formats'."
+    ),
 ]
 FusedOption = Annotated[
-    bool, typer.Option("--keep-fused", help="Measure fused matrices (c_attn) whole, not in parts.")
+    bool,
+    typer.Option("--keep-fused", help="Measure fused matrices (c_attn) as a whole, not in parts."),
 ]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", help="Base model of PEFT adapters that have none beside.")
+    str | None,
+    typer.Option(
+        "--base", help="The base model of PEFT adapters, where it is not stored beside them."
+    ),
 ]
 AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="One of several PEFT adapters of a checkpoint.")
+    str | None,
+    typer.Option("--adapter", help="The name of the PEFT adapter, where checkpoints hold several."),
 ]
 MetricsOption = Annotated[
-    str | None, typer.Option("--metrics", help="Comma-separated; all by default.")
+    str | None, typer.Option("--metrics", help="Metrics, separated by commas; all by default.")
 ]
 ComponentsOption = Annotated[
-    str | None, typer.Option("--components", help="Comma-separated; parameters by default.")
+    str | None,
+    typer.Option("--components", help="Components, separated by commas; parameters by default."),
 ]
 KindsOption = Annotated[
-    str | None, typer.Option("--kinds", help="Comma-separated; all that the run has by default.")
+    str | None,
+    typer.Option("--kinds", help="Kinds, separated by commas; by default all that the run has."),
 ]
 StepsOption = Annotated[
     str | None,
-    typer.Option("--steps", help="Comma-separated steps and ranges FIRST:LAST; all by default."),
+    typer.Option(
+        "--steps", help="Steps and ranges FIRST:LAST, separated by commas; all by default."
+    ),
 ]
 SelectOption = Annotated[
     list[str] | None,
-    typer.Option("--select", help='Glob over parameter names, e.g. "*_proj"; may be repeated.'),
+    typer.Option(
+        "--select", help='Only matrices with such names, e.g. "*_proj"; may be given several times.'
+    ),
 ]
 StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Stop at the first unreadable file, NaN or Inf.")
+    bool,
+    typer.Option(
+        "--strict", help="Stop at the first file that cannot be read, and at the first NaN or Inf."
+    ),
 ]
 NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Keep no spectra beside the output (OUTPUT.cache).")
+    bool,
+    typer.Option(
+        "--no-cache", help="Do not keep spectra in a file beside the output (OUTPUT.cache)."
+    ),
 ]
-WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="How many processes measure.")]
+WorkersOption = Annotated[
+    int, typer.Option("--workers", min=1, help="The number of processes that measure.")
+]
 SchedulerOption = Annotated[
     str | None,
-    typer.Option("--scheduler", help="A Dask scheduler's address or file; its workers measure."),
+    typer.Option(
+        "--scheduler", help="The address or file of a Dask scheduler, whose workers measure."
+    ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option("--device", help="cpu, or cuda: a GPU measures what it is faster at.")
+    str,
+    typer.Option(
+        "--device", help="cpu, or cuda: a GPU measures the matrices that it is faster at."
+    ),
 ]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an output that exists.")
+    bool, typer.Option("--overwrite", help="Replace the output if it exists.")
 ]
 
 
