@@ -155,14 +155,14 @@ class BaseModels:
 
 
 def base_tensors(
-    base: BaseModel, root: Path, adapted: set[str], config: Mapping[str, Any]
+    base: BaseModel, root: Path, with_adapter: set[str], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Clean name -> tensor of a base model; names are spelled as those of the adapters.
 
     Args:
         base: where it lies.
         root: the directory that its files may not lead out of.
-        adapted: clean names of the parameters that have an adapter.
+        with_adapter: clean names of the parameters that have an adapter.
         config: the config.json of the model.
 
     Raises:
@@ -173,9 +173,9 @@ def base_tensors(
         {name: each for name, each in stored.items() if not _FACTOR.fullmatch(name)},
         base.directory,
     )
-    weights = _spelled_like(adapted, weights)
+    weights = _spelled_like(with_adapter, weights)
     tensors = without_tied_names(weights, {"config": config})
-    for name in adapted - set(tensors):
+    for name in with_adapter - set(tensors):
         weight = weights.get(name) or _output_embedding(name, tensors, config)
         if weight is None:
             raise FormatError(
@@ -198,10 +198,10 @@ def _output_embedding(
     return None
 
 
-def _spelled_like(adapted: set[str], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`base`, with the one known prefix added or removed that makes all adapted names match."""
+def _spelled_like(with_adapter: set[str], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`base`, with the one known prefix added or removed that makes all names of adapters match."""
     # The output embedding has no prefix.
-    wanted = {name for name in adapted if parameter_names.module_of(name) != "lm_head"}
+    wanted = {name for name in with_adapter if parameter_names.module_of(name) != "lm_head"}
     if wanted <= set(base):
         return base
     spellings = [{prefix + name: each for name, each in base.items()} for prefix in _PREFIXES]
