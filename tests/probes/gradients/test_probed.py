@@ -304,6 +304,7 @@ def test_a_frozen_embedding_with_sparse_gradients_is_recorded_dense(tmp_path):
     assert gradient.any(axis=1).tolist() == [False, True, False, True, False, False, False, False]
 
 
+@pytest.mark.slow  # the compiler takes seconds
 def test_a_compiled_model_is_probed_too(tmp_path):
     recorded = []
     for compiled in (False, True):

@@ -11,7 +11,7 @@ from probes import Recorder
 from tests.probes import training
 
 
-@pytest.fixture(params=["directory", "s3", "icechunk"])
+@pytest.fixture(params=["directory", pytest.param("s3", marks=pytest.mark.slow), "icechunk"])
 def stores(request, tmp_path):
     """(what a recorder writes to, a function that opens it as somebody else would)."""
     if request.param == "directory":
