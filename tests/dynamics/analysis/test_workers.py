@@ -292,7 +292,9 @@ def test_workers_that_join_later_get_tasks():
         return future
 
     found = []
-    for task, _ in _in_order_of_completion(submit, iter(range(200)), lambda: workers[0], lambda: False):
+    for task, _ in _in_order_of_completion(
+        submit, iter(range(200)), lambda: workers[0], lambda: False
+    ):
         found.append(task)
         if len(found) == 20:
             workers[0] = 20
