@@ -84,7 +84,7 @@ def test_a_run_without_config_says_what_to_do(attrs):
         ({"num_attention_heads": 8}, "none of hidden_size, d_model"),
         (LLAMA | {"num_key_value_heads": 3}, "8 heads cannot share 3 key-value heads"),
         (LLAMA | {"num_key_value_heads": 16}, "8 heads cannot share 16 key-value heads"),
-        (LLAMA | {"hidden_size": 65}, "hidden_size 65 is no multiple of 8 heads"),
+        (LLAMA | {"hidden_size": 65}, "hidden_size 65 is not a multiple of 8 heads"),
         (LLAMA | {"num_attention_heads": [8, 4]}, r"num_heads is \[8, 4\], expected a positive"),
         (LLAMA | {"num_attention_heads": "8"}, "num_heads is '8', expected a positive"),
         (LLAMA | {"num_attention_heads": 0}, "num_heads is 0, expected a positive"),

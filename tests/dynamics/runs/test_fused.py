@@ -359,7 +359,7 @@ SHAPE = {"n_embd": WIDTH, "n_head": HEADS}
         ({"h.0.attn.Wqkv.weight": np.ones((WIDTH, 3 * WIDTH))}, None, "no model config"),
         (NEOX, SHAPE, "model of type '' is not known; known: gpt_neox"),
         (NEOX, SHAPE | {"model_type": "bloom"}, "model of type 'bloom' is not known"),
-        (NEOX, SHAPE | {"model_type": "gpt_neox", "n_head": 5}, "no multiple of 5 heads"),
+        (NEOX, SHAPE | {"model_type": "gpt_neox", "n_head": 5}, "not a multiple of 5 heads"),
         (NEOX, {"model_type": "gpt_neox"}, "none of num_attention_heads"),
         (NEOX, SHAPE | {"model_type": "gpt_neox", "n_embd": 32}, "which its model config"),
         (C_ATTN, SHAPE | {"model_type": "gpt_bigcode"}, "config contradicts .*, 1 key-val"),

@@ -223,7 +223,7 @@ def test_the_command_evaluates_and_shows_ties(run, text, tmp_path):
 def test_the_command_refuses_what_says_nothing(run):
     for arguments, message in (
         ([], "Nothing to evaluate"),
-        (["--text", str(run / "tokenizer.json")], "is no text file; give .jsonl"),
+        (["--text", str(run / "tokenizer.json")], "is not a file of texts; give .jsonl"),
         (["--text", "x", "--steps", "6;12"], "--steps takes numbers"),
     ):
         with pytest.raises(DynamicsError, match=message):
