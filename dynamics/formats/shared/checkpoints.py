@@ -150,6 +150,8 @@ class CheckpointsRun(Run):
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """The effective weight, base weight, adapter or gradient of a parameter; see `Run.read`."""
+        if kind not in self.stored_kinds:
+            return None  # a run without adapters has no base either
         if step in self.problems:
             raise FormatError(self.problems[step])
         return self._checkpoints[step].read(name, kind)

@@ -17,7 +17,7 @@ from tests.probes import training
 
 pytestmark = pytest.mark.slow
 
-LAST = 200
+LAST = 120
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, uninterr
     for _ in range(6):
         process = _start(store, LAST, *(() if resume_at is None else (resume_at,)))
         first = int(process.stdout.readline())
-        until = min(first + moment.randint(3, 30), LAST - 1)
+        until = min(first + moment.randint(3, 16), LAST - 1)
         for line in process.stdout:
             if int(line) >= until:
                 break
