@@ -17,6 +17,7 @@ def reproduction():
     return module
 
 
+@pytest.mark.slow
 def test_stored_in_bfloat16_a_rank_16_product_exceeds_its_bound_and_measured_above_the_floor_not(
     reproduction,
 ):
@@ -28,6 +29,7 @@ def test_stored_in_bfloat16_a_rank_16_product_exceeds_its_bound_and_measured_abo
     assert found.condition_number_stored > 1000 * found.condition_number_above_floor
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CURVES.is_file(), reason="the published curves are not beside the project")
 @pytest.mark.parametrize("component", ["attention.v_proj", "attention.o_proj", "swiglu.w_2"])
 @pytest.mark.parametrize("scale", ["tiny", "small"])

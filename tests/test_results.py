@@ -19,6 +19,7 @@ def results():
     return module
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_page_come_from_the_example(results):
     data = dy.load_example("relora_micro")
     curves = results.published(CURVES) if CURVES.is_file() else None

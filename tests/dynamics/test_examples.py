@@ -14,6 +14,7 @@ from dynamics.examples import EXAMPLES
 METHODS = ["full_rank", "relora", "relora:as_published", "lora"]
 
 
+@pytest.mark.slow
 def test_the_micro_study_compares_four_methods_seed_by_seed() -> None:
     data = dy.load_example("relora_micro")
     runs = list(zip(data["method"].values.tolist(), data["seed"].values.tolist(), strict=True))
@@ -26,6 +27,7 @@ def test_the_micro_study_compares_four_methods_seed_by_seed() -> None:
         assert merges == ([80, 160, 240, 320, 400, 480] if "relora" in method else []), run
 
 
+@pytest.mark.slow
 def test_its_displacement_has_at_most_r_directions_a_cycle() -> None:
     data = dy.load_example("relora_micro")
     data = data.isel(matrix=np.flatnonzero(data["layer"].values >= 0))
@@ -38,6 +40,7 @@ def test_its_displacement_has_at_most_r_directions_a_cycle() -> None:
     assert (without.fillna(0) <= 8).all()
 
 
+@pytest.mark.slow
 def test_an_example_works_with_the_library_s_functions() -> None:
     data = dy.load_example("relora_micro")
     one = dy.select_run(data, "relora-seed=0")
@@ -46,6 +49,7 @@ def test_an_example_works_with_the_library_s_functions() -> None:
     assert dy.difference(data, baseline="full_rank-seed=0").sizes["run"] == others
 
 
+@pytest.mark.slow
 def test_examples_are_small_and_say_nothing_of_the_machine_that_made_them() -> None:
     archives = [each for each in files("dynamics.examples").iterdir() if each.name.endswith(".zip")]
     assert [each.name for each in archives] == [f"{name}.zip" for name in EXAMPLES]

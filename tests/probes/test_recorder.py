@@ -57,6 +57,7 @@ def test_the_recorded_weight_is_the_weight_after_that_many_steps(tmp_path):
             np.testing.assert_array_equal(_values(run, name, step, "weight"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_training_with_the_recorder_computes_the_same_bits(tmp_path, dtype):
     ends = []
@@ -189,6 +190,7 @@ def test_tied_parameters_are_recorded_once(tmp_path):
     assert list(dy.open_run(tmp_path / "run.zarr").matrices) == ["0.weight"]
 
 
+@pytest.mark.slow
 def test_a_resumed_recording_goes_on_where_training_does(tmp_path):
     store, whole = tmp_path / "run.zarr", tmp_path / "whole.zarr"
     model, optimizer = build()

@@ -85,6 +85,7 @@ def measured_cells(path, **options):
     return int((status == dy.Status.MEASURED).sum())
 
 
+@pytest.mark.slow
 def test_what_has_not_changed_is_neither_read_nor_measured(work_done, recording):
     first, reads = work_done(recording)
     # At the second record, update and displacement are one matrix.
@@ -100,6 +101,7 @@ def test_what_has_not_changed_is_neither_read_nor_measured(work_done, recording)
     assert reads <= first // 10 + 5
 
 
+@pytest.mark.slow
 def test_unchanged_checkpoints_are_neither_read_nor_measured(work_done, checkpoints):
     first, reads = work_done(checkpoints)
     matrices = len(dy.open_run(checkpoints).matrices)
@@ -108,11 +110,13 @@ def test_unchanged_checkpoints_are_neither_read_nor_measured(work_done, checkpoi
     assert work_done(checkpoints) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_metric_more_costs_no_measurement(work_done, checkpoints):
     work_done(checkpoints, metrics=["stable_rank"])
     assert work_done(checkpoints, metrics=["effective_rank", "outliers"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_touched_checkpoint_is_read_and_not_measured(work_done, checkpoints):
     work_done(checkpoints)
     os.utime(checkpoints / "checkpoint-4/model.safetensors", (1e9, 1e9))
@@ -122,6 +126,7 @@ def test_a_touched_checkpoint_is_read_and_not_measured(work_done, checkpoints):
     assert work_done(checkpoints) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_written_just_now_is_read_again(work_done, checkpoints):
     file = checkpoints / "checkpoint-6/model.safetensors"
     os.utime(file)
@@ -132,6 +137,7 @@ def test_a_checkpoint_that_was_written_just_now_is_read_again(work_done, checkpo
     assert reads > 0
 
 
+@pytest.mark.slow
 def test_a_rewritten_checkpoint_is_measured_again(work_done, checkpoints, tmp_path):
     work_done(checkpoints)
     before = dy.analyze(checkpoints, cache=tmp_path / "spectra.cache")
@@ -153,6 +159,7 @@ def test_a_rewritten_checkpoint_is_measured_again(work_done, checkpoints, tmp_pa
     assert new == 2 * old
 
 
+@pytest.mark.slow
 def test_only_the_cells_of_a_new_checkpoint_are_measured(work_done, checkpoints, tiny_llama):
     work_done(checkpoints)
     tiny_llama(7).save_pretrained(checkpoints / "checkpoint-8")
@@ -162,6 +169,7 @@ def test_only_the_cells_of_a_new_checkpoint_are_measured(work_done, checkpoints,
     assert work_done(checkpoints) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_between_changes_the_next_ones_update(work_done, checkpoints, tiny_llama):
     work_done(checkpoints)
     tiny_llama(7).save_pretrained(checkpoints / "checkpoint-5")
@@ -171,6 +179,7 @@ def test_a_checkpoint_in_between_changes_the_next_ones_update(work_done, checkpo
     assert work_done(checkpoints)[0] == 4 * matrices
 
 
+@pytest.mark.slow
 def test_a_removed_checkpoint_changes_the_next_ones_update(work_done, checkpoints):
     work_done(checkpoints)
     shutil.rmtree(checkpoints / "checkpoint-4")
@@ -179,6 +188,7 @@ def test_a_removed_checkpoint_changes_the_next_ones_update(work_done, checkpoint
     assert len(dy.analyze(checkpoints)["step"]) == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_hidden_by_the_cache(work_done, checkpoints, tmp_path):
     work_done(checkpoints)
     file = checkpoints / "checkpoint-4/model.safetensors"
@@ -193,6 +203,7 @@ def test_a_damaged_checkpoint_is_not_hidden_by_the_cache(work_done, checkpoints,
     assert work_done(checkpoints)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["ov_circuit", "qk_circuit", "pico_ov_circuit"])
 def test_circuits_are_measured_once_and_again_when_a_factor_changes(
     work_done, checkpoints, component
@@ -221,6 +232,7 @@ def test_every_head_depends_on_what_another_head_has_read(work_done, checkpoints
     assert all("v_proj" in each and "o_proj" in each for each in found)
 
 
+@pytest.mark.slow
 def test_adapters_are_measured_again_when_their_base_changes(work_done, tmp_path, tiny_llama):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     run = tmp_path / "adapters"
@@ -298,6 +310,7 @@ def test_nothing_in_a_checkpoint_that_cannot_be_read_has_an_origin(
     assert opened.origin(QUERY_WEIGHT, 2, "weight") is not None
 
 
+@pytest.mark.slow
 def test_a_rewound_recording_is_measured_again_from_there(work_done, recording):
     work_done(recording)
     writer = RecordingWriter(recording, {}, resume=True)
@@ -315,6 +328,7 @@ def test_a_rewound_recording_is_measured_again_from_there(work_done, recording):
     assert work_done(recording, kinds=["weight"]) == (0, 0)
 
 
+@pytest.mark.slow
 def test_an_adapted_recording_whose_merge_is_noted_later_has_more_noise(work_done, tmp_path):
     run, name = tmp_path / "adapted.zarr", "model.layers.0.mlp.up_proj.weight"
     rng = np.random.default_rng(0)
@@ -365,6 +379,7 @@ def test_an_adapter_of_another_scaling_is_another_matrix():
     assert content_key(Dense(left.copy(), "float32")) == content_key(Dense(left, "float32"))
 
 
+@pytest.mark.slow
 def test_a_store_in_memory_is_read_again_and_not_measured(work_done, write_recording):
     store = write_recording(zarr.storage.MemoryStore())
     assert work_done(dy.open_run(store))[0] > 0
@@ -423,6 +438,7 @@ def test_a_killed_analysis_continues_where_it_was(work_done, recording, tmp_path
     assert work_done(recording)[0] == 0
 
 
+@pytest.mark.slow
 def test_an_analysis_that_fails_keeps_what_it_has_measured(work_done, recording, tmp_path):
     def stop(done, total, name):
         if done == total * 2 // 5:  # of 5 matrices
@@ -460,6 +476,7 @@ def test_a_database_of_something_else_or_of_another_version_is_refused(recording
         dy.analyze(recording, cache=cache)
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_refused_or_gives_the_right_numbers(recording, tmp_path):
     cache, whole = tmp_path / "spectra.cache", tmp_path / "whole.cache"
     expected = dy.analyze(recording, cache=whole, kinds=["weight"])
@@ -483,6 +500,7 @@ def test_a_damaged_cache_is_refused_or_gives_the_right_numbers(recording, tmp_pa
     assert refused > 0
 
 
+@pytest.mark.slow
 def test_two_analyses_may_share_a_cache(recording, write_recording, tmp_path, counts):
     other = settle(write_recording(tmp_path / "other.zarr", seed=1))
     cache = tmp_path / "spectra.cache"
@@ -498,6 +516,7 @@ def test_two_analyses_may_share_a_cache(recording, write_recording, tmp_path, co
 # --strict -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_strict_raises_at_what_cannot_be_measured(checkpoints, tmp_path):
     file = checkpoints / "checkpoint-4/model.safetensors"
     stored, whole = load_file(file), file.read_bytes()

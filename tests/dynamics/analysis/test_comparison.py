@@ -52,6 +52,7 @@ def test_a_comparison_has_the_union_of_steps_kinds_and_matrices(both, a):
     assert both["effective_rank"].dims == ("run", "kind", "step", "matrix")
 
 
+@pytest.mark.slow
 def test_every_value_is_that_of_the_single_analysis(both, a, b):
     for label, single in (("a", a), ("b", b)):
         for name in single.data_vars:
@@ -135,6 +136,7 @@ def test_events_and_problems_are_kept_by_run(both):
     assert "lm_head.weight (weight) at step 20" in problems["b"][0]
 
 
+@pytest.mark.slow
 def test_runs_and_paths_are_measured_with_the_options(write_recording, tmp_path):
     path = write_recording(tmp_path / "one.zarr")
     run = dy.open_run(write_recording(MemoryStore(), seed=1))
@@ -149,6 +151,7 @@ def test_three_runs_keep_their_order(a, b):
     assert dy.compare({"z": a, "b": b, "c": a})["run"].values.tolist() == ["z", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_loaded_analysis_compares_like_the_one_in_memory(a, b, both, tmp_path):
     loaded = dy.load(dy.save(a, tmp_path / "a.zarr"))
     xr.testing.assert_identical(dy.compare({"a": loaded, "b": b}), both)

@@ -146,6 +146,7 @@ def test_stopped_before_there_was_anything(start, log, tmp_path):
 # In this process ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_look_that_finds_nothing_new_reads_no_matrix(
     write_recording, llama_checkpoints, tmp_path, monkeypatch
 ):
@@ -173,6 +174,7 @@ def test_a_look_that_finds_nothing_new_reads_no_matrix(
         assert reads == []
 
 
+@pytest.mark.slow
 def test_a_rewritten_checkpoint_gives_another_result(llama_checkpoints, tiny_llama, tmp_path):
     run = settle(shutil.copytree(llama_checkpoints, tmp_path / "run"))
     results = follow(
@@ -188,6 +190,7 @@ def test_a_rewritten_checkpoint_gives_another_result(llama_checkpoints, tiny_lla
     xr.testing.assert_identical(second, dy.analyze(run))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_completed_after_the_last_look_is_no_problem(llama_checkpoints, tmp_path):
     run = shutil.copytree(llama_checkpoints, tmp_path / "run")
     file, stop = run / "checkpoint-6/model.safetensors", []
@@ -201,6 +204,7 @@ def test_a_checkpoint_completed_after_the_last_look_is_no_problem(llama_checkpoi
     xr.testing.assert_identical(last, dy.analyze(run))
 
 
+@pytest.mark.slow
 def test_a_rewound_recording_is_followed_back(write_recording, tmp_path):
     run = settle(write_recording(tmp_path / "run.zarr"))
     results = follow(lambda: dy.open_run(run), stopped=lambda: False, interval=0.01)
@@ -231,6 +235,7 @@ def test_what_may_still_come_is_waited_for_and_a_mistake_is_not(write_recording,
             next(follow(lambda: dy.open_run(run), **mistake, **options))
 
 
+@pytest.mark.slow
 def test_it_stops_between_two_matrices_and_goes_on_from_there(write_recording, tmp_path):
     run, cache, looks = write_recording(tmp_path / "run.zarr"), tmp_path / "spectra.cache", []
 
@@ -266,6 +271,7 @@ def command(tmp_path, monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_an_analysis_is_brought_up_to_date(command, write_recording, tmp_path):
     run = tmp_path / "run.zarr"
     write_recording(run, steps=(0, 10))
@@ -314,6 +320,7 @@ def test_an_analysis_that_would_lose_something_is_refused(
     assert command(run, *options, "--overwrite")[0] == 0
 
 
+@pytest.mark.slow
 def test_an_analysis_of_something_else_is_refused(command, write_recording, tmp_path):
     one, other = (write_recording(tmp_path / name / "run.zarr", seed=seed) for name, seed in
                   (("a", 0), ("b", 1)))  # fmt: skip
@@ -327,6 +334,7 @@ def test_an_analysis_of_something_else_is_refused(command, write_recording, tmp_
     assert "is not an analysis of a single run" in err
 
 
+@pytest.mark.slow
 def test_what_was_measured_and_is_damaged_now_is_kept(command, llama_checkpoints, tmp_path):
     run = shutil.copytree(llama_checkpoints, tmp_path / "run")
     assert command(run)[0] == 0

@@ -29,6 +29,7 @@ def tree(path):
     return {file: file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
+@pytest.mark.slow
 def test_an_analysis_is_loaded_as_it_was_saved(analysis, tmp_path):
     assert dy.save(analysis, tmp_path / "a.zarr") == tmp_path / "a.zarr"
     loaded = dy.load(tmp_path / "a.zarr")
@@ -37,6 +38,7 @@ def test_an_analysis_is_loaded_as_it_was_saved(analysis, tmp_path):
     assert [child.name for child in tmp_path.iterdir()] == ["a.zarr"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no disk space")
 @pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
 @pytest.mark.parametrize("disk", ["free", "full"])
@@ -70,6 +72,7 @@ def test_singular_values_that_are_too_many_for_memory_are_the_same(
     assert_same(without, expected.drop_vars("singular_value"))
 
 
+@pytest.mark.slow
 def test_a_comparison_and_its_difference_are_loaded_as_they_were_saved(
     analysis, write_recording, tmp_path
 ):
@@ -80,12 +83,14 @@ def test_a_comparison_and_its_difference_are_loaded_as_they_were_saved(
         assert_same(dy.load(tmp_path / name), dataset)
 
 
+@pytest.mark.slow
 def test_an_analysis_may_be_saved_again_after_loading(analysis, tmp_path):
     dy.save(analysis, tmp_path / "a.zarr")
     dy.save(dy.load(tmp_path / "a.zarr"), tmp_path / "b.zarr")
     assert_same(dy.load(tmp_path / "b.zarr"), analysis)
 
 
+@pytest.mark.slow
 def test_a_loaded_analysis_does_not_need_its_file_any_more(analysis, tmp_path):
     dy.save(analysis, tmp_path / "a.zarr")
     loaded = dy.load(tmp_path / "a.zarr")
@@ -94,6 +99,7 @@ def test_a_loaded_analysis_does_not_need_its_file_any_more(analysis, tmp_path):
     assert_same(loaded, analysis)
 
 
+@pytest.mark.slow
 def test_scalars_with_a_slash_in_their_name_are_kept(tmp_path):
     store = MemoryStore()
     RecordingWriter(store, {}).append(
@@ -109,6 +115,7 @@ def test_scalars_with_a_slash_in_their_name_are_kept(tmp_path):
     assert_same(dy.load(tmp_path / "a.zarr"), analysis)
 
 
+@pytest.mark.slow
 def test_saving_and_loading_warn_about_nothing(analysis, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -142,6 +149,7 @@ def test_a_save_that_fails_leaves_nothing_behind(analysis, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_keeps_the_old_output(analysis, tmp_path):
     dy.save(analysis, tmp_path / "a.zarr")
     before = tree(tmp_path)
@@ -151,6 +159,7 @@ def test_a_save_that_fails_keeps_the_old_output(analysis, tmp_path):
     assert_same(dy.load(tmp_path / "a.zarr"), analysis)
 
 
+@pytest.mark.slow
 def test_an_output_is_replaced_only_where_asked(analysis, tmp_path):
     dy.save(analysis, tmp_path / "a.zarr")
     before = tree(tmp_path)
@@ -258,6 +267,7 @@ def test_a_truncated_chunk_is_one_clear_error(analysis, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_is_said_of_the_run_survives(analysis, tmp_path):
     loaded = dy.load(dy.save(analysis, tmp_path / "a.zarr"))
     assert json.loads(loaded.attrs["events"])[0]["kind"] == "merge"

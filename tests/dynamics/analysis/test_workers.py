@@ -73,6 +73,7 @@ def test_two_processes_give_the_serial_result(recording, serial, tmp_path):
     xr.testing.assert_identical(dy.analyze(recording, workers=2, cache=cache), serial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("components", [["parameters"], ["ov_circuit", "qk_circuit"]])
 def test_they_do_for_checkpoints_and_circuits(llama_checkpoints, components):
     one, two = (
@@ -270,6 +271,7 @@ def test_the_job_of_the_docs_gives_the_serial_result(recording, serial, tmp_path
     xr.testing.assert_identical(dy.load(tmp_path / "run.analysis.zarr"), serial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "", "{}", "[]"])
 def test_a_scheduler_file_that_says_nothing_is_named(recording, tmp_path, monkeypatch, content):
     pytest.importorskip("distributed")
@@ -281,6 +283,7 @@ def test_a_scheduler_file_that_says_nothing_is_named(recording, tmp_path, monkey
         dy.analyze(recording, scheduler=str(file))
 
 
+@pytest.mark.slow
 def test_workers_that_join_later_get_tasks():
     workers, flying, most = [2], set(), {2: 0, 20: 0}
 
@@ -302,6 +305,7 @@ def test_workers_that_join_later_get_tasks():
     assert most == {2: 6, 20: 60}
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_does_not_answer_is_named(recording, monkeypatch):
     pytest.importorskip("distributed")
     monkeypatch.setattr("dynamics.analysis.workers._SECONDS_TO_CONNECT", 1)

@@ -12,6 +12,7 @@ from dynamics.recordings import RecordingWriter
 from tests.dynamics.auditing.written_runs import SCALING, write_relora_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opened", [str, lambda path: path, dy.open_run])
 def test_an_audit_takes_a_path_or_a_run(tmp_path, opened):
     path = write_relora_run(tmp_path / "run.zarr")
@@ -48,6 +49,7 @@ def run_command(monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_the_command_passes_a_sound_run(run_command, tmp_path):
     code, out, err = run_command("audit", write_relora_run(tmp_path / "run.zarr"))
     assert (code, err) == (0, "")
@@ -55,6 +57,7 @@ def test_the_command_passes_a_sound_run(run_command, tmp_path):
     assert out.splitlines()[-1].startswith("pass: ")
 
 
+@pytest.mark.slow
 def test_the_command_fails_a_run_and_says_where(run_command, tmp_path):
     run = write_relora_run(tmp_path / "run.zarr", merged=lambda update: update / SCALING)
     code, out, _ = run_command("audit", run)
@@ -63,6 +66,7 @@ def test_the_command_fails_a_run_and_says_where(run_command, tmp_path):
     assert out.splitlines()[-1].startswith("fail: merge_fidelity failed, ")
 
 
+@pytest.mark.slow
 def test_json_holds_every_verdict_and_nothing_else(run_command, tmp_path):
     run = write_relora_run(tmp_path / "run.zarr", merged=lambda update: update / SCALING)
     code, out, err = run_command("audit", run, "--json")

@@ -46,6 +46,7 @@ def test_a_reset_is_judged_by_what_it_left(facts, severities):
     assert (moments.matrix, moments.threshold) == (facts.get("worst_parameter"), 0)
 
 
+@pytest.mark.slow
 def test_the_facts_of_merge_events_are_judged(tmp_path):
     facts = MERGE | {"relative_change": 0.5, "scale": 0.5}
     report = dy.audit(write_relora_run(tmp_path / "run.zarr", event_attrs=facts))
@@ -54,6 +55,7 @@ def test_the_facts_of_merge_events_are_judged(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_events_without_facts_are_not_checked_and_say_why(tmp_path):
     report = dy.audit(write_relora_run(tmp_path / "run.zarr"))
     (live_merge,) = report.of("live_merge")
@@ -77,6 +79,7 @@ def test_a_learning_rate_that_does_not_restart_is_a_warning(tmp_path, after, sev
     assert (verdict.measured, verdict.threshold) == (after, 0.5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_reported_across_merges_and_elsewhere(tmp_path):
     losses = dict(zip(range(0, 40, 5), (5.0, 4.5, 4.0, 4.25, 4.375, 4.0, 3.5, 3.0), strict=True))
     run = write_relora_run(

@@ -16,6 +16,7 @@ from tests.dynamics.auditing.written_runs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_faithful_recording_passes_with_and_without_events(tmp_path, seed):
     report = dy.audit(write_relora_run(tmp_path / "run.zarr", seed=seed, events=seed % 2 == 0))
@@ -27,6 +28,7 @@ def test_a_faithful_recording_passes_with_and_without_events(tmp_path, seed):
         assert merge.measured < merge.threshold < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("events", [True, False])
 def test_a_merge_without_its_scale_is_named_with_and_without_events(tmp_path, events):
     run = write_relora_run(
@@ -38,6 +40,7 @@ def test_a_merge_without_its_scale_is_named_with_and_without_events(tmp_path, ev
     assert all(each.measured == pytest.approx(0.5, rel=1e-4) for each in merges)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "detected"), [(1 + 3e-4, True), (1 + 1e-7, False)])
 def test_a_merge_error_is_detected_down_to_a_few_times_the_rounding(tmp_path, factor, detected):
     run = write_relora_run(tmp_path / "run.zarr", merged=lambda update: np.float32(factor) * update)
@@ -62,6 +65,7 @@ def test_merges_that_the_records_do_not_show_are_not_checked_and_say_why(tmp_pat
     assert failed_checks(report) == set()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_loses_a_part_of_the_update_and_warns(tmp_path):
     report = dy.audit(write_relora_run(tmp_path / "run.zarr", dtype="bfloat16"))
     for loss in report.of("rounding_loss"):
@@ -71,6 +75,7 @@ def test_a_bfloat16_base_loses_a_part_of_the_update_and_warns(tmp_path):
         assert "keep the base weights in float32" in loss.meaning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "severity"), [(4, Severity.NOT_CHECKED), (8, Severity.FAIL)])
 def test_kept_adapters_are_named_where_their_components_are_enough(tmp_path, rank, severity):
     report = dy.audit(write_relora_run(tmp_path / "run.zarr", rank=rank, reset=False))
@@ -82,6 +87,7 @@ def test_kept_adapters_are_named_where_their_components_are_enough(tmp_path, ran
         assert "24 of 24 components point in the old direction" in verdicts[0].meaning
 
 
+@pytest.mark.slow
 def test_a_base_that_moves_between_merges_is_named(tmp_path):
     def drift(step, name, weight):
         if name == NAMES[1] and step >= 20:

@@ -15,6 +15,7 @@ from tests.dynamics.auditing.written_runs import (
 )
 
 
+@pytest.mark.slow
 def test_adapters_that_are_zero_are_named_with_their_records(tmp_path):
     def empty(step, name, factor):
         if name == NAMES[1] and step <= 10:
@@ -26,6 +27,7 @@ def test_adapters_that_are_zero_are_named_with_their_records(tmp_path):
     assert "in 3 records (steps 0 to 10)" in verdict.meaning
 
 
+@pytest.mark.slow
 def test_a_parameter_whose_gradient_is_always_zero_is_named(tmp_path):
     def dead(step, name, gradient):
         if name == NAMES[2] or step == 5:  # one record alone is no defect
@@ -36,6 +38,7 @@ def test_a_parameter_whose_gradient_is_always_zero_is_named(tmp_path):
     assert [each.matrix for each in failed(report, "zero_gradient")] == [NAMES[2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "first_step", "severity", "share"),
     [(1, 0, Severity.FAIL, 1), (0, 0, Severity.WARN, 1), (1, 20, Severity.WARN, 3 / 7)],
@@ -56,6 +59,7 @@ def test_a_weight_that_rests_while_its_module_changes(tmp_path, layer, first_ste
     assert verdicts[NAMES[2]].severity is Severity.PASS
 
 
+@pytest.mark.slow
 def test_a_displacement_of_more_rank_than_its_cycles_is_named(tmp_path):
     def grow(step, name, weight):
         if name == NAMES[0] and step == 15:
@@ -70,6 +74,7 @@ def test_a_displacement_of_more_rank_than_its_cycles_is_named(tmp_path):
     assert "more than cycles · r = 8 directions" in verdict.meaning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["weight", "gradient"])
 def test_one_number_that_is_not_finite_is_named_with_its_place(tmp_path, kind, value):
@@ -84,6 +89,7 @@ def test_one_number_that_is_not_finite_is_named_with_its_place(tmp_path, kind, v
     assert f"first in {kind} at step 15" in verdict.meaning
 
 
+@pytest.mark.slow
 def test_an_infinite_logged_value_is_named_and_nan_means_not_logged(tmp_path):
     def scalars(step):
         return {"loss": np.inf if step in (10, 20) else 5.0, "tokens_per_second": np.nan}
@@ -94,6 +100,7 @@ def test_an_infinite_logged_value_is_named_and_nan_means_not_logged(tmp_path):
     assert verdict.meaning == "The logged loss is infinite in 2 records."
 
 
+@pytest.mark.slow
 def test_a_damaged_chunk_is_named_and_the_rest_is_audited(tmp_path):
     run = write_relora_run(tmp_path / "run.zarr")
     chunk = run / "weight" / NAMES[0] / "c" / "3" / "0" / "0"

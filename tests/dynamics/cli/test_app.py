@@ -161,6 +161,7 @@ def test_an_unknown_verb_or_option_is_a_usage_error(command):
 # analyze ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_analyze_saves_what_the_library_measures(command, recording, here):
     code, out, err = command("analyze", recording)
     assert (code, err) == (0, "")
@@ -304,6 +305,7 @@ def test_a_run_without_records_is_refused_by_analyze_and_inspected(refused, comm
     assert "recording" in out
 
 
+@pytest.mark.slow
 def test_nan_exits_with_1_and_the_rest_is_saved(command, with_nan, here):
     code, out, err = command("analyze", with_nan)
     assert code == 1
@@ -331,6 +333,7 @@ def test_a_damaged_checkpoint_exits_with_1_and_the_rest_is_saved(
     assert "2, 4, 6" in out
 
 
+@pytest.mark.slow
 def test_an_output_that_exists_is_refused_before_the_work_and_left_alone(
     refused, command, recording, here
 ):
@@ -370,6 +373,7 @@ def test_an_output_that_cannot_be_written_is_one_line(refused, recording, here):
 # compare ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_aligns_runs_and_saved_analyses(command, recording, other, here):
     assert command("analyze", recording, "-o", "a.zarr")[0] == 0
     code, out, err = command("compare", "a=a.zarr", f"b={other}", "-o", "both.zarr")
@@ -391,6 +395,7 @@ def test_compare_measures_with_the_options(command, recording, other, here):
     assert "effective_rank" not in both
 
 
+@pytest.mark.slow
 def test_compare_takes_what_analyze_takes(command, recording, other, here):
     runs = (f"a={recording}", f"b={other}")
     options = ("--steps", "10:", "--workers", "2", "--format", "recording")
@@ -401,6 +406,7 @@ def test_compare_takes_what_analyze_takes(command, recording, other, here):
     assert (here / "comparison.cache").is_file()
 
 
+@pytest.mark.slow
 def test_compare_again_measures_nothing_again(command, recording, other, here, monkeypatch):
     runs = (f"a={recording}", f"b={other}")
     assert command("compare", *runs)[0] == 0
@@ -419,6 +425,7 @@ def test_compare_hands_options_of_a_format_on(refused, recording, other, here, o
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_compare_with_a_baseline_saves_differences(command, recording, other, here):
     code, _, err = command("compare", f"a={recording}", f"b={other}", "--baseline", "a")
     assert (code, err) == (0, "")
@@ -426,6 +433,7 @@ def test_compare_with_a_baseline_saves_differences(command, recording, other, he
     assert dy.load(here / "comparison.zarr").identical(dy.difference(both, baseline="a"))
 
 
+@pytest.mark.slow
 def test_compare_reports_what_could_not_be_measured(command, recording, with_nan):
     code, _, err = command("compare", f"a={recording}", f"b={with_nan}")
     assert code == 1
@@ -489,6 +497,7 @@ def test_a_figure_that_exists_is_refused_and_left_alone(refused, command, saved,
     assert (here / "figure.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_a_figure_that_cannot_be_written_is_one_line(refused, saved, here):
     (here / "directory.png").mkdir()
     for output in ("figure.gif.xyz", "missing/figure.png", "directory.png"):
@@ -548,6 +557,7 @@ def test_inspect_says_what_a_run_holds(command, recording, here):
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_inspect_abridges_many_steps(command, write_recording, tmp_path):
     write_recording(tmp_path / "long.zarr", steps=range(40), shapes={"a": (2, 2)})
     _, out, _ = command("inspect", tmp_path / "long.zarr")
@@ -598,6 +608,7 @@ def test_an_adapter_without_base_says_how_to_go_on(refused, command, tmp_path, h
     assert (code, len(err.splitlines())) == (1, 1)
 
 
+@pytest.mark.slow
 def test_workers_save_the_same_result_and_a_scheduler_that_is_not_there_is_named(
     command, refused, recording, here, monkeypatch
 ):

@@ -64,6 +64,7 @@ def test_globs_select_circuits(llama_checkpoints):
         dy.analyze(llama_checkpoints, select="x", **options)
 
 
+@pytest.mark.slow
 def test_tables_and_figures_group_by_module(analysis):
     import matplotlib.pyplot as plt
 
@@ -78,6 +79,7 @@ def test_tables_and_figures_group_by_module(analysis):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_the_head_survives_saving_comparing_and_subtracting(analysis, tmp_path):
     loaded = dy.load(dy.save(analysis, tmp_path / "a.zarr"))
     xr.testing.assert_identical(loaded, analysis)
@@ -90,6 +92,7 @@ def test_the_head_survives_saving_comparing_and_subtracting(analysis, tmp_path):
     np.testing.assert_array_equal(less["head"], both["head"])
 
 
+@pytest.mark.slow
 def test_a_result_saved_before_there_were_heads_still_compares(analysis, tmp_path):
     old = analysis.sel(matrix=analysis["component"] == "parameters").drop_vars("head")
     loaded = dy.load(dy.save(old, tmp_path / "old.zarr"))

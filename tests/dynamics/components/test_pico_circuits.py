@@ -58,6 +58,7 @@ def test_it_is_what_pico_analyze_computes(heads, kv_heads, write_run, random_att
 
 # Published at step 0 (shared with the code of arXiv 2509.12960; mean over 12 layers), d_model 96
 # and 384. In those figures "tiny" and "small" of the full-rank runs stand for each other.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "condition_number", "per"), [(96, 1.694, 0.9868), (384, 1.849, 0.9865)]
 )

@@ -60,6 +60,7 @@ def test_after_a_reset_only_the_row_space_of_a_is_left():
     assert (computed.left_share, computed.right_share) == (0, computed.share)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 def test_the_best_share_is_reached_and_never_exceeded(m, n, r):
     gradient = _random(m, n)
@@ -98,6 +99,7 @@ def _best_by_search(gradient, r, restarts=4, steps=300):
     return best
 
 
+@pytest.mark.slow
 def test_random_factors_express_the_random_share_on_average():
     rng = np.random.default_rng(0)
     gradient = rng.standard_normal((12, 3)) @ rng.standard_normal((3, 9))  # not isotropic

@@ -61,6 +61,7 @@ def test_two_runs_are_aligned_by_the_cosine_of_their_matrices(paths):
     assert int(at["subspace_dimension"]) == DIRECTIONS
 
 
+@pytest.mark.slow
 def test_paths_are_taken_as_their_runs_are(paths):
     runs = [dy.open_run(path) for path in paths]
     aligned, overlaps = dy.run_alignment(*runs), dy.subspace_overlaps(runs[0])

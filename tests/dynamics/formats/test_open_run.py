@@ -411,6 +411,7 @@ def test_a_zarr_store_that_is_no_recording_is_refused(tmp_path):
         dy.open_run(tmp_path / "array.zarr")
 
 
+@pytest.mark.slow
 def test_an_analysis_is_no_run(write_recording, tmp_path):
     dy.save(dy.analyze(write_recording(MemoryStore())), tmp_path / "a.zarr")
     with pytest.raises(FormatError, match=r"a\.zarr is a Zarr store of format '.*analysis'"):

@@ -243,6 +243,7 @@ def test_a_step_with_nothing_to_read_is_a_problem(trained):
     assert_problem(dy.open_run(trained[0]), 7, "holds neither a model nor learning_dynamics/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "match"),
     [

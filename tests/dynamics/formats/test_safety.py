@@ -91,6 +91,7 @@ def test_a_tensor_that_needs_an_unknown_class_is_refused_by_its_name(tmp_path):
     refused(tmp_path / "run", "mask needs torch._utils._rebuild_sparse_tensor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -155,6 +156,7 @@ def test_a_tensor_may_not_reach_beyond_its_storage(tmp_path):
         tensors_of(torch_file(file, tmp_path), "weights.pt")
 
 
+@pytest.mark.slow
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
     file = checkpoint(tmp_path) / "pytorch_model.bin"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

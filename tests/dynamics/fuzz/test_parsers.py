@@ -103,6 +103,7 @@ def test_the_undamaged_runs_are_read_without_problems(runs):
         assert read_all(runs / name) == []
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=st.data())
 @pytest.mark.parametrize(
@@ -124,6 +125,7 @@ def test_damaged_bytes(runs, data, name, file):
     read_all(damaged_copy(runs, name, file, content))
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=st.data())
 @pytest.mark.parametrize(
@@ -141,6 +143,7 @@ def test_damaged_json(runs, data, name, file):
     read_all(damaged_copy(runs, name, file, encoded(data.draw(damaged_json(seed)))))
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=st.data())
 def test_damaged_safetensors_header(runs, data):
@@ -152,6 +155,7 @@ def test_damaged_safetensors_header(runs, data):
     read_all(damaged_copy(runs, "single", file, content))
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=st.data())
 def test_damaged_pickle_in_a_sound_archive(runs, data):

@@ -244,6 +244,7 @@ spectra = hnp.arrays(
 ).map(lambda s: np.sort(s)[::-1])
 
 
+@pytest.mark.slow
 @given(spectra, st.floats(1e-100, 1e100))
 def test_ranks_are_invariant_under_scaling_and_norms_follow_it(s, scale):
     for invariant in (effective_rank, proportional_effective_rank, stable_rank):
@@ -252,6 +253,7 @@ def test_ranks_are_invariant_under_scaling_and_norms_follow_it(s, scale):
         np.testing.assert_allclose(norm(scale * s), scale * norm(s), rtol=1e-12)
 
 
+@pytest.mark.slow
 @given(spectra)
 def test_ranks_are_ordered_and_norms_are_ordered(s):
     rank = np.count_nonzero(s)
@@ -262,6 +264,7 @@ def test_ranks_are_ordered_and_norms_are_ordered(s):
     assert spectral_norm(s) <= frobenius_norm(s) * tolerance <= nuclear_norm(s) * tolerance**2
 
 
+@pytest.mark.slow
 @given(spectra)
 def test_energy_grows_with_k_to_one(s):
     shares = [float(top_k_energy(s, k)) for k in range(1, len(s) + 1)]

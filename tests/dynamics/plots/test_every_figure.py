@@ -58,6 +58,7 @@ def test_merges_are_marked_at_their_steps(analysis, comparison):
     assert vertical_lines(plot_comparison(comparison)) == [10, 20, 30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", dy.METRICS)
 def test_every_metric_and_kind_can_be_drawn_in_every_style(
     comparison, analysis, adapter_analysis, metric
@@ -75,6 +76,7 @@ def test_every_metric_and_kind_can_be_drawn_in_every_style(
             figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_a_loaded_result_is_drawn_like_the_one_in_memory(comparison, analysis, tmp_path):
     loaded = dy.load(dy.save(comparison, tmp_path / "comparison.zarr"))
     for label, line in labelled_lines(plot_comparison(comparison)).items():

@@ -1,6 +1,7 @@
 """Singular values of one matrix at several steps."""
 
 import numpy as np
+import pytest
 from zarr.storage import MemoryStore
 
 import dynamics as dy
@@ -34,6 +35,7 @@ def test_a_spectrum_shows_the_steps_asked_for(analysis):
     assert dashed_levels(ax) == [floor]
 
 
+@pytest.mark.slow
 def test_a_spectrum_shows_six_steps_at_most_and_the_ends_among_them(write_recording):
     run = write_recording(MemoryStore(), steps=range(20), shapes={"a": (3, 3)})
     lines = list(labelled_lines(plot_spectrum(dy.analyze(run), "a")))[:-1]

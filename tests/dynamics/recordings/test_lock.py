@@ -152,6 +152,7 @@ def test_a_writer_forgotten_without_closing_holds_nothing():
     RecordingWriter(store, {}, resume=True).append(0, record(0))
 
 
+@pytest.mark.slow
 def test_closing_leaves_no_lock_and_every_tool_sees_every_record(tmp_path):
     path = tmp_path / "run.zarr"
     with RecordingWriter(path, {}) as writer:

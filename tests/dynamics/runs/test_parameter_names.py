@@ -300,6 +300,7 @@ def wrappers():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", wrappers())
 def test_real_wrappers_leave_no_trace(wrapper, tiny_llama):
     model = tiny_llama()

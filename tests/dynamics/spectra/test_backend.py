@@ -3,6 +3,7 @@
 import gc
 
 import numpy as np
+import pytest
 
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
@@ -36,6 +37,7 @@ def test_one_array_in_two_dtypes_has_two_noises():
     assert (coarse > fine).all()
 
 
+@pytest.mark.slow
 def test_an_array_that_takes_anothers_place_in_memory_has_results_of_its_own():
     backend, seen = NumpyBackend(), set()
     for value in range(50):

@@ -76,6 +76,7 @@ def test_arrays_as_files_give_them_are_taken_without_a_warning(backend):
     assert not backend.is_finite(values)
 
 
+@pytest.mark.slow
 def test_an_array_is_copied_once_and_its_copy_goes_with_it(backend, monkeypatch):
     copies = []
     monkeypatch.setattr(gpu_backend, "_tensor", lambda a: copies.append(1) or torch.tensor(a))
@@ -130,6 +131,7 @@ def recording(write_recording, tmp_path_factory):
     return write_recording(path, shapes=shapes, spoil=spoil)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
 def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
     recording, device, tmp_path, monkeypatch
@@ -156,6 +158,7 @@ def test_an_analysis_on_a_device_is_that_of_the_cpu_with_a_cache_of_its_own(
         xr.testing.assert_identical(dy.analyze(recording, cache=cache, device=name), known)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::dynamics.UnmeasuredWarning")
 def test_threads_give_the_serial_result(recording, device, monkeypatch):
     for module in ("analyze", "tasks"):

@@ -55,6 +55,7 @@ def test_the_error_bound_holds_where_all_sums_round_alike(value, shape):
     assert np.abs(computed**2 - exact).max() <= gram_error(exact[0], max(shape))
 
 
+@pytest.mark.slow
 def test_the_error_bound_holds_against_fifty_digits():
     rng = np.random.default_rng(0)
     matrix = geometric(rng, 40, 24, 1e-6)

@@ -236,6 +236,7 @@ def test_a_product_of_exact_zeros_has_no_noise():
     assert product_noise_norm(*fresh) == product_noise_bound(*fresh) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", PAPER_AND_TRANSPOSES)
 def test_a_rank_16_product_in_bfloat16_has_rank_16_above_the_floor(shape):
     for seed in range(100):

@@ -112,6 +112,7 @@ def test_the_condition_number_of_square_matrices_is_edelmans_median(shape):
     assert random_condition_number(*shape) == pytest.approx(3.671 * shape[0], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(32, 40), (96, 104), (96, 130), (32, 96), (96, 384), (64, 1024)])
 def test_the_condition_number_of_rectangular_matrices_is_the_ratio_of_the_edges(shape):
     computed = _spectra(shape, 200)
@@ -156,6 +157,7 @@ def test_without_a_bulk_all_values_above_the_floor_are_outliers():
     assert outliers(np.array([3.0]), 1, 9, 0.0) == 0
 
 
+@pytest.mark.slow
 def test_the_largest_value_of_one_in_a_thousand_is_larger_still():
     computed = _spectra((32, 96), 2000)[:, 0]
     assert (computed > largest_singular_value(32, 96, TRACY_WIDOM_999)).mean() <= 0.003

@@ -90,6 +90,7 @@ def test_logged_scalars_stand_at_their_steps(recorded):
     assert np.isfinite(scalars["grad_norm"][1:]).all()
 
 
+@pytest.mark.slow
 def test_training_computes_the_same_bits_with_and_without_the_callback(recorded, tmp_path):
     _, trainer = recorded
     plain = _train(tmp_path / "out", 6)
@@ -97,6 +98,7 @@ def test_training_computes_the_same_bits_with_and_without_the_callback(recorded,
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_continues_its_recording(recorded, tmp_path):
     directory, _ = recorded
     store = tmp_path / "run.zarr"
@@ -111,6 +113,7 @@ def test_a_resumed_trainer_continues_its_recording(recorded, tmp_path):
     assert [(event.kind, event.step) for event in resumed.events] == [("resume", 4)]
 
 
+@pytest.mark.slow
 def test_the_recorded_gradient_is_the_clipped_one(tmp_path):
     callback = RecorderCallback(tmp_path / "run.zarr", every=1)
     _train(tmp_path / "out", 2, callbacks=[callback], max_grad_norm=1e-3)
@@ -129,6 +132,7 @@ class _Uneven(Tokens):
         return {**item, "labels": labels}
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_mean_over_the_tokens_of_all_micro_batches(tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(CONFIG)
@@ -172,6 +176,7 @@ class _Overflow(TrainerCallback):
             self.handle.remove()
 
 
+@pytest.mark.slow
 def test_a_step_that_the_scaler_skipped_counts_as_the_trainer_counts_it(tmp_path):
     callback = RecorderCallback(tmp_path / "run.zarr", every=1)
     case = stacks.Case("float16")
@@ -212,6 +217,7 @@ class _Crash(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_after_an_exception_the_callback_can_be_closed(tmp_path):
     models = []
 

@@ -48,6 +48,7 @@ def test_the_loss_is_the_mean_over_the_micro_batches_and_learning_rates_stand_be
     assert callback.recorder is None
 
 
+@pytest.mark.slow
 def test_a_fit_from_a_checkpoint_continues_its_recording(tmp_path):
     store, whole = tmp_path / "run.zarr", tmp_path / "whole.zarr"
     epochs = {"limit_train_batches": 2}
@@ -91,6 +92,7 @@ class Alternating(pl.LightningModule):
         ]
 
 
+@pytest.mark.slow
 def test_steps_of_several_optimizers_are_those_of_the_last(tmp_path):
     automatic, manual = tmp_path / "automatic.zarr", tmp_path / "manual.zarr"
     fit(Module(0.0), tmp_path, RecorderCallback(automatic, every=1), max_steps=4)

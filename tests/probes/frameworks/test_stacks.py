@@ -54,6 +54,7 @@ def test_the_recorded_gradient_is_the_definition_in_every_stack(tmp_path, stack,
     check(tmp_path / "run.zarr", case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", STACKS)
 def test_before_clipping_it_is_the_unclipped_one_in_every_stack(tmp_path, stack):
     for precision in TOLERANCE:
@@ -63,6 +64,7 @@ def test_before_clipping_it_is_the_unclipped_one_in_every_stack(tmp_path, stack)
     assert "before clipping" in Recording(tmp_path / "float32.zarr").attrs["gradient"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", [("weight", "gradient"), ("gradient_before_clipping",)])
 @pytest.mark.parametrize("stack", STACKS)
 def test_training_computes_the_same_bits_in_every_stack(tmp_path, stack, record):

@@ -191,6 +191,7 @@ class Freeing(torch.optim.SGD):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("set_to_none", [False, True])
 @pytest.mark.parametrize("optimizer", [Freeing, torch.optim.SGD])
 def test_gradients_may_be_freed_or_zeroed_and_groups_may_differ(tmp_path, optimizer, set_to_none):
@@ -247,6 +248,7 @@ class Config:
     dtype: torch.dtype = torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, torch.compile])
 def test_a_dataclass_config_is_stored_also_of_a_wrapped_model(tmp_path, wrap):
     model = Net()

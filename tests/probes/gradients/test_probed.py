@@ -27,6 +27,7 @@ def _recorded(store, model, optimizer, steps, *, every=1, options=None, **traini
     return dy.open_run(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize(("dropout", "dtype"), [(0.0, torch.float32), (0.3, torch.bfloat16)])
 @pytest.mark.parametrize("reentrant", [None, True, False])
@@ -57,6 +58,7 @@ def test_a_probed_gradient_is_that_of_the_twin_whose_base_requires_it(
             assert (found.values == expected[step, name].float().numpy()).all()
 
 
+@pytest.mark.slow
 def test_a_probed_gradient_is_that_of_the_effective_weight_in_a_plain_model(tmp_path):
     model = adapted_model(dtype=torch.float64)
     plain = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
@@ -71,6 +73,7 @@ def test_a_probed_gradient_is_that_of_the_effective_weight_in_a_plain_model(tmp_
             assert relative_error(found, parameter.grad) < 1e-12
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_probed_while_trained_ones_are_taken_before_clipping(tmp_path):
     words = ("gradient_before_clipping", "probed_gradient")
     runs = []
@@ -117,6 +120,7 @@ def _state(model):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["after_forward", "after_backward", None])
 def test_the_model_is_left_as_found_whenever_training_ends(tmp_path, moment):
     model = adapted_model()
@@ -141,6 +145,7 @@ def test_the_model_is_left_as_found_whenever_training_ends(tmp_path, moment):
     assert _state(model) == found
 
 
+@pytest.mark.slow
 def test_only_recorded_steps_ask_for_the_gradients(tmp_path):
     model = adapted_model()
     frozen = frozen_matrices(model)
@@ -165,6 +170,7 @@ def test_a_selection_limits_what_is_probed(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_probing_can_be_left_out_or_be_all_that_is_recorded(tmp_path):
     model = adapted_model()
     found = _state(model)
@@ -195,6 +201,7 @@ def test_the_recording_says_which_gradients_are_probed(tmp_path):
     assert "probed" not in tree["gradient"]["1.weight"].attrs
 
 
+@pytest.mark.slow
 def test_a_step_that_the_loop_skips_leaves_nothing_in_the_next_gradient(tmp_path):
     def window(model, optimizer, step, *, late):
         for micro in range(2):
@@ -223,6 +230,7 @@ def test_a_step_that_the_loop_skips_leaves_nothing_in_the_next_gradient(tmp_path
         assert all((a == b).all() for a, b in zip(gradients[0], others, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fused": True}])
 def test_the_loss_scale_is_taken_out(tmp_path, options):
     recorded = []

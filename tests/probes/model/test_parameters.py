@@ -93,6 +93,7 @@ def test_base_and_adapter_add_up_to_the_weight(tmp_path, case):
         assert error <= 1.5 * floor
 
 
+@pytest.mark.slow
 def test_the_adapter_is_measured_with_its_rank_and_the_gradient_of_the_base_with_its_own(tmp_path):
     model = CASES["linear"]()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -36,6 +36,7 @@ def test_what_nobody_else_changes_is_not_copied():
     assert buffers.copy(own, owned=True).data_ptr() == own.data_ptr()
 
 
+@pytest.mark.slow
 def test_a_recorder_needs_no_more_buffers_than_records_that_are_under_way(tmp_path):
     model, optimizer = training.build()
     recorder = Recorder(model, optimizer, tmp_path / "run.zarr", every=1, queue_size=2)

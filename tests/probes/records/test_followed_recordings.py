@@ -26,6 +26,7 @@ def stores(request, tmp_path):
     return made, lambda: dy.open_run(icechunk.Repository.open(storage))
 
 
+@pytest.mark.slow
 def test_each_record_of_a_training_is_measured_while_it_goes_on(stores):
     store, opened = stores
     found, done = [], threading.Event()

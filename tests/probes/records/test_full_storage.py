@@ -77,6 +77,7 @@ def test_the_last_record_is_waited_for_on_closing():
     assert dy.open_run(store).steps.tolist() == [0, 3, 6]
 
 
+@pytest.mark.slow
 def test_a_full_queue_makes_training_wait_by_default():
     store = Gated(MemoryStore())
     model, optimizer = build()

@@ -65,6 +65,7 @@ def assert_begins_as(tree, in_directory):
     return len(steps)
 
 
+@pytest.mark.slow
 def test_every_commit_shows_whole_records_and_the_last_one_all_of_a_directory(
     repository, in_directory
 ):
@@ -85,6 +86,7 @@ def test_every_commit_shows_whole_records_and_the_last_one_all_of_a_directory(
     assert tree.attrs["gradient"] == in_directory.attrs["gradient"]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_repository_is_measured_as_one_in_a_directory(repository, tmp_path):
     trained(repository, 4)
     trained(tmp_path / "run.zarr", 4)
@@ -99,6 +101,7 @@ def test_a_run_in_a_repository_is_measured_as_one_in_a_directory(repository, tmp
     assert (done.exit_code, "5 records" in done.output) == (0, True)
 
 
+@pytest.mark.slow
 def test_a_resumed_repository_holds_what_an_uninterrupted_one_does(repository, in_directory):
     trained(repository, 9)
     with pytest.raises(OutputExistsError, match="already holds a recording of 10 records"):

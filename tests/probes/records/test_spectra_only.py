@@ -141,6 +141,7 @@ def matrices_and_spectra(tmp_path_factory):
     return folder / "matrices", folder / "spectra", models
 
 
+@pytest.mark.slow
 def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(matrices_and_spectra):
     kinds = ["weight", "adapter", "gradient", "update", "displacement"]
     stored, live = (dy.analyze(path, kinds=kinds) for path in matrices_and_spectra[:2])
@@ -161,6 +162,7 @@ def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(matrice
     assert set(dy.open_run(matrices_and_spectra[1]).kinds) == set(kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_large_matrices_are_measured_where_the_model_is(tmp_path, device):
     torch.manual_seed(0)
@@ -218,6 +220,7 @@ def test_a_record_of_spectra_is_small_and_opens_in_plain_xarray(matrices_and_spe
     assert {p.name for p in chunks} == {"0"}, "the weights of the first record only"
 
 
+@pytest.mark.slow
 def test_a_resumed_recording_of_spectra_refers_to_the_same_weights(tmp_path):
     def record(path, start, end, **options):
         model, optimizer = training.build()

@@ -77,6 +77,7 @@ def test_the_last_position_of_the_published_schema_has_a_target(config: TrainCon
     assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_at_its_sequence_without_reading_the_shards_before(
     shards: Path, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -101,6 +102,7 @@ def test_without_its_own_state_a_position_is_gone_to_by_reading(shards: Path) ->
     assert next(iter(stream))["input_ids"].tolist() == TOKENS[3 + 7, :16].tolist()
 
 
+@pytest.mark.slow
 def test_every_position_restores_the_sequence_after_it(shards: Path) -> None:
     stream = open_tokens(streamed(shards)).train
     examples, expected = iter(stream), [*TOKENS[3:], *TOKENS[3:]]
@@ -136,6 +138,7 @@ def test_a_tokenizer_beside_the_data_is_the_runs(shards: Path) -> None:
         open_tokens(streamed(shards, tokenizer=str(shards / "data/train-00000-of-00003.parquet")))
 
 
+@pytest.mark.slow
 def test_data_in_memory_has_no_position_to_keep(
     config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -143,6 +146,7 @@ def test_data_in_memory_has_no_position_to_keep(
     assert not list(run.path.glob("checkpoint-*/data_position.json"))
 
 
+@pytest.mark.slow
 def test_the_shares_of_two_processes_are_the_sequences_of_one(shards: Path) -> None:
     expected = [row[:16].tolist() for row in [*TOKENS[3:], *TOKENS[3:]]]
     streams = [open_tokens(streamed(shards)).train for _ in range(2)]

@@ -47,6 +47,7 @@ def blimp_folder(tmp_path):
     return write_pairs(tmp_path / "blimp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", " "])
 def test_a_score_is_the_sum_of_the_log_probabilities_of_the_tokens_after_the_start(
     model, tokenizer, prefix

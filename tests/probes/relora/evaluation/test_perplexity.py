@@ -48,6 +48,7 @@ def test_the_windows_of_a_text_score_each_token_once_with_what_the_context_holds
     assert all(piece == list(range(piece[0], piece[-1] + 1)) for piece, _ in pieces)
 
 
+@pytest.mark.slow
 def test_perplexity_per_token_is_that_of_each_token_after_those_of_its_window(
     exact, perplexities, tokenizer
 ):

@@ -81,6 +81,7 @@ def test_partial_resets_empty_the_same_entries_of_both_moments(
             assert size[empty].max() <= size[~empty].min()
 
 
+@pytest.mark.slow
 def test_a_random_prune_depends_on_its_generator_alone(config: TrainConfig) -> None:
     def kept(seed: int) -> torch.Tensor:
         model = trained_adapters(config)

@@ -67,6 +67,7 @@ def test_each_twin_trains_with_its_published_schedule(relora_run: Any, full_rank
             assert rate == pytest.approx(1e-2 * multiplier(step - 1))
 
 
+@pytest.mark.slow
 def test_two_trainings_of_one_config_give_the_same_bits(
     relora_run: Any, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ def test_two_trainings_of_one_config_give_the_same_bits(
     assert_equal_weights(run_to_end(relora_run.config, tmp_path).model, relora_run.model)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_count_as_one_step(
     config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_data_that_does_not_fit_the_config_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full_rank", "relora"])
 def test_training_is_silent_and_offline(
     config: TrainConfig,
@@ -152,6 +155,7 @@ def test_a_missing_dependency_is_named_with_the_extra_that_brings_it(
     )
 
 
+@pytest.mark.slow
 def test_under_autocast_the_parameters_stay_in_float32(
     config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path, relora_run: Any
 ) -> None:
@@ -164,6 +168,7 @@ def test_under_autocast_the_parameters_stay_in_float32(
     assert losses == pytest.approx(exact, rel=2**-7)  # bfloat16 keeps eight bits
 
 
+@pytest.mark.slow
 def test_validation_has_its_own_period(
     config: TrainConfig, run_to_end: Callable[..., Any], tmp_path: Path
 ) -> None:
