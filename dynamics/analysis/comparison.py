@@ -53,7 +53,8 @@ def compare(
         DynamicsError: fewer than two runs, or an analysis that already compares runs.
 
     Example:
-        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> runs = {"full": "full/run.zarr", "relora": "relora/run.zarr"}
+        >>> both = dy.compare(runs, kinds=["weight"])
         >>> both.run.values.tolist()
         ['full', 'relora']
     """
@@ -143,7 +144,8 @@ def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
         MissingError: no run is called `baseline`.
 
     Example:
-        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> runs = {"full": "full/run.zarr", "relora": "relora/run.zarr"}
+        >>> both = dy.compare(runs, kinds=["weight"])
         >>> dy.difference(both, baseline="full").run.values.tolist()
         ['relora']
     """
@@ -167,7 +169,8 @@ def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
         MissingError: no run is called `run`, or this is not a comparison.
 
     Example:
-        >>> both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+        >>> runs = {"full": "full/run.zarr", "relora": "relora/run.zarr"}
+        >>> both = dy.compare(runs, kinds=["weight"])
         >>> "run" in dy.select_run(both, "relora").dims
         False
     """

@@ -22,6 +22,7 @@ def _values(run, name, step, kind):
     return run.read(name, step, kind).values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])

@@ -236,6 +236,7 @@ def test_an_analysis_of_an_unknown_version_is_refused(analysis, tmp_path):
         dy.load(tmp_path / "a.zarr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", '{"zarr_format": 3}', "\0\1"])
 def test_a_damaged_root_is_one_clear_error(analysis, tmp_path, content):
     path = dy.save(analysis, tmp_path / "a.zarr")
@@ -249,6 +250,7 @@ def test_a_damaged_root_is_one_clear_error(analysis, tmp_path, content):
     assert not is_analysis(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [0, 10, 200, -1])
 def test_a_truncated_root_is_one_clear_error(analysis, tmp_path, cut):
     path = dy.save(analysis, tmp_path / "a.zarr")

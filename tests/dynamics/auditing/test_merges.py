@@ -49,6 +49,7 @@ def test_a_merge_error_is_detected_down_to_a_few_times_the_rounding(tmp_path, fa
     assert (severity in (Severity.WARN, Severity.FAIL)) is detected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("merges", "reason"),
     [

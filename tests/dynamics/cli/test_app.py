@@ -459,6 +459,7 @@ def test_compare_refuses_what_it_cannot_serve(refused, saved, recording, tmp_pat
 # plot -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("which", "options", "name"),
     [
@@ -489,6 +490,7 @@ def test_the_suffix_chooses_the_format(command, saved, here, suffix, start):
     assert (here / f"figure.{suffix}").read_bytes().startswith(start)
 
 
+@pytest.mark.slow
 def test_a_figure_that_exists_is_refused_and_left_alone(refused, command, saved, here):
     (here / "figure.png").write_bytes(b"mine")
     assert "figure.png exists" in refused("plot", saved[0], "-o", "figure.png")

@@ -152,6 +152,7 @@ def test_unquantised_training_is_read_exactly(training):
             np.testing.assert_array_equal(base, trained.bases[step][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", ["1GB", "4KB"])
 def test_quantised_training_has_its_merged_weights_where_it_merged(training, shard_size):
     trained = training(quantized=True, shard_size=shard_size)
@@ -176,6 +177,7 @@ def test_quantised_training_has_its_merged_weights_where_it_merged(training, sha
         assert adapter.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", [False, True])
 def test_merges_are_counted(training, quantized):
     run = dy.open_run(training(quantized).output)

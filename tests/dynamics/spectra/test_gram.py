@@ -35,6 +35,7 @@ def test_the_error_bound_holds(name, shape, seed):
     assert measured.error <= max(TOLERANCE * measured.s[-1], max(shape) * EPS * measured.s[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 3, 40, 999, 1000])
 @pytest.mark.parametrize("scale", [1e-99, 1.0, 1e99])
 def test_eigenvalues_are_those_of_lapacks_driver(n, scale):

@@ -89,6 +89,7 @@ def test_expectation_and_bound_agree_with_simulated_rounding(dtype, scale, shape
     assert bounds.max() <= 1.55
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(384, 1536), (2048, 32), (2048, 384), (2048, 2048)])
 def test_they_agree_for_large_matrices(dtype, shape):
@@ -247,6 +248,7 @@ def test_a_rank_16_product_in_bfloat16_has_rank_16_above_the_floor(shape):
         assert effective_rank(np.where(computed.s > computed.floor, computed.s, 0)) <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", PAPER_AND_TRANSPOSES)
 def test_rounding_an_initialisation_loses_what_is_below_its_floor_and_nothing_else(shape):
     """Rectangular: nothing. Square: the values within the floor of zero, 2√n·floor/πσ of them.

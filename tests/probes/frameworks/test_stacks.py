@@ -47,6 +47,7 @@ def check(store, case, *, clipped=None):
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_recorded_gradient_is_the_definition_in_every_stack(tmp_path, stack, case):

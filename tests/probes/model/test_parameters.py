@@ -50,6 +50,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_recorded_effective_weight_is_what_merging_gives_bit_for_bit(tmp_path, case):
     model = CASES[case]()
@@ -67,6 +68,7 @@ def test_the_recorded_effective_weight_is_what_merging_gives_bit_for_bit(tmp_pat
     assert adapted > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_base_and_adapter_add_up_to_the_weight(tmp_path, case):
     model = CASES[case]()
