@@ -22,6 +22,7 @@ from dynamics.auditing.weights import (
 )
 from dynamics.errors import MissingError
 from dynamics.formats import open_run
+from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.run import Run
 
 __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
@@ -30,8 +31,9 @@ __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
 def audit(run: Run | str | Path) -> Report:
     """Check a run for the defects that its files can show; docs/audit.md lists the checks.
 
-    Each matrix is read once, with two records in memory at a time. Where a check compares stored
-    numbers, its threshold comes from the rounding of their dtypes.
+    Each matrix is read once. Two of its records are in memory at a time, and up to 512 MiB of what
+    was read lately. Where a check compares stored numbers, its threshold comes from the rounding of
+    their dtypes.
 
     Args:
         run: a Run, or the path of one.
@@ -53,7 +55,8 @@ def audit(run: Run | str | Path) -> Report:
         >>> print(report.of("finite")[0].severity, report.of("finite")[0].meaning)
         pass All numbers are finite.
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    # The parts of a fused matrix are read one after the other; the matrix itself only once.
+    run = CachedRun(run if isinstance(run, Run) else open_run(run))
     if len(run.steps) == 0:
         raise MissingError(
             f"{run.path} has no records yet, so there is nothing to audit: audit it later."

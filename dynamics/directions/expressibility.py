@@ -14,6 +14,7 @@ from dynamics.directions.adapter_subspace import Expressibility, expressibility
 from dynamics.errors import MissingError
 from dynamics.formats import open_run
 from dynamics.runs.differences import is_finite
+from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.parameter_names import matches
 from dynamics.runs.run import Factored, Run
 
@@ -82,7 +83,7 @@ def gradient_expressibility(
         >>> bool((shares["share"] <= shares["best_share"] + 1e-12).all())
         True
     """
-    run = run if isinstance(run, Run) else open_run(run)
+    run = CachedRun(run if isinstance(run, Run) else open_run(run))
     run.require_matrices("The expressibility of gradients")
     for kind, advice in (
         (schema.ADAPTER, "only runs with LoRA adapters can be measured"),

@@ -169,16 +169,16 @@ class SplitRun(RunView):
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """A stored matrix, or a part of one; see `Run.read`."""
-        return self.read_group(name, step, kind)[name]
+        info, stored = self._matrices.get(name), self.inner.read(self._stored(name), step, kind)
+        return info.of(stored) if isinstance(info, Part) and stored is not None else stored
 
     def read_group(self, name: str, step: int, kind: str) -> dict[str, Matrix | None]:
         """All parts of one fused matrix, which is read once; see `Run.read_group`."""
-        info, whole = self._matrices.get(name), self.inner.read(self._stored(name), step, kind)
+        info = self._matrices.get(name)
         if not isinstance(info, Part):
-            return {name: whole}
-        return {
-            part.name: None if whole is None else part.of(whole) for part in self._parts[info.fused]
-        }
+            return {name: self.read(name, step, kind)}
+        whole, parts = self.inner.read(info.fused, step, kind), self._parts[info.fused]
+        return {part.name: None if whole is None else part.of(whole) for part in parts}
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """Where a matrix or a part comes from; see `Run.origin`."""

@@ -498,6 +498,13 @@ def test_the_parts_of_a_matrix_are_read_at_once(recorded, monkeypatch):
     assert calls == [(f"{fused}.weight", step, "weight") for step in (0, 10, 20)]
 
 
+def test_an_audit_reads_a_fused_matrix_once(recorded, monkeypatch):
+    calls, read = [], recorded.read
+    monkeypatch.setattr(recorded, "read", lambda *asked: calls.append(asked) or read(*asked))
+    dy.audit(split_fused(recorded))
+    assert len(calls) == len(set(calls)) == 3 * 3 * 2  # stored matrices, steps, kinds
+
+
 def test_parts_have_origins_of_their_own(recorded, monkeypatch):
     monkeypatch.setattr(recorded, "origin", lambda name, step, kind: f"{name}@{step}")
     run = split_fused(recorded)
