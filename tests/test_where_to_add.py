@@ -57,10 +57,14 @@ def test_the_changed_code_passes_the_tests_that_came_with_it(changed):
     root, files = changed
     tests = sorted({str(each.relative_to(root)) for each in files if "tests" in each.parts})
     assert len(tests) == 3, tests
-    those = "participation_ratio or dot_weights or begin_end"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", those, *tests]
+    added = ("participation_ratio", "dot_weights", "begin_end")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rp"]
+    command += ["-k", " or ".join(added), *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    passed = [line for line in done.stdout.splitlines() if line.startswith("PASSED")]
+    for each in added:
+        assert any(each in line for line in passed), f"no test of {each} ran"
 
 
 def test_the_additions_touch_few_files(changed):
