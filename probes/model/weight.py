@@ -1,0 +1,112 @@
+"""One weight that a model computes with, and what is no weight of its own."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+
+class Factors(NamedTuple):
+    """Factors of the active adapter: it is scaling · B @ A, transposed for (in, out) weights.
+
+    A stack of weights (experts) has a stack of factors: the leading axes are those of the stack.
+    Factors of a convolution belong to its flat view, out x in·kh·kw.
+    """
+
+    a: torch.Tensor  # (..., r, in)
+    b: torch.Tensor  # (..., out, r)
+    scaling: float
+    transposed: bool
+
+
+class Source(Protocol):
+    """Where a weight is read from."""
+
+    def read(self) -> torch.Tensor:
+        """The weight that the model computes with now, detached."""
+        ...
+
+    def base(self) -> torch.Tensor | None:
+        """The weight without adapter, detached; None where it cannot be told."""
+        ...
+
+    def factors(self) -> Factors | None:
+        """The factors of the active adapter; None where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainSource:
+    """A parameter that the model computes with as it is."""
+
+    parameter: torch.Tensor
+
+    def read(self) -> torch.Tensor:
+        """The parameter, detached."""
+        return self.parameter.detach()
+
+    def base(self) -> torch.Tensor | None:
+        """The parameter, detached: no adapter adds to it."""
+        return self.parameter.detach()
+
+    def factors(self) -> Factors | None:
+        """None: no adapter adds to it."""
+        return None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a model, of any number of dimensions.
+
+    Attributes:
+        name: as the unwrapped model without adapters spells it, e.g. `lm_head.weight`.
+        parameter: the parameter whose gradient is the gradient of this weight, or None where there
+            is none: quantised weights, weights made of several parameters.
+        shape: of the weight itself, not of packed bytes.
+        dtype: of what `read` gives.
+        module: the module that computes with it, e.g. the `nn.Linear` inside of a LoRA layer.
+    """
+
+    name: str
+    parameter: nn.Parameter | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module: nn.Module
+    source: Source = field(repr=False, compare=False)
+
+    def read(self) -> torch.Tensor:
+        """The weight that the model computes with now, as merging the adapter would store it.
+
+        Without an adapter this is the parameter itself, detached, which training will change.
+        """
+        return self.source.read()
+
+    def base(self) -> torch.Tensor | None:
+        """The weight without its adapter; None where it cannot be told. May be the parameter."""
+        return self.source.base()
+
+    def factors(self) -> Factors | None:
+        """The factors of the active adapter, not copied; None where there is none to add."""
+        return self.source.factors()
+
+
+@dataclass(frozen=True)
+class NotRead:
+    """A parameter, or a quantised weight, that is no weight of its own or cannot be read.
+
+    Attributes:
+        name: its clean name, with the parts that PEFT or torch gave it.
+        shape: of the tensor; of the true weight where it is quantised and this is known.
+        numbers: how many numbers it has; of packed bytes where the true weight is not known.
+        trains: whether it requires a gradient.
+        reason: a noun phrase that can be counted and grouped, e.g. "adapter factors".
+        recorded_elsewhere: whether what it does is in a weight or in factors that can be read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    numbers: int
+    trains: bool
+    reason: str
+    recorded_elsewhere: bool = False
