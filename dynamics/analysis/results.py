@@ -182,24 +182,30 @@ def matrix_coords(infos: list[tuple[str, MatrixInfo]]) -> dict[str, Any]:
     return {
         schema.MATRIX: [info.name for _, info in infos],
         "component": (schema.MATRIX, [component for component, _ in infos]),
-        "layer": (
-            schema.MATRIX,
-            np.array(
-                [schema.NO_LAYER if i.layer is None else i.layer for _, i in infos], dtype=np.int64
-            ),
-            {"long_name": f"layer index, {schema.NO_LAYER} outside the stack of layers"},
+        "layer": _numbered(
+            [info.layer for _, info in infos], schema.NO_LAYER, "layer index", "outside the layers"
         ),
         "module": (schema.MATRIX, [info.module for _, info in infos]),
-        "head": (
-            schema.MATRIX,
-            np.array(
-                [schema.NO_HEAD if i.head is None else i.head for _, i in infos], dtype=np.int64
-            ),
-            {"long_name": f"query head, {schema.NO_HEAD} where it belongs to no single one"},
+        "head": _numbered(
+            [info.head for _, info in infos],
+            schema.NO_HEAD,
+            "query head",
+            "where it belongs to no single one",
+        ),
+        "expert": _numbered(
+            [info.expert for _, info in infos],
+            schema.NO_EXPERT,
+            "routed expert",
+            "outside of experts",
         ),
         "rows": (schema.MATRIX, [info.rows for _, info in infos]),
         "cols": (schema.MATRIX, [info.cols for _, info in infos]),
     }
+
+
+def _numbered(indices: list[int | None], none: int, what: str, where_none: str) -> tuple:
+    numbers = np.array([none if each is None else each for each in indices], dtype=np.int64)
+    return schema.MATRIX, numbers, {"long_name": f"{what}, {none} {where_none}"}
 
 
 def _provenance(run: Run, backend: str) -> dict[str, str | int]:

@@ -128,10 +128,11 @@ def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
         for name, each in dataset.coords.items()
         if each.dtype.kind in "TO"
     }
-    if "head" not in dataset.coords and schema.MATRIX in dataset.dims:
-        # Saved before there were components of single heads.
-        heads = np.full(dataset.sizes[schema.MATRIX], schema.NO_HEAD)
-        dataset = dataset.assign_coords({"head": (schema.MATRIX, heads)})
+    # Saved before there were components of single heads, or matrices of single experts.
+    for name, none in (("head", schema.NO_HEAD), ("expert", schema.NO_EXPERT)):
+        if name not in dataset.coords and schema.MATRIX in dataset.dims:
+            numbers = np.full(dataset.sizes[schema.MATRIX], none)
+            dataset = dataset.assign_coords({name: (schema.MATRIX, numbers)})
     return dataset.assign_coords(text)
 
 

@@ -23,6 +23,9 @@ _HELD = re.compile(
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
+_EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+_SHARED_EXPERT = re.compile(r"(?:^|\.)shared_experts?\.")
+
 QKV, KV, GATE_UP = "qkv_proj", "kv_proj", "gate_up_proj"
 FUSED = (QKV, KV, GATE_UP)  # the modules that hold several projections, see `dynamics.runs.fused`
 
@@ -49,6 +52,12 @@ MODULES: tuple[tuple[str, str], ...] = (
     ("experts.#.w1", "gate_proj"),
     ("experts.#.w2", "down_proj"),
     ("experts.#.w3", "up_proj"),
+    # what chooses experts: most families; Mixtral; GraniteMoE; Jamba, Llama 4; Nemotron-H
+    ("mlp.gate", "router"),
+    ("block_sparse_moe.gate", "router"),
+    ("router.layer", "router"),
+    *((f"{mixture}.router", "router") for mixture in ("mlp", "block_sparse_moe", "feed_forward")),
+    ("mixer.gate", "router"),
     # pico-train
     ("swiglu.w_0", "gate_proj"),
     ("swiglu.w_1", "up_proj"),
@@ -150,19 +159,34 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def expert_of(name: str) -> int | None:
+    """The index of the routed expert that a matrix belongs to, None outside of experts.
+
+    >>> expert_of("model.layers.0.mlp.experts.17.up_proj.weight"), expert_of("mlp.up_proj.weight")
+    (17, None)
+    """
+    match = _EXPERT.search(name)
+    return int(match[1]) if match else None
+
+
 def module_of(name: str) -> str:
     """The role of a parameter, spelled the same for all model families.
 
-    Names that no row of `MODULES` knows keep their path after the layer index.
+    Names that no row of `MODULES` knows keep their path after the layer index. The matrices of
+    experts are told from those of dense layers, because their ranks mean something else.
 
     >>> module_of("transformer.h.3.mlp.c_fc.weight"), module_of("net.blocks.0.mixer.in.weight")
     ('up_proj', 'mixer.in')
+    >>> module_of("layers.0.mlp.experts.5.up_proj.weight"), module_of("mlp.shared_expert.up_proj")
+    ('experts.up_proj', 'shared_expert.up_proj')
     """
     path = name.removesuffix(".weight")
     numbered = "^." + re.sub(r"(?<=\.)\d+(?=\.)", "#", path)
     for suffix, module in MODULES:
         if numbered == suffix or numbered.endswith("." + suffix):
-            return module
+            if _EXPERT.search(name):
+                return f"experts.{module}"
+            return f"shared_expert.{module}" if _SHARED_EXPERT.search(name) else module
     match = _LAYER.search(path + ".")
     return path[match.end() :] if match and path[match.end() :] else path
 

@@ -23,6 +23,7 @@ class MatrixInfo:
         rows: m, of (m, n).
         cols: n.
         head: the query head of a circuit, None where it belongs to no single head.
+        expert: the routed expert of a mixture, None outside of experts.
     """
 
     name: str
@@ -31,6 +32,7 @@ class MatrixInfo:
     rows: int
     cols: int
     head: int | None = None
+    expert: int | None = None
 
 
 def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
@@ -38,7 +40,11 @@ def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
     clean = {parameter_names.clean_name(stored): shape for stored, shape in shapes.items()}
     return {
         name: MatrixInfo(
-            name, parameter_names.layer_of(name), parameter_names.module_of(name), *clean[name]
+            name,
+            parameter_names.layer_of(name),
+            parameter_names.module_of(name),
+            *clean[name],
+            expert=parameter_names.expert_of(name),
         )
         for name in sorted(clean, key=parameter_names.natural_order)
         if len(clean[name]) == 2 and min(clean[name]) > 0
