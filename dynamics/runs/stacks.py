@@ -26,15 +26,10 @@ _IN_OUT = ("aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_priv
 _ALTERNATING = ("gpt_oss",)
 # What families call the matrices of an expert when they are saved one by one.
 _W123 = {GATE: "w1", DOWN: "w2", UP: "w3"}
-_SAVED_NAMES = {
-    family: _W123
-    for family in ("mixtral", "phimoe", "minimax", "minimax_m2", "lfm2_moe", "deepseek_v4")
-}
+_MIXTRALS = ("mixtral", "phimoe", "minimax", "minimax_m2")
+_SAVED_NAMES = dict.fromkeys((*_MIXTRALS, "lfm2_moe", "deepseek_v4"), _W123)
 # The path of the experts in a live model -> in its files.
-_SAVED_PATHS = {
-    family: (".mlp.experts", ".block_sparse_moe.experts")
-    for family in ("mixtral", "phimoe", "minimax", "minimax_m2")
-}
+_SAVED_PATHS = dict.fromkeys(_MIXTRALS, (".mlp.experts", ".block_sparse_moe.experts"))
 # Tensors (E, out, in) that are named for what they do to all experts: GraniteMoE, JetMoE.
 _LINEAR = {"input_linear": GATE_UP, "output_linear": DOWN}
 

@@ -85,8 +85,11 @@ def test_gate_and_up_are_what_an_expert_computes_with(family):
     (experts,) = (m for m in model.modules() if type(m).__name__.endswith("Experts"))
     config = model.config.to_dict()
     named = [(f"experts.{name}", each) for name, each in experts.named_parameters()]
-    parts = {m: each.double() for name, each in matrices_in(named, config).items()
-             if expert_of(name) == 0 for m in [module_of(name).removeprefix("experts.")]}  # fmt: skip
+    parts = {
+        module_of(name).removeprefix("experts."): each.double()
+        for name, each in matrices_in(named, config).items()
+        if expert_of(name) == 0
+    }
     x = torch.randn(1, HIDDEN)
     in_out = parts["gate_proj"].shape[0] == HIDDEN
     gate, up, down = (parts[name] if in_out else parts[name].T
