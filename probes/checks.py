@@ -19,7 +19,7 @@ from dynamics.auditing import events
 from dynamics.auditing.report import Severity, Verdict
 from dynamics.recordings import ADAPTER, SPECTRA, factor_path
 from probes.model.optimizers import innermost_optimizer
-from probes.model.parameters import Factors, Tracked, tracked_parameters
+from probes.model.weights import Factors, Weight, find_weights
 
 
 class FailedCheckWarning(UserWarning):
@@ -61,7 +61,7 @@ def record_defects(matrices: Mapping[str, np.ndarray]) -> dict[str, str]:
 class WeightBeforeMerge:
     """One adapted weight just before a merge; its tensors are copies on the CPU."""
 
-    tracked: Tracked
+    adapted: Weight
     weight: torch.Tensor  # W_eff, in the dtype in which the merge will store it
     factors: Factors
 
@@ -77,16 +77,16 @@ def weights_before_merge(model: nn.Module) -> list[WeightBeforeMerge]:
         >>> from probes.checks import weights_before_merge
         >>> layers = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6))
         >>> model = get_peft_model(layers, LoraConfig(r=2, target_modules=["0"]))
-        >>> [(copy.tracked.name, tuple(copy.weight.shape)) for copy in weights_before_merge(model)]
+        >>> [(copy.adapted.name, tuple(copy.weight.shape)) for copy in weights_before_merge(model)]
         [('0.weight', (4, 6))]
     """
     copies = []
-    for tracked in tracked_parameters(model):
-        factors = tracked.factors()
+    for adapted in find_weights(model)[0]:
+        factors = adapted.factors()
         if factors is not None:
             a, b = (each.to("cpu", copy=True) for each in (factors.a, factors.b))
-            weight = tracked.effective_weight().cpu()  # a new tensor, because of the adapter
-            copies.append(WeightBeforeMerge(tracked, weight, factors._replace(a=a, b=b)))
+            weight = adapted.read().cpu()  # a new tensor, because of the adapter
+            copies.append(WeightBeforeMerge(adapted, weight, factors._replace(a=a, b=b)))
     return copies
 
 
@@ -128,17 +128,20 @@ def merge_facts(before: list[WeightBeforeMerge]) -> dict[str, Any]:
 
 
 def _facts_of(before: WeightBeforeMerge) -> dict[str, Any]:
-    tracked, weight = before.tracked, before.weight.double()
+    adapted, weight = before.adapted, before.weight.double()
     a, b, scaling, transposed = before.factors
     update = scaling * (b.double() @ a.double())
     if transposed:
-        update = update.T
-    after = tracked.effective_weight().cpu().double()
-    base_error = tracked.parameter.detach().cpu().double() - weight  # Δbase - D
+        update = update.mT
+    update = update.reshape(weight.shape)  # a convolution's factors are flat
+    after = adapted.read().cpu().double()
+    base = adapted.base()
+    assert base is not None, "what has LoRA factors has a base"
+    base_error = base.cpu().double() - weight  # Δbase - D
     size = update.norm().item()
     products = abs(scaling) * (b.double().norm() * a.double().norm()).item()
-    rounding = torch.finfo(tracked.parameter.dtype).eps * weight.norm().item()
-    rounding += (a.shape[0] + 2) * torch.finfo(a.dtype).eps * products
+    rounding = torch.finfo(adapted.dtype).eps * weight.norm().item()
+    rounding += (a.shape[-2] + 2) * torch.finfo(a.dtype).eps * products
     relative_to = size or weight.norm().item() or 1.0
     scale = 1 + (base_error * update).sum().item() / size**2 if size > 0 else 1.0
     return {
@@ -147,7 +150,7 @@ def _facts_of(before: WeightBeforeMerge) -> dict[str, Any]:
         events.TOLERANCE: max(rounding / relative_to, torch.finfo(torch.float64).tiny),
         events.SCALE: scale,
         events.SCALING: scaling,
-        events.WORST_LAYER: tracked.name,
+        events.WORST_LAYER: adapted.name,
     }
 
 

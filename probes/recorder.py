@@ -16,7 +16,7 @@ from probes.checks import FailedCheckWarning, record_defects
 from probes.gradients.of_step import StepGradients
 from probes.gradients.optimizer_hooks import OptimizerSteps
 from probes.model.optimizers import innermost_optimizer
-from probes.model.parameters import Selection, tracked_parameters
+from probes.model.parameters import Selection, track
 from probes.model.provenance import model_config, package_versions
 from probes.model.sharding import is_rank_0, refuse_unreadable, wait_for_ranks
 from probes.records.background_writer import (
@@ -153,7 +153,7 @@ class Recorder:
             innermost_optimizer(each) for each in given
         ]
         scalers = (getattr(each, "scaler", None) for each in given)
-        self._tracked = tracked_parameters(model, select)
+        self._tracked, self.account = track(model, select)
         self._due: Schedule = every if callable(every) else every_n(every)
         self._writes = is_rank_0() if write is None else write
         words = frozenset(record)
@@ -178,6 +178,7 @@ class Recorder:
         self._compression = Compression(compression, level)
         self._attrs = {
             "config": model_config(model),
+            "account": self.account.to_json(),
             "gradient": self._gradients.definition,
             "versions": package_versions(),
             **(attrs or {}),

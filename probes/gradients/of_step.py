@@ -59,6 +59,7 @@ class StepGradients:
         keep: Callable[..., Any],
     ):
         self._model = model
+        tracked = [each for each in tracked if each.has_gradient]
         self._tracked = tracked
         self._optimizers = optimizers
         self._consumed = GRADIENT in record
@@ -112,8 +113,7 @@ class StepGradients:
                     if gradient is not None:
                         if scale is not None:
                             gradient = gradient / scale.to(gradient.device)
-                        kept = self._keep(gradient, owned=scale is not None)
-                        self._gradients[each.name] = (kept, {})
+                        self._keep_parts(each, gradient, {}, owned=scale is not None)
         if self._unclipped is not None:
             unclipped = self._unclipped.take(stepped, self._loss_scale(optimizer))
             self._add(unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
@@ -124,10 +124,18 @@ class StepGradients:
             self.disarm()
 
     def _add(self, gradients: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
-        for name, gradient in gradients.items():
-            values = gather(gradient, keep=self._writes)
-            if values is not None:
-                self._gradients[name] = (self._keep(values, owned=True), attrs)
+        for each in self._tracked:
+            if each.name in gradients:
+                values = gather(gradients[each.name], keep=self._writes)
+                if values is not None:
+                    self._keep_parts(each, values, attrs, owned=True)
+
+    def _keep_parts(
+        self, each: Tracked, gradient: torch.Tensor, attrs: dict[str, Any], *, owned: bool
+    ) -> None:
+        for part, matrix in each.matrices(gradient):
+            kept = self._keep(matrix, owned=owned)
+            self._gradients[part.name] = (kept, {**part.attrs, **attrs})
 
     def pop(self) -> Gradients:
         """The gradients of the step just done; forgets them."""

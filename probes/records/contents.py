@@ -9,9 +9,11 @@ from dynamics import schema
 from dynamics.errors import DynamicsError
 from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, Recording
 from dynamics.runs.run import Event
+from dynamics.runs.stacks import Part
 from probes.gradients.of_step import GRADIENT_BEFORE_CLIPPING, PROBED_GRADIENT, Gradients
 from probes.model.parameters import Tracked
-from probes.model.sharding import is_sharded
+from probes.model.sharding import gather, is_sharded
+from probes.model.weights import Factors
 from probes.records.record import Record
 
 DEFAULT_CONTENTS = (WEIGHT, GRADIENT, ADAPTER, PROBED_GRADIENT)
@@ -57,7 +59,29 @@ class Contents:
 
     def _needed(self) -> Iterator[Tracked]:
         """The weights that this process must read: for its own record, or for another process."""
-        return (each for each in self._tracked if self._writes or is_sharded(each.parameter))
+        return (
+            each
+            for each in self._tracked
+            if self._writes or (each.has_gradient and is_sharded(each.parameter))
+        )
+
+
+def gathered_factors(each: Tracked, *, keep: bool) -> Iterator[tuple[Part, Factors]]:
+    """(part, its LoRA factors) of each matrix of a weight; nothing without an adapter.
+
+    Every process that holds a part of a sharded factor must call this.
+
+    Args:
+        each: the weight.
+        keep: whether this process wants the values. Otherwise it gets nothing.
+    """
+    factors = each.weight.factors()
+    if factors is None:
+        return
+    a, b = (gather(factor, keep=keep) for factor in (factors.a, factors.b))
+    if a is not None and b is not None:
+        whole = factors._replace(a=a, b=b)
+        yield from ((part, each.factors_of(part, whole)) for part in each.parts)
 
 
 def check_contents(record: Sequence[str], spectra_only: bool) -> None:

@@ -10,7 +10,7 @@ from dynamics.runs.run import Factored, Spectrum
 from dynamics.spectra import spectrum
 from dynamics.spectra.noise import bound_of_sums
 from dynamics.spectra.torch_spectrum import is_finite, of_dense, variance_sums
-from probes.model.parameters import Factors
+from probes.model.weights import Factors
 
 
 @torch.no_grad()

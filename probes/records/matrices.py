@@ -9,7 +9,7 @@ from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, factor_path, matrix_p
 from probes.gradients.of_step import Gradients
 from probes.model.parameters import Tracked
 from probes.model.sharding import gather
-from probes.records.contents import Contents
+from probes.records.contents import Contents, gathered_factors
 from probes.records.cpu_buffers import CpuBuffers
 from probes.records.record import Record
 
@@ -29,23 +29,24 @@ class MatrixContents(Contents):
         """Add the gradients, and copies of the weights and factors as they are now."""
         for name, (gradient, attrs) in gradients.items():
             record.add(matrix_path(GRADIENT, name), gradient, attrs)
-        for path, tensor, attrs in self._matrices():
-            values = gather(tensor, keep=self._writes)
-            if values is not None:
-                record.add(path, self.buffers.copy(values), attrs)
+        for each in self._needed():
+            for path, matrix, attrs in self._matrices(each):
+                record.add(path, self.buffers.copy(matrix), attrs)
         record.copied = self.buffers.pop_events()
 
     def release(self, record: Record) -> None:
         """Take the record's buffers back."""
         self.buffers.release(record.tensors)
 
-    def _matrices(self) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-        """(array path, tensor, attributes of the array) of everything except gradients."""
-        for each in self._needed():
-            if WEIGHT in self._record:
-                yield matrix_path(WEIGHT, each.name), each.effective_weight(), {}
-            factors = each.factors() if ADAPTER in self._record else None
-            if factors is not None:
+    def _matrices(self, each: Tracked) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+        """(array path, matrix, attributes of the array) of what is read from one weight."""
+        if WEIGHT in self._record:
+            weight = gather(each.weight.read(), keep=self._writes)
+            if weight is not None:
+                for part, matrix in each.matrices(weight):
+                    yield matrix_path(WEIGHT, part.name), matrix, dict(part.attrs)
+        if ADAPTER in self._record:
+            for part, factors in gathered_factors(each, keep=self._writes):
                 attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}
-                yield factor_path(each.name, "A"), factors.a, attrs
-                yield factor_path(each.name, "B"), factors.b, attrs
+                yield factor_path(part.name, "A"), factors.a, attrs
+                yield factor_path(part.name, "B"), factors.b, attrs

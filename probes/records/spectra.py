@@ -11,9 +11,10 @@ from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, Recording, matrix_pat
 from dynamics.runs.differences import cycles_rank_bound
 from dynamics.runs.run import Event, Spectrum
 from probes.gradients.of_step import Gradients
-from probes.model.parameters import Factors, Tracked
+from probes.model.parameters import Tracked
 from probes.model.sharding import gather
-from probes.records.contents import DIFFERENCES, Contents
+from probes.model.weights import Factors
+from probes.records.contents import DIFFERENCES, Contents, gathered_factors
 from probes.records.live_spectra import adapter_spectrum, live_spectrum
 from probes.records.record import Record
 
@@ -39,7 +40,7 @@ class SpectrumContents(Contents):
 
     def __init__(self, tracked: Sequence[Tracked], record: frozenset[str], writes: bool):
         super().__init__(tracked, record, writes)
-        self._descriptions = [_description(each) for each in tracked]
+        self._descriptions = [facts for each in tracked for facts in _descriptions(each)]
         self._references: dict[str, dict[str, _Reference]] = {kind: {} for kind in DIFFERENCES}
         self._merges: list[int] = []
 
@@ -53,8 +54,8 @@ class SpectrumContents(Contents):
         for name, (spectrum, _) in gradients.items():
             by_kind[GRADIENT][name] = spectrum
         for each in self._needed():
-            for kind, spectrum in self._measure(each, record):
-                by_kind.setdefault(kind, {})[each.name] = spectrum
+            for kind, name, spectrum in self._measure(each, record):
+                by_kind.setdefault(kind, {})[name] = spectrum
         for kind, spectra in by_kind.items():
             for name, spectrum in spectra.items():
                 if spectrum.noise_floor != spectrum.noise_floor:
@@ -75,36 +76,42 @@ class SpectrumContents(Contents):
             self.note(event)
         if schema.DISPLACEMENT in self._record and len(recording.steps):
             first = self._references[schema.DISPLACEMENT]
-            for each in self._tracked:
-                path = matrix_path(WEIGHT, each.name)
+            for name in (part.name for each in self._tracked for part in each.parts):
+                path = matrix_path(WEIGHT, name)
                 values = recording.read(path, 0)
                 if values is None:
                     continue
                 dtype = getattr(torch, recording.attr(path, "source_dtype", str))
                 rank = recording.attr(path, _ADAPTER_RANK, int, type(None))
                 weight = torch.from_numpy(values).to(dtype)
-                first[each.name] = _Reference(int(recording.steps[0]), weight, rank)
+                first[name] = _Reference(int(recording.steps[0]), weight, rank)
 
-    def _measure(self, each: Tracked, record: Record) -> Iterator[tuple[str, Spectrum]]:
-        """(kind, spectrum) of everything that is read from one weight."""
-        factors = _gather_factors(each.factors(), self._writes)
+    def _measure(self, each: Tracked, record: Record) -> Iterator[tuple[str, str, Spectrum]]:
+        """(kind, name of the matrix, spectrum) of everything that is read from one weight."""
+        factors = {part.name: own for part, own in gathered_factors(each, keep=self._writes)}
+        if ADAPTER in self._record:
+            for name, own in factors.items():
+                yield ADAPTER, name, adapter_spectrum(own)
         if not {WEIGHT, *DIFFERENCES} & self._record:
-            weight = None
-        else:
-            weight = gather(each.effective_weight(), keep=self._writes)
-        if not self._writes:
             return
-        if factors is not None and ADAPTER in self._record:
-            yield ADAPTER, adapter_spectrum(factors)
+        weight = gather(each.weight.read(), keep=self._writes)
         if weight is None:
             return
+        for part, matrix in each.matrices(weight):
+            own = factors.get(part.name)
+            for kind, spectrum in self._of_weight(part.name, matrix, own, record):
+                yield kind, part.name, spectrum
+
+    def _of_weight(
+        self, name: str, weight: torch.Tensor, factors: Factors | None, record: Record
+    ) -> Iterator[tuple[str, Spectrum]]:
         if WEIGHT in self._record:
             yield WEIGHT, live_spectrum(weight)
         for kind in DIFFERENCES:
             if kind in self._record:
-                if (before := self._references[kind].get(each.name)) is not None:
+                if (before := self._references[kind].get(name)) is not None:
                     yield kind, self._difference_spectrum(weight, factors, before, record.step)
-                self._remember(kind, each.name, weight, factors, record)
+                self._remember(kind, name, weight, factors, record)
 
     def _difference_spectrum(
         self, weight: torch.Tensor, factors: Factors | None, before: _Reference, step: int
@@ -148,17 +155,11 @@ class SpectrumContents(Contents):
             record.add(matrix_path(WEIGHT, name), copy, {_ADAPTER_RANK: rank})
 
 
-def _description(each: Tracked) -> Mapping[str, Any]:
-    rows, cols = each.parameter.shape
-    dtype = str(each.parameter.dtype).removeprefix("torch.")
-    return {"name": each.name, "rows": rows, "cols": cols, "source_dtype": dtype}
-
-
-def _gather_factors(factors: Factors | None, keep: bool) -> Factors | None:
-    if factors is None:
-        return None
-    a, b = (gather(each, keep=keep) for each in (factors.a, factors.b))
-    return None if a is None or b is None else factors._replace(a=a, b=b)
+def _descriptions(each: Tracked) -> Iterator[Mapping[str, Any]]:
+    dtype = str(each.weight.dtype).removeprefix("torch.")
+    for part in each.parts:
+        facts = {"name": part.name, "rows": part.rows, "cols": part.cols, "source_dtype": dtype}
+        yield {**facts, **part.attrs}
 
 
 def _rank(factors: Factors) -> int:

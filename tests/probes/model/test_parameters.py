@@ -13,7 +13,7 @@ import dynamics as dy
 from dynamics.errors import DynamicsError
 from dynamics.runs.parameter_names import clean_name
 from probes import Recorder
-from probes.model.parameters import tracked_parameters
+from probes.model.parameters import track
 
 LLAMA = LlamaConfig(
     vocab_size=32,
@@ -119,8 +119,8 @@ def test_a_disabled_or_merged_adapter_adds_nothing():
     name = "model.layers.0.self_attn.q_proj.weight"
 
     def effective():
-        tracked = {each.name: each for each in tracked_parameters(model)}[name]
-        return tracked.effective_weight(), tracked.factors()
+        weight = {each.name: each.weight for each in track(model)[0]}[name]
+        return weight.read(), weight.factors()
 
     with_adapter, factors = effective()
     assert factors is not None
@@ -137,9 +137,9 @@ def test_a_disabled_or_merged_adapter_adds_nothing():
 def test_what_is_no_plain_lora_is_refused_by_name():
     dora = _adapted(LlamaForCausalLM(LLAMA), target_modules=["q_proj"], use_dora=True)
     with pytest.raises(DynamicsError, match=r"layers\.0\.self_attn\.q_proj.* DoRA"):
-        tracked_parameters(dora)
+        track(dora)
     two = _adapted(LlamaForCausalLM(LLAMA), target_modules=["q_proj"])
     two.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     two.base_model.set_adapter(["default", "second"])
     with pytest.raises(DynamicsError, match="2 active adapters"):
-        tracked_parameters(two)
+        track(two)

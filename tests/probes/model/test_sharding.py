@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dynamics.errors import DynamicsError
 from probes.model import sharding
-from probes.model.parameters import tracked_parameters
+from probes.model.parameters import track
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_weight_that_no_rank_reached_has_no_mean(process_group, weight):
 def test_ddp_says_over_which_processes_gradients_are_averaged(process_group):
     model = nn.Linear(3, 2)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    tracked = tracked_parameters(model, None)
+    tracked = track(model, None)[0]
     assert sharding.data_parallel_group(wrapped, tracked) is wrapped.process_group
     assert sharding.data_parallel_group(model, tracked) is None  # a single process
     assert sharding.data_parallel_group(model, tracked, process_group) is process_group
