@@ -15,6 +15,7 @@ from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
 from probes.gradients.of_step import StepGradients
 from probes.gradients.optimizer_hooks import OptimizerSteps
+from probes.model.account import announce
 from probes.model.optimizers import innermost_optimizer
 from probes.model.parameters import Selection, track
 from probes.model.provenance import model_config, package_versions
@@ -51,6 +52,11 @@ class Recorder:
     changed flags (`requires_grad`) on frozen ones. Closing removes them. The training thread only
     copies tensors; another thread converts, compresses and writes.
 
+    Every parameter of the model is recorded, or left out for a reason that `account` tells. A line
+    on attaching says how much of the model is recorded. `LeftOutWarning` says so where more than
+    1 % of the numbers that train, in matrices, are left out by no choice of yours. The experts of
+    a mixture are recorded as one matrix each, convolutions as out × (in·k).
+
     Each record is checked when it is written. NaN, Inf or a dead adapter (A and B both zero) give
     a `probes.checks.FailedCheckWarning`.
 
@@ -65,8 +71,8 @@ class Recorder:
             them, in the order in which they step; steps are counted by the last one in the list.
         store: path or URL of the recording, any zarr Store, or an Icechunk repository.
         every: n, to record every n-th step; or a function of the step, see `probes.schedule`.
-        select: globs over parameter names, or a predicate of (name, parameter); all
-            two-dimensional parameters by default.
+        select: globs over names, or a predicate of (name of a matrix, parameter); all matrices by
+            default.
         record: what to write: some of "weight", "gradient", "adapter" and "probed_gradient" (all
             four by default). "probed_gradient" adds the gradients of frozen weights to the other
             gradients. "gradient_before_clipping" in place of "gradient" takes each gradient as the
@@ -93,6 +99,9 @@ class Recorder:
             weights and those before clipping. By default, the group of DDP.
         grad_scaler: the scaler of the loss. The recorder needs it to unscale these same
             gradients. It finds the scaler of accelerate's optimizer by itself.
+
+    Attributes:
+        account: a `dynamics.runs.account.Account`: what of the model is recorded, and what is not.
 
     Raises:
         DynamicsError: no parameter is selected; an unknown word in `record`; FSDP1 or DeepSpeed;
@@ -201,6 +210,8 @@ class Recorder:
         """
         if self._steps is not None:
             raise DynamicsError("This recorder is already attached; close() it first.")
+        if self._writes:
+            announce(self.account)
         if len(self._gradients.needed_ranks) > 1:
             wait_for_ranks(self._gradients.needed_ranks)
         if self._writes:

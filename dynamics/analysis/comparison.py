@@ -46,8 +46,8 @@ def compare(
     Returns:
         The union of their kinds, steps and matrices with a new first dimension `run`. Where one
         run lacks what another one has, values are NaN and `status` is "not_recorded". `rows` and
-        `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`
-        and `problems` become JSON objects by run.
+        `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`,
+        `problems` and `left_out` become JSON objects by run.
 
     Raises:
         DynamicsError: fewer than two runs, or an analysis that already compares runs.
@@ -110,7 +110,7 @@ def compare(
         combine_attrs="drop_conflicts",
         fill_value=np.nan,
     )
-    for name in ("events", "problems"):
+    for name in ("events", "problems", "left_out"):
         by_run = {label: json.loads(each.attrs.get(name, "[]")) for label, each in analyses.items()}
         both.attrs[name] = json.dumps(by_run)
     return both.assign_coords(_matrix_coords(list(analyses.values()), matrices))

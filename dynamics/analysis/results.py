@@ -216,6 +216,7 @@ def _provenance(run: Run, backend: str) -> dict[str, str | int]:
         "source_format": run.format,
         "source_attrs": json.dumps(dict(run.attrs), default=str),
         "events": json.dumps([asdict(event) for event in run.events]),
+        "left_out": json.dumps([] if run.account is None else run.account.to_json()["left_out"]),
         "measured_by": backend or "cpu",
         "versions": json.dumps(
             {name: version(name) for name in ("learning-dynamics", "numpy", "scipy")}

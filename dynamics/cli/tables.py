@@ -75,6 +75,8 @@ def contents_table(run: Run) -> Table:
     table.add_row("scalars", ", ".join(run.scalars) or "none")
     events = [f"{event.kind} at {event.step}" for event in run.events]
     table.add_row("events", abridged(events) or "none")
+    if run.account is not None:
+        table.add_row("measured", escape(run.account.line(names=4)))
     if reasons := list(kept_whole(run).values()):
         others = f" {len(reasons) - 1} more likewise." if len(reasons) > 1 else ""
         table.add_row("kept whole", reasons[0] + others)

@@ -26,6 +26,7 @@ from dynamics.recordings import (
     store_name,
     verify,
 )
+from dynamics.runs.account import Account
 from dynamics.runs.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
@@ -67,6 +68,7 @@ class RecordingRun(Run):
         self._recording = Recording(path)
         self.steps = self._recording.steps
         self.attrs: Mapping[str, Any] = self._recording.attrs
+        self.account = Account.from_json(self.attrs.get("account"))
         self._index = {int(step): index for index, step in enumerate(self.steps)}
         self._with_adapter = set(self._recording.parameters(ADAPTER))
         self._spectra = SpectraReader(self._recording)

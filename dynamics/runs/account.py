@@ -1,7 +1,7 @@
 """The account of a model: which of its tensors are measured, and why the others are not."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
@@ -35,22 +35,25 @@ class Account:
     """Every tensor of a model: measured, or left out for a reason.
 
     Attributes:
-        measured: tensors that are measured.
-        numbers: how many numbers these hold.
-        trained_numbers: how many of these numbers train.
+        measured: name -> shape of the tensors that are measured.
+        trained_numbers: how many of their numbers train.
         left_out: the other tensors.
 
     Example:
         >>> from dynamics.runs.account import Account, LeftOut
         >>> norm = LeftOut("norm.weight", (8,), "vectors (norms, biases)")
-        >>> print(Account(measured=2, numbers=192, trained_numbers=0, left_out=(norm,)).line())
-        2 of 3 tensors, 96.0 % of 200 numbers; left out: 1 vectors (norms, biases)
+        >>> print(Account({"up.weight": (24, 8)}, left_out=(norm,)).line())
+        1 of 2 tensors, 96.0 % of 200 numbers; left out: 1 vectors (norms, biases)
     """
 
-    measured: int
-    numbers: int
+    measured: Mapping[str, tuple[int, ...]]
     trained_numbers: int = 0
-    left_out: tuple[LeftOut, ...] = field(default=())
+    left_out: tuple[LeftOut, ...] = ()
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are measured."""
+        return sum(map(prod, self.measured.values()))
 
     @property
     def share(self) -> float:
@@ -103,7 +106,10 @@ class Account:
                 f"{_percent(trained)} of the numbers that train, {_percent(self.share)} of all "
                 f"{_count(total)}"
             )
-        line = f"{self.measured} of {self.measured + len(self.left_out)} tensors, {share}"
+        stacks = [name for name, shape in self.measured.items() if len(shape) > 2]
+        line = f"{len(self.measured)} of {len(self.measured) + len(self.left_out)} tensors, {share}"
+        if names and stacks:
+            line += f"; {len(stacks)} as matrices ({_abridged(stacks, names)})"
         if not self.left_out:
             return line
         reasons = [
@@ -115,8 +121,7 @@ class Account:
     def to_json(self) -> dict[str, Any]:
         """JSON-like values that `from_json` takes."""
         return {
-            "measured": self.measured,
-            "numbers": self.numbers,
+            "measured": {name: list(shape) for name, shape in self.measured.items()},
             "trained_numbers": self.trained_numbers,
             "left_out": [
                 {
@@ -144,24 +149,13 @@ class Account:
                 )
                 for each in values["left_out"]
             )
-            numbers, trained = int(values["numbers"]), int(values["trained_numbers"])
-            return cls(int(values["measured"]), numbers, trained, left_out)
-        except (KeyError, TypeError, ValueError):
+            measured = {
+                str(name): tuple(int(size) for size in shape)
+                for name, shape in values["measured"].items()
+            }
+            return cls(measured, int(values["trained_numbers"]), left_out)
+        except (AttributeError, KeyError, TypeError, ValueError):
             return None
-
-
-def account_of(
-    measured: Mapping[str, tuple[int, ...]], left_out: Iterable[LeftOut] = (), *, trained: int = 0
-) -> Account:
-    """The account of a model.
-
-    Args:
-        measured: name -> shape of every tensor that is measured.
-        left_out: every other tensor.
-        trained: how many of the measured numbers train.
-    """
-    numbers = sum(prod(shape) for shape in measured.values())
-    return Account(len(measured), numbers, trained, tuple(left_out))
 
 
 def _share(part: int, rest: int) -> float:
@@ -183,6 +177,9 @@ def _count(numbers: int) -> str:
 def _named(group: list[LeftOut], names: int) -> str:
     if not names or all(sum(size > 1 for size in each.shape) < 2 for each in group):
         return ""
-    shown = [each.name for each in group[:names]]
-    more = [f"{len(group) - names} more"] if len(group) > names else []
-    return f" ({', '.join(shown + more)})"
+    return f" ({_abridged([each.name for each in group], names)})"
+
+
+def _abridged(names: list[str], at_most: int) -> str:
+    more = [f"{len(names) - at_most} more"] if len(names) > at_most else []
+    return ", ".join(names[:at_most] + more)

@@ -10,6 +10,7 @@ import numpy as np
 from dynamics import schema
 from dynamics.errors import MissingError
 from dynamics.runs import parameter_names
+from dynamics.runs.account import Account
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class Run(ABC):
         matrices: clean name -> MatrixInfo, every two-dimensional parameter.
         attrs: configuration, versions and definitions, JSON-like.
         problems: step -> why nothing can be read there (a damaged checkpoint).
+        account: which tensors of the model are measured, and why the others are not; None where the
+            run does not tell.
         absent_kinds: kind -> why a run of this format usually has it and this one does not.
         merges_told_by_events: whether `merges_between` looks at `events` only, and not at bases.
 
@@ -183,6 +186,7 @@ class Run(ABC):
     matrices: dict[str, MatrixInfo]
     attrs: Mapping[str, Any]
     problems: Mapping[int, str] = {}
+    account: Account | None = None
     absent_kinds: Mapping[str, str] = {}
     merges_told_by_events: bool = False
 

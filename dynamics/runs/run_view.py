@@ -30,6 +30,7 @@ class RunView(Run):
     matrices = _forwarded("matrices")
     attrs = _forwarded("attrs")
     problems = _forwarded("problems")
+    account = _forwarded("account")
     absent_kinds = _forwarded("absent_kinds")
     merges_told_by_events = _forwarded("merges_told_by_events")
     events = _forwarded("events")

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dynamics.errors import DynamicsError
 from dynamics.runs import parameter_names
-from dynamics.runs.account import Account, LeftOut, account_of
+from dynamics.runs.account import Account, LeftOut
 from dynamics.runs.stacks import Part, parts_of
 from probes.model.provenance import model_config
 from probes.model.saved_names import saved_names
@@ -133,7 +133,7 @@ def _account(
             chosen = other.recorded_elsewhere
             reason = f"{other.reason}, {NOT_SELECTED}" if chosen else other.reason
             left_out.append(LeftOut(other.name, other.shape, reason, other.trains, chosen))
-    return account_of(measured, left_out, trained=trained)
+    return Account(measured, trained, tuple(left_out))
 
 
 def _belongs_to(factor: NotRead, tracked: Sequence[Tracked]) -> bool:

@@ -44,9 +44,7 @@ def saved_names(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict
         prefix + name: new.get(id(tensor), prefix + name) for name, tensor in tensors.items()
     }
     return {
-        name: other
-        for name, other in _without_collisions(renamed, shapes).items()
-        if other != name
+        name: other for name, other in _without_collisions(renamed, shapes).items() if other != name
     }
 
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from dynamics.runs.account import Account, LeftOut, account_of
+from dynamics.runs.account import Account, LeftOut
 
 VECTORS = "vectors (norms, biases)"
 
 
 def account(*left_out, trained=0):
-    return account_of({"a": (10, 10), "b": (30, 10)}, left_out, trained=trained)
+    return Account({"a": (10, 10), "b": (30, 10)}, trained, left_out)
 
 
 def test_shares_count_numbers():
@@ -20,7 +20,7 @@ def test_shares_count_numbers():
     frozen = LeftOut("norm", (100,), VECTORS)
     assert account(frozen).trained_share is None
     assert account().share == 1
-    assert Account(0, 0).share == 1
+    assert Account({}).share == 1
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,13 @@ def test_a_line_names_shares_and_reasons_the_largest_first():
     assert account().line() == "2 of 2 tensors, 100.0 % of 400 numbers"
 
 
+def test_stacks_are_named_because_they_are_read_as_matrices():
+    made = Account({"a": (10, 10), "experts.up": (3, 10, 10), "conv": (8, 2, 3)})
+    assert made.line(names=1).endswith("numbers; 2 as matrices (experts.up, 1 more)")
+
+
 def test_what_is_incomplete_is_never_a_hundred_percent():
-    made = account_of({"a": (10**4, 10**4)}, [LeftOut("norm", (1,), VECTORS)])
+    made = Account({"a": (10**4, 10**4)}, left_out=(LeftOut("norm", (1,), VECTORS),))
     assert "99.9 % of 100 M numbers" in made.line()
 
 
