@@ -10,7 +10,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import dynamics as dy
-from dynamics.errors import DynamicsError
 from dynamics.runs.parameter_names import clean_name
 from probes import Recorder
 from probes.model.parameters import track
@@ -132,14 +131,3 @@ def test_a_disabled_or_merged_adapter_adds_nothing():
     merged, none = effective()
     assert none is None
     assert torch.equal(merged, with_adapter)
-
-
-def test_what_is_no_plain_lora_is_refused_by_name():
-    dora = _adapted(LlamaForCausalLM(LLAMA), target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(DynamicsError, match=r"layers\.0\.self_attn\.q_proj.* DoRA"):
-        track(dora)
-    two = _adapted(LlamaForCausalLM(LLAMA), target_modules=["q_proj"])
-    two.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    two.base_model.set_adapter(["default", "second"])
-    with pytest.raises(DynamicsError, match="2 active adapters"):
-        track(two)
