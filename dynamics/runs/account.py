@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
+VECTORS = "vectors"  # how the reason begins for what holds vectors and no matrix
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -28,6 +30,11 @@ class LeftOut:
     def numbers(self) -> int:
         """How many numbers it holds."""
         return prod(self.shape)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it holds vectors, be it a stack of them, and no matrix."""
+        return sum(size > 1 for size in self.shape) < 2 or self.reason.startswith(VECTORS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Account:
         large = [
             each
             for each in self.left_out
-            if sum(size > 1 for size in each.shape) > 1 and (each.trains or not of_trained)
+            if not each.is_vector and (each.trains or not of_trained)
         ]
         lost = sum(each.numbers for each in large if not each.chosen)
         return 1 - _share(measured + sum(each.numbers for each in large if each.chosen), lost)
@@ -175,7 +182,7 @@ def _count(numbers: int) -> str:
 
 
 def _named(group: list[LeftOut], names: int) -> str:
-    if not names or all(sum(size > 1 for size in each.shape) < 2 for each in group):
+    if not names or all(each.is_vector for each in group):
         return ""
     return f" ({_abridged([each.name for each in group], names)})"
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dynamics.runs.account import VECTORS
 from dynamics.runs.attention_config import language_config
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -90,15 +91,18 @@ def parts_of(
     if 0 in shape:
         return "empty tensors"
     if sum(size > 1 for size in shape) < 2 and len(shape) != 2:
-        return "vectors (norms, biases)"
+        return f"{VECTORS} (norms, biases)"
     if _NO_MAP.search(name):
-        return "vectors of experts or states (biases, A_log)"
+        return f"{VECTORS} of experts or states (biases, A_log)"
     if len(shape) == 2:
         return (Part(name, *shape),)
     if convolution or (convolution is None and _looks_like_convolution(name, shape)):
         return (_flattened(name, shape),)
     if len(shape) == 3 and (stack := _stack_of(name)) is not None:
         return _experts(*stack, shape, language_config(config or {}))
+    sizes = [size for size in shape if size > 1]
+    if len(sizes) == 2:  # a table, such as the (1, positions, width) of vision models
+        return (Part(name, *sizes, attrs={"view": f"{sizes[0]} x {sizes[1]}"}),)
     return f"tensors of {len(shape)} dimensions that are neither experts nor convolutions"
 
 

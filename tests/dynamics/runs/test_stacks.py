@@ -143,6 +143,7 @@ def test_what_is_not_known_stays_whole_and_named(name, shape, family, names):
         ("heads", (4, 8, 2), None,
          "tensors of 3 dimensions that are neither experts nor convolutions"),
         ("score.weight", (1, 8), None, (1, 8)),
+        ("position_embeddings", (1, 5, 8), None, (5, 8)),
     ],
 )  # fmt: skip
 def test_other_tensors(name, shape, convolution, expected):
