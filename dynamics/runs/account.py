@@ -84,9 +84,7 @@ class Account:
         of_trained = self.trained_share is not None
         measured = self.trained_numbers if of_trained else self.numbers
         large = [
-            each
-            for each in self.left_out
-            if not each.is_vector and (each.trains or not of_trained)
+            each for each in self.left_out if not each.is_vector and (each.trains or not of_trained)
         ]
         lost = sum(each.numbers for each in large if not each.chosen)
         return 1 - _share(measured + sum(each.numbers for each in large if each.chosen), lost)
