@@ -1,100 +1,119 @@
-"""Adapters of PEFT: the weight that a layer computes with, and the factors of LoRA."""
+"""Layers of LoRA: the weight that they compute with, and their factors.
 
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+Only plain LoRA is here: W + s·B·A. For its variants (DoRA, ...) see `adapters`.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from dynamics.errors import DynamicsError
-from dynamics.runs import parameter_names
-from probes.model.weight import Factors, NotRead, Source, Weight
+from probes.model.weight import Factors, Source
 
-Walk = Callable[[nn.Module, str], Iterator[Weight | NotRead]]
+# Variants that differ from plain LoRA only in how they are trained.
+_PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
 
 
-def is_tuner_layer(module: nn.Module) -> bool:
-    """Whether the module is a layer of PEFT that wraps another one."""
-    if "peft" not in sys.modules:  # then the model cannot contain a layer of PEFT
+def is_plain_lora(layer: Any) -> bool:
+    """Whether each active adapter of a layer of PEFT adds s·B·A to the weight, and nothing else."""
+    return _is_lora(layer) and not any(
+        each in layer.lora_variant for each in active_adapters(layer)
+    )
+
+
+def has_factors(layer: Any) -> bool:
+    """Whether each active adapter of a layer of PEFT is s·B·A, however it is trained."""
+    if not _is_lora(layer):
         return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    variants = [layer.lora_variant.get(each) for each in active_adapters(layer)]
+    return all(each is None or type(each).__name__ in _PLAIN_VARIANTS for each in variants)
 
-    return isinstance(module, BaseTunerLayer)
+
+def active_adapters(layer: Any) -> list[str]:
+    """The active adapters that the layer of LoRA has, even if they are merged or disabled."""
+    known = (*layer.lora_A, *layer.lora_embedding_A)
+    return [adapter for adapter in layer.active_adapters if adapter in known]
 
 
-def weights_of_tuner_layer(layer: Any, path: str, walk: Walk) -> Iterator[Weight | NotRead]:
-    """The weights of the wrapped layer, with what the adapter does to them, and the factors."""
-    adapted = parameter_names.clean_name(f"{path}.weight")
-    for each in walk(layer.base_layer, path):
-        if isinstance(each, Weight) and each.name == adapted:
-            source = LoraSource(each.name, layer, each.source)
-            yield replace(each, source=source)
-        else:
-            yield each
-    for child, module in layer.named_children():
-        if child != "base_layer":
-            for name, parameter in module.named_parameters():
-                yield NotRead(
-                    parameter_names.clean_name(f"{path}.{child}.{name}"),
-                    tuple(parameter.shape),
-                    parameter.numel(),
-                    parameter.requires_grad,
-                    "adapter factors",
-                    recorded_elsewhere=True,
-                )
+def adapted_weight_name(layer: Any) -> str:
+    """The name, inside of the base layer, of the weight that a layer of PEFT adapts."""
+    return str(getattr(layer, "parameter_name", "weight"))  # target_parameters of LoraConfig
 
 
 @dataclass(frozen=True)
 class LoraSource:
-    """W_base + s·B·A of a LoRA layer."""
+    """W_base + s·B·A of a LoRA layer, rounded where merging rounds.
 
-    name: str
+    The sum has the dtype of the base weight, as for a merge. A quantised base is unpacked first,
+    and the sum is not packed again: it is what the layer computes with.
+    """
+
     layer: Any
     inner: Source
 
     def read(self) -> torch.Tensor:
-        """The base weight with the active adapter added, as merging would store it."""
-        weight = self.inner.read()
-        adapter = self._active_adapter()
-        if adapter is None:
-            return weight
-        with torch.no_grad():
-            return weight.clone().add_(self.layer.get_delta_weight(adapter))
+        """The base weight with the active adapters added, as merging would store it."""
+        layer, weight = self.layer, self.inner.read()
+        if layer.merged == layer.disable_adapters:  # else they are added already, or not at all
+            # A layer that is merged and disabled takes the adapters out again when it computes.
+            adapters = layer.merged_adapters[::-1] if layer.merged else active_adapters(layer)
+            sign = -1 if layer.merged else 1
+            weight = weight.clone() if adapters else weight
+            for adapter in adapters:
+                weight.add_(self._delta(adapter, weight), alpha=sign)
+        return weight
 
-    def base(self) -> torch.Tensor | None:
+    def base(self) -> torch.Tensor:
         """The base weight."""
         return self.inner.base()
 
     def factors(self) -> Factors | None:
-        """The factors of the active adapter."""
-        adapter = self._active_adapter()
-        if adapter is None:
-            return None
+        """The factors of the active adapter; None if none is active, merged or several are."""
+        return active_factors(self.layer)
+
+    def _delta(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        scaling = float(layer.scaling[adapter])
-        if adapter in layer.lora_A:
+        if not hasattr(layer, "get_delta_weight"):  # layers that cannot merge: GPTQ, AWQ, ...
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            return Factors(a.detach(), b.detach(), scaling, layer.fan_in_fan_out)
+            return ((b @ a) * layer.scaling[adapter]).to(weight.dtype)
+        delta: torch.Tensor = layer.get_delta_weight(adapter)
+        return delta.to(weight.dtype) if adapter in layer.lora_embedding_A else delta
+
+
+def active_factors(layer: Any) -> Factors | None:
+    """The factors of the one adapter that a LoRA layer adds; None if there are none or several."""
+    adapters = active_adapters(layer)
+    if layer.merged or layer.disable_adapters or len(adapters) != 1:
+        return None
+    return factors_of(layer, adapters[0])
+
+
+def factors_of(layer: Any, adapter: str) -> Factors | None:
+    """The factors of one adapter of a plain LoRA layer; None if they are no A and B of a matrix."""
+    scaling = float(layer.scaling[adapter])
+    if adapter in layer.lora_embedding_A:
         a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
         return Factors(a.detach(), b.detach(), scaling, True)
+    a, b = (each[adapter].weight.detach() for each in (layer.lora_A, layer.lora_B))
+    experts = getattr(layer, "num_experts", 1)
+    if experts > 1:  # A is expert-major, B expert-minor
+        a = a.reshape(experts, -1, a.shape[-1])
+        b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+        return Factors(a, b, scaling, not layer._did_swap_in_out_features)
+    a, b = a.flatten(1), b.flatten(1)  # of convolutions
+    if a.shape[0] != b.shape[1]:  # grouped convolutions: each group has factors of its own
+        return None
+    if isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+        return Factors(a, b, scaling, False)
+    return Factors(a, b, scaling, bool(getattr(layer, "fan_in_fan_out", False)))
 
-    def _active_adapter(self) -> str | None:
-        """The adapter that adds to the base weight now; None if it is merged or disabled."""
-        layer = self.layer
-        if layer.merged or layer.disable_adapters:
-            return None
-        known = (*layer.lora_A, *layer.lora_embedding_A)
-        active = [adapter for adapter in layer.active_adapters if adapter in known]
-        if len(active) > 1:
-            raise DynamicsError(
-                f"{self.name} has {len(active)} active adapters ({', '.join(active)}), and only "
-                "one can be recorded: activate one with set_adapter()."
-            )
-        if active and layer.use_dora.get(active[0]):
-            raise DynamicsError(
-                f"{self.name} has a DoRA adapter, and only the W + s·B·A of LoRA can be recorded: "
-                "leave it out with select=."
-            )
-        return active[0] if active else None
+
+def _is_lora(layer: Any) -> bool:
+    return type(layer).__module__.startswith("peft.tuners.lora.") and not is_routed(layer)
+
+
+def is_routed(layer: Any) -> bool:
+    """Whether the layer scales its adapters anew for each input (X-LoRA)."""
+    router = getattr(layer.forward, "__self__", None)
+    return type(router).__module__.startswith("peft.tuners.xlora")

@@ -1,5 +1,6 @@
 """One weight that a model computes with, and what is no weight of its own."""
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -27,8 +28,8 @@ class Source(Protocol):
         """The weight that the model computes with now, detached."""
         ...
 
-    def base(self) -> torch.Tensor | None:
-        """The weight without adapter, detached; None where it cannot be told."""
+    def base(self) -> torch.Tensor:
+        """The weight without adapter, detached."""
         ...
 
     def factors(self) -> Factors | None:
@@ -46,7 +47,7 @@ class PlainSource:
         """The parameter, detached."""
         return self.parameter.detach()
 
-    def base(self) -> torch.Tensor | None:
+    def base(self) -> torch.Tensor:
         """The parameter, detached: no adapter adds to it."""
         return self.parameter.detach()
 
@@ -61,11 +62,16 @@ class Weight:
 
     Attributes:
         name: as the unwrapped model without adapters spells it, e.g. `lm_head.weight`.
-        parameter: the parameter whose gradient is the gradient of this weight, or None where there
-            is none: quantised weights, weights made of several parameters.
+        parameter: the parameter whose gradient is recorded as that of this weight, or None where
+            there is none: quantised weights, weights made of several parameters, adapters that
+            do not add to the weight.
         shape: of the weight itself, not of packed bytes.
         dtype: of what `read` gives.
         module: the module that computes with it, e.g. the `nn.Linear` inside of a LoRA layer.
+        source: where it is read from.
+        parts: the parameters that it is made of, besides those of an adapter.
+        readable: False for packed weights that nothing here can unpack, but whose adapter has
+            factors. They cannot be read, and a `NotRead` of the same name stands for them.
     """
 
     name: str
@@ -74,7 +80,20 @@ class Weight:
     dtype: torch.dtype
     module: nn.Module
     source: Source = field(repr=False, compare=False)
+    parts: tuple[nn.Parameter, ...] = field(default=(), repr=False, compare=False)
+    readable: bool = True
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a parameter that it is made of requires a gradient now."""
+        return any(each.requires_grad for each in self.parts)
+
+    @torch.no_grad()
     def read(self) -> torch.Tensor:
         """The weight that the model computes with now, as merging the adapter would store it.
 
@@ -82,8 +101,9 @@ class Weight:
         """
         return self.source.read()
 
-    def base(self) -> torch.Tensor | None:
-        """The weight without its adapter; None where it cannot be told. May be the parameter."""
+    @torch.no_grad()
+    def base(self) -> torch.Tensor:
+        """The weight without its adapter. May be the parameter itself, detached."""
         return self.source.base()
 
     def factors(self) -> Factors | None:
@@ -101,7 +121,8 @@ class NotRead:
         numbers: how many numbers it has; of packed bytes where the true weight is not known.
         trains: whether it requires a gradient.
         reason: a noun phrase that can be counted and grouped, e.g. "adapter factors".
-        recorded_elsewhere: whether what it does is in a weight or in factors that can be read.
+        recorded_elsewhere: whether its numbers are in factors or in a weight that can be read.
+        parameter: the parameter; None for quantised weights that are no parameters.
     """
 
     name: str
@@ -110,3 +131,20 @@ class NotRead:
     trains: bool
     reason: str
     recorded_elsewhere: bool = False
+    parameter: nn.Parameter | None = field(default=None, repr=False, compare=False)
+
+
+def not_read(
+    name: str, parameter: nn.Parameter, reason: str, recorded_elsewhere: bool = False
+) -> NotRead:
+    """A parameter that is no weight of its own."""
+    is_known = not isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    return NotRead(
+        name,
+        tuple(parameter.shape) if is_known else (),
+        parameter.numel() if is_known else 0,
+        parameter.requires_grad,
+        reason,
+        recorded_elsewhere,
+        parameter,
+    )

@@ -1,11 +1,20 @@
 """The weights that a live model computes with: where each is read, and what is no weight."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from dynamics.runs import parameter_names
-from probes.model.lora import is_tuner_layer, weights_of_tuner_layer
+from probes.model.adapters import weights_of_saved_module, weights_of_tuner_layer
+from probes.model.parametrised import computed_weights
+from probes.model.quantised import (
+    is_packed_module,
+    weight_of_parameter,
+    weights_of_packed_module,
+)
 from probes.model.weight import Factors, NotRead, PlainSource, Weight
 
 __all__ = ["Factors", "NotRead", "Weight", "find_weights"]
@@ -14,8 +23,13 @@ __all__ = ["Factors", "NotRead", "Weight", "find_weights"]
 def find_weights(model: nn.Module) -> tuple[list[Weight], list[NotRead]]:
     """Every weight of the model, and every parameter that is no weight of its own.
 
-    Each parameter belongs to exactly one of them. A parameter that several modules share counts
-    once, under the first of its names, as in `named_parameters`.
+    Each parameter belongs to exactly one of them: it is one of the `parts` of a weight, or it is
+    not read. A parameter that several modules share counts once, under the first of its names, as
+    in `named_parameters`. Where only one of these modules has an adapter, they compute with
+    different weights: the second is then a weight without parameter.
+
+    Nothing of the model is changed. Weights of adapters that are not plain LoRA, and packed and
+    computed ones, are read once, to see whether and how they can be: each rank must call this.
 
     Args:
         model: any module, wrapped or not.
@@ -25,48 +39,87 @@ def find_weights(model: nn.Module) -> tuple[list[Weight], list[NotRead]]:
         >>> [(weight.name, weight.shape) for weight in weights], not_read
         ([('weight', (2, 3)), ('bias', (2,))], [])
     """
-    weights, not_read = [], []
+    weights: list[Weight] = []
+    others: list[NotRead] = []
+    seen: dict[int, set[Any]] = {}  # parameter -> which computations of it are there
     for each in _Walk()(model, ""):
-        if isinstance(each, Weight):
-            weights.append(each)
-        else:
-            not_read.append(each)
-    return weights, not_read
+        each = replace(each, name=parameter_names.clean_name(each.name))
+        if isinstance(each, NotRead):
+            if each.parameter is None or id(each.parameter) not in seen:
+                seen.setdefault(id(each.parameter), set()).add(NotRead)
+                others.append(each)
+            continue
+        computation = type(each.source), id(getattr(each.source, "layer", None))
+        before = [seen.setdefault(id(part), set()) for part in each.parts]
+        if any(computation in found or NotRead in found for found in before):
+            continue
+        weights.append(replace(each, parameter=None, parts=()) if any(before) else each)
+        for found in before:
+            found.add(computation)
+    return weights, others
 
 
 class _Walk:
-    """Goes through modules in the order of `named_parameters`, each module and parameter once."""
+    """Goes through modules in the order of `named_parameters`, through each module once."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
     def __call__(self, module: nn.Module, path: str) -> Iterator[Weight | NotRead]:
-        if self._is_new(module):
-            if is_tuner_layer(module):
-                yield from weights_of_tuner_layer(module, path, self)
-            else:
-                yield from self._plain(module, path)
+        """What is found in a module whose name is `path`, which ends with a dot or is empty."""
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        wrapper = _peft_wrapper(module)
+        if wrapper is not None:
+            yield from wrapper(module, path, self)
+        elif is_packed_module(module):
+            yield from weights_of_packed_module(module, path)
+        else:
+            yield from self._plain(module, path)
 
     def _plain(self, module: nn.Module, path: str) -> Iterator[Weight | NotRead]:
+        computed = list(computed_weights(module, path))
+        yield from computed
+        parts = {id(part) for each in computed for part in each.parts}
         for name, parameter in module._parameters.items():
-            if parameter is not None and self._is_new(parameter):
-                yield Weight(
-                    parameter_names.clean_name(_join(path, name)),
-                    parameter,
-                    tuple(parameter.shape),
-                    parameter.dtype,
-                    module,
-                    PlainSource(parameter),
-                )
+            if parameter is None or id(parameter) in parts:
+                continue
+            found = weight_of_parameter(module, name, parameter, path)
+            yield found or Weight(
+                path + name,
+                parameter,
+                tuple(parameter.shape),
+                parameter.dtype,
+                module,
+                PlainSource(parameter),
+                (parameter,),
+            )
         for name, child in module._modules.items():
-            if child is not None:
-                yield from self(child, _join(path, name))
-
-    def _is_new(self, found: object) -> bool:
-        new = id(found) not in self._seen
-        self._seen.add(id(found))
-        return new
+            if child is not None and not (computed and name == "parametrizations"):
+                yield from self(child, f"{path}{name}.")
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _peft_wrapper(module: nn.Module) -> Any:
+    """What finds the weights of a wrapper of PEFT; None for any other module."""
+    if "peft" not in sys.modules:  # then the model cannot contain a layer of PEFT
+        return None
+    from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, BaseTunerLayer):
+        return weights_of_tuner_layer
+    if isinstance(module, ModulesToSaveWrapper):
+        return weights_of_saved_module
+    if isinstance(module, TrainableTokensWrapper):
+        return lambda wrapper, path, walk: walk(wrapper.token_adapter, path)
+    if isinstance(module, _BaseAdaptedAttention):
+        return lambda wrapper, path, walk: _adapted_attention(wrapper, path, walk)
+    return None
+
+
+def _adapted_attention(wrapper: Any, path: str, walk: _Walk) -> Iterator[Weight | NotRead]:
+    """The attention inside of an adaption prompt, and the prompt beside it."""
+    yield from walk(wrapper.model, path)
+    yield from walk._plain(wrapper, path)

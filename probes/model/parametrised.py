@@ -1,0 +1,95 @@
+"""Weights that are computed from parameters before each forward pass.
+
+`torch.nn.utils.parametrize` (weight norm, spectral norm, orthogonal ones, those of users), the
+older hooks for weight norm and spectral norm, and the masks of `torch.nn.utils.prune`, also on top
+of each other.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from probes.model.twin import WEIGHT_HOOKS, twin
+from probes.model.weight import Factors, Weight
+
+
+def computed_weights(module: nn.Module, path: str) -> Iterator[Weight]:
+    """The weights that `module` computes from other parameters.
+
+    Args:
+        module: any module; only its own weights are looked at, not those of its children.
+        path: its name, with a dot at the end unless it is the model itself.
+    """
+    parts: dict[str, list[nn.Parameter]] = {}
+    if parametrize.is_parametrized(module):
+        for name, parametrisations in module.parametrizations.items():  # type: ignore[operator]
+            parts[name] = list(parametrisations.parameters())
+    for name in _hooked(module):
+        parts[name] = [
+            parameter
+            for each, parameter in module._parameters.items()
+            if each.startswith(f"{name}_") and parameter is not None
+        ]
+    for name, parameters in parts.items():
+        source = ComputedSource(module, name)
+        weight = source.read()
+        same = [each for each in parameters if each.shape == weight.shape]
+        yield Weight(
+            path + name,
+            same[0] if len(same) == 1 and len(parameters) == 1 else None,
+            tuple(weight.shape),
+            weight.dtype,
+            module,
+            source,
+            tuple(parameters),
+        )
+
+
+@dataclass(frozen=True)
+class ComputedSource:
+    """A weight as an evaluation would compute it now, on a copy of what it is computed from.
+
+    In evaluation mode spectral norm takes no step of its power iteration, and parametrisations
+    with noise have none. Random numbers that they draw nevertheless are put back.
+    """
+
+    module: nn.Module
+    name: str
+
+    @torch.no_grad()
+    def read(self) -> torch.Tensor:
+        """The weight."""
+        devices = {each.device for each in self.module.parameters() if each.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)), parametrize.cached():
+            if _is_parametrised(self.module, self.name):
+                parametrisations = self.module.parametrizations  # type: ignore[union-attr]
+                return twin(parametrisations[self.name])().detach()
+            copied = twin(self.module)
+            for hook in copied._forward_pre_hooks.values():
+                hook(copied, ())
+            return getattr(copied, self.name).detach()
+
+    def base(self) -> torch.Tensor:
+        """The weight: no adapter adds to it."""
+        return self.read()
+
+    def factors(self) -> Factors | None:
+        """None: no adapter adds to it."""
+        return None
+
+
+def _is_parametrised(module: nn.Module, name: str) -> bool:
+    return parametrize.is_parametrized(module) and name in module.parametrizations
+
+
+def _hooked(module: nn.Module) -> Iterator[str]:
+    """Names of the tensors that hooks of torch compute, and that are no part of another one."""
+    hooks = [each for each in module._forward_pre_hooks.values() if isinstance(each, WEIGHT_HOOKS)]
+    names = {getattr(each, "name", None) or each._tensor_name for each in hooks}
+    for name in sorted(names):
+        # pruning the v of weight norm makes `weight_v` of `weight_v_orig`
+        if not any(name.startswith(f"{other}_") for other in names):
+            yield name
