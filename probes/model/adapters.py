@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from probes.model import lora
+from probes.model.quantised import PackedSource
 from probes.model.twin import plain, twin
 from probes.model.weight import Factors, NotRead, Source, Weight, not_read
 
@@ -203,21 +204,9 @@ def _multihead_attention(layer: Any, path: str, walk: Walk) -> Found:
 def _only_factors(layer: Any, name: str, factors: Factors) -> Weight:
     rows, cols = factors.b.shape[-2], factors.a.shape[-1]
     shape = (*factors.a.shape[:-2], *((cols, rows) if factors.transposed else (rows, cols)))
-    source = lora.LoraSource(layer, _Packed())
+    source = lora.LoraSource(layer, PackedSource())
     dtype = factors.a.dtype
     return Weight(name, None, shape, dtype, layer.get_base_layer(), source, readable=False)
-
-
-class _Packed:
-    """A base weight that cannot be read."""
-
-    def read(self) -> torch.Tensor:
-        raise TypeError("this weight cannot be read: its library cannot unpack it")
-
-    base = read
-
-    def factors(self) -> Factors | None:
-        return None
 
 
 def _adapter_parameters(layer: Any, path: str) -> Found:

@@ -80,7 +80,7 @@ def track(model: nn.Module, select: Selection = None) -> tuple[tuple[Tracked, ..
         name = names.get(each.name, each.name)
         is_convolution = True if isinstance(each.module, _ConvNd) else None
         parts = parts_of(each.name, each.shape, config, convolution=is_convolution)
-        trains = each.parameter is not None and each.parameter.requires_grad
+        trains = each.trains
         if isinstance(parts, str):
             left_out.append(LeftOut(name, each.shape, parts, trains))
             continue
@@ -90,6 +90,8 @@ def track(model: nn.Module, select: Selection = None) -> tuple[tuple[Tracked, ..
         chosen = tuple(part for part in parts if _selected(part, name, each, select))
         if chosen:
             tracked.append(Tracked(name, each, chosen))
+        if not each.readable:  # only its factors are recorded; the packed weight is not read
+            continue
         if not chosen:
             left_out.append(LeftOut(name, each.shape, NOT_SELECTED, trains, chosen=True))
         elif len(chosen) < len(parts):
@@ -114,8 +116,11 @@ def _selected(part: Part, name: str, weight: Weight, select: Selection) -> bool:
 def _account(
     tracked: Sequence[Tracked], left_out: list[LeftOut], not_read: Sequence[NotRead]
 ) -> Account:
-    measured, trained = {}, 0
+    measured: dict[str, tuple[int, ...]] = {}
+    trained = 0
     for each in tracked:
+        if not each.weight.readable:
+            continue
         whole = sum(part.rows * part.cols for part in each.parts) == prod(each.weight.shape)
         shapes = (
             {each.name: each.weight.shape}
@@ -123,7 +128,7 @@ def _account(
             else {part.name: (part.rows, part.cols) for part in each.parts}
         )
         measured |= shapes
-        if each.has_gradient and each.parameter.requires_grad:
+        if each.weight.trains:
             trained += sum(map(prod, shapes.values()))
     for other in not_read:
         if other.recorded_elsewhere and _belongs_to(other, tracked):

@@ -5,8 +5,9 @@ older hooks for weight norm and spectral norm, and the masks of `torch.nn.utils.
 of each other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -24,9 +25,8 @@ def computed_weights(module: nn.Module, path: str) -> Iterator[Weight]:
         path: its name, with a dot at the end unless it is the model itself.
     """
     parts: dict[str, list[nn.Parameter]] = {}
-    if parametrize.is_parametrized(module):
-        for name, parametrisations in module.parametrizations.items():  # type: ignore[operator]
-            parts[name] = list(parametrisations.parameters())
+    for name, computation in _parametrisations(module).items():
+        parts[name] = list(computation.parameters())
     for name in _hooked(module):
         parts[name] = [
             parameter
@@ -63,14 +63,16 @@ class ComputedSource:
     def read(self) -> torch.Tensor:
         """The weight."""
         devices = {each.device for each in self.module.parameters() if each.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)), parametrize.cached():
-            if _is_parametrised(self.module, self.name):
-                parametrisations = self.module.parametrizations  # type: ignore[union-attr]
-                return twin(parametrisations[self.name])().detach()
-            copied = twin(self.module)
-            for hook in copied._forward_pre_hooks.values():
-                hook(copied, ())
-            return getattr(copied, self.name).detach()
+        with torch.random.fork_rng(devices=list(devices)):
+            parametrisations = _parametrisations(self.module)
+            if self.name in parametrisations:
+                weight = twin(parametrisations[self.name])()
+            else:
+                copied = twin(self.module)
+                for hook in copied._forward_pre_hooks.values():
+                    hook(copied, ())
+                weight = getattr(copied, self.name)
+            return cast(torch.Tensor, weight.detach())
 
     def base(self) -> torch.Tensor:
         """The weight: no adapter adds to it."""
@@ -81,14 +83,18 @@ class ComputedSource:
         return None
 
 
-def _is_parametrised(module: nn.Module, name: str) -> bool:
-    return parametrize.is_parametrized(module) and name in module.parametrizations
+def _parametrisations(module: nn.Module) -> Mapping[str, nn.Module]:
+    if not parametrize.is_parametrized(module):
+        return {}
+    return cast(Mapping[str, nn.Module], module.parametrizations)
 
 
 def _hooked(module: nn.Module) -> Iterator[str]:
     """Names of the tensors that hooks of torch compute, and that are no part of another one."""
-    hooks = [each for each in module._forward_pre_hooks.values() if isinstance(each, WEIGHT_HOOKS)]
-    names = {getattr(each, "name", None) or each._tensor_name for each in hooks}
+    names = set()
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WEIGHT_HOOKS):
+            names.add(str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)))
     for name in sorted(names):
         # pruning the v of weight norm makes `weight_v` of `weight_v_orig`
         if not any(name.startswith(f"{other}_") for other in names):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from probes.model.weight import Factors, NotRead, PlainSource, Weight, not_read
 
@@ -38,11 +39,8 @@ class UnpackedSource:
         return None
 
 
-@dataclass(frozen=True)
 class PackedSource:
     """A packed weight that nothing here can unpack."""
-
-    reason: str
 
     def read(self) -> torch.Tensor:
         """Raises: the weight cannot be told.
@@ -50,7 +48,7 @@ class PackedSource:
         Raises:
             TypeError: always.
         """
-        raise TypeError(f"cannot be read: {self.reason}")
+        raise TypeError("a packed weight cannot be read where its library cannot unpack it")
 
     base = read
 
@@ -74,7 +72,7 @@ def weight_of_parameter(
         path: the name of the module, with a dot at the end unless it is the model itself.
     """
     full = path + name
-    if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+    if isinstance(parameter, UninitializedParameter):
         return not_read(full, parameter, "parameters that are not initialised yet")
     if parameter.is_meta:
         return not_read(full, parameter, "parameters on the meta device")
@@ -180,7 +178,7 @@ def _unpacker(module: nn.Module, name: str, parameter: Any) -> Callable[[], torc
 
         return unpack
     if _dequantises(parameter):
-        return parameter.dequantize  # type: ignore[no-any-return]
+        return parameter.dequantize
     if parameter.dtype in _FLOAT8:
         scales = _scales(module, name)
         return lambda: _scaled(parameter, scales, getattr(module, "block_size", None))
@@ -242,10 +240,10 @@ def _is_torch_quantised(module: nn.Module) -> bool:
 
 
 def _features(module: Any) -> tuple[int, int] | None:
-    for rows, cols in (("out_features", "in_features"), ("outfeatures", "infeatures")):
-        shape = getattr(module, rows, None), getattr(module, cols, None)
-        if all(isinstance(each, int) for each in shape):
-            return shape
+    for out, into in (("out_features", "in_features"), ("outfeatures", "infeatures")):
+        rows, cols = getattr(module, out, None), getattr(module, into, None)
+        if isinstance(rows, int) and isinstance(cols, int):
+            return rows, cols
     return None
 
 

@@ -7,7 +7,7 @@ whatever they are bound to, and fails for sharded modules and for tensors that a
 
 import copy
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,7 +35,8 @@ def twin(module: nn.Module) -> Any:
 def plain(module: nn.Module, name: str, weight: torch.Tensor) -> None:
     """Give a twin a plain parameter, instead of a parametrised, computed or packed one."""
     if parametrize.is_parametrized(module):
-        computed = {each: getattr(module, each) for each in module.parametrizations}
+        names = list(cast(nn.ModuleDict, module.parametrizations))
+        computed = {each: getattr(module, each) for each in names}
         del module._modules["parametrizations"]
         module.__class__ = type(module).__bases__[0]
         module._parameters.update({each: nn.Parameter(computed[each]) for each in computed})
@@ -62,9 +63,9 @@ def _twin(module: nn.Module, done: dict[int, Any]) -> Any:
         state.pop(key, None)
     state["_compiled_call_impl"] = None
     state["training"] = False
-    for key, hook in module._forward_pre_hooks.items():
+    for number, hook in module._forward_pre_hooks.items():
         if isinstance(hook, WEIGHT_HOOKS):
-            state["_forward_pre_hooks"][key] = hook
+            state["_forward_pre_hooks"][number] = hook
     if hasattr(module, "merged_adapters"):  # an attribute of the class in some tuners of PEFT
         state["merged_adapters"] = list(module.merged_adapters)  # type: ignore[arg-type]
     for kind in ("_parameters", "_buffers"):

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 
 class Factors(NamedTuple):
@@ -138,7 +139,7 @@ def not_read(
     name: str, parameter: nn.Parameter, reason: str, recorded_elsewhere: bool = False
 ) -> NotRead:
     """A parameter that is no weight of its own."""
-    is_known = not isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    is_known = not isinstance(parameter, UninitializedParameter)
     return NotRead(
         name,
         tuple(parameter.shape) if is_known else (),

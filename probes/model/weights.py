@@ -26,7 +26,7 @@ def find_weights(model: nn.Module) -> tuple[list[Weight], list[NotRead]]:
     Each parameter belongs to exactly one of them: it is one of the `parts` of a weight, or it is
     not read. A parameter that several modules share counts once, under the first of its names, as
     in `named_parameters`. Where only one of these modules has an adapter, they compute with
-    different weights: the second is then a weight without parameter.
+    different weights, and both are there: `parameter` of the second is None.
 
     Nothing of the model is changed. Weights of adapters that are not plain LoRA, and packed and
     computed ones, are read once, to see whether and how they can be: each rank must call this.
@@ -53,7 +53,7 @@ def find_weights(model: nn.Module) -> tuple[list[Weight], list[NotRead]]:
         before = [seen.setdefault(id(part), set()) for part in each.parts]
         if any(computation in found or NotRead in found for found in before):
             continue
-        weights.append(replace(each, parameter=None, parts=()) if any(before) else each)
+        weights.append(replace(each, parameter=None) if any(before) else each)
         for found in before:
             found.add(computation)
     return weights, others

@@ -62,7 +62,7 @@ class Contents:
         return (
             each
             for each in self._tracked
-            if self._writes or (each.has_gradient and is_sharded(each.parameter))
+            if self._writes or any(is_sharded(part) for part in each.weight.parts)
         )
 
 

@@ -40,7 +40,7 @@ class MatrixContents(Contents):
 
     def _matrices(self, each: Tracked) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
         """(array path, matrix, attributes of the array) of what is read from one weight."""
-        if WEIGHT in self._record:
+        if WEIGHT in self._record and each.weight.readable:
             weight = gather(each.weight.read(), keep=self._writes)
             if weight is not None:
                 for part, matrix in each.matrices(weight):

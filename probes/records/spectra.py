@@ -92,7 +92,7 @@ class SpectrumContents(Contents):
         if ADAPTER in self._record:
             for name, own in factors.items():
                 yield ADAPTER, name, adapter_spectrum(own)
-        if not {WEIGHT, *DIFFERENCES} & self._record:
+        if not each.weight.readable or not {WEIGHT, *DIFFERENCES} & self._record:
             return
         weight = gather(each.weight.read(), keep=self._writes)
         if weight is None:
