@@ -20,31 +20,36 @@ from probes.model.weight import Factors, Weight
 def computed_weights(module: nn.Module, path: str) -> Iterator[Weight]:
     """The weights that `module` computes from other parameters.
 
+    `parameter` of such a weight is the original that it is computed from, if there is one of the
+    same shape; its gradient is that of the original. Weight norm has two originals.
+
     Args:
         module: any module; only its own weights are looked at, not those of its children.
         path: its name, with a dot at the end unless it is the model itself.
     """
     parts: dict[str, list[nn.Parameter]] = {}
+    originals: dict[str, list[nn.Parameter]] = {}
     for name, computation in _parametrisations(module).items():
         parts[name] = list(computation.parameters())
+        originals[name] = [each for each in computation._parameters.values() if each is not None]
     for name in _hooked(module):
-        parts[name] = [
+        originals[name] = parts[name] = [
             parameter
             for each, parameter in module._parameters.items()
             if each.startswith(f"{name}_") and parameter is not None
         ]
-    for name, parameters in parts.items():
+    for name in parts:
         source = ComputedSource(module, name)
         weight = source.read()
-        same = [each for each in parameters if each.shape == weight.shape]
+        one = originals[name] if len(originals[name]) == 1 else []
         yield Weight(
             path + name,
-            same[0] if len(same) == 1 and len(parameters) == 1 else None,
+            one[0] if one and one[0].shape == weight.shape else None,
             tuple(weight.shape),
             weight.dtype,
             module,
             source,
-            tuple(parameters),
+            tuple(parts[name]),
         )
 
 

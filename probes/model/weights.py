@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -78,6 +78,11 @@ class _Walk:
         else:
             yield from self._plain(module, path)
 
+    def around(self, wrapper: nn.Module, name: str, path: str) -> Iterator[Weight | NotRead]:
+        """What is found in the module that a wrapper holds, and then in the wrapper itself."""
+        yield from self(cast(nn.Module, wrapper._modules[name]), path)
+        yield from self._plain(wrapper, path)
+
     def _plain(self, module: nn.Module, path: str) -> Iterator[Weight | NotRead]:
         computed = list(computed_weights(module, path))
         yield from computed
@@ -104,8 +109,9 @@ def _peft_wrapper(module: nn.Module) -> Any:
     """What finds the weights of a wrapper of PEFT; None for any other module."""
     if "peft" not in sys.modules:  # then the model cannot contain a layer of PEFT
         return None
+    from peft import PeftMixedModel, PeftModel
     from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(module, BaseTunerLayer):
@@ -114,12 +120,8 @@ def _peft_wrapper(module: nn.Module) -> Any:
         return weights_of_saved_module
     if isinstance(module, TrainableTokensWrapper):
         return lambda wrapper, path, walk: walk(wrapper.token_adapter, path)
-    if isinstance(module, _BaseAdaptedAttention):
-        return lambda wrapper, path, walk: _adapted_attention(wrapper, path, walk)
+    if isinstance(module, PeftModel | PeftMixedModel):  # its base_model is no tuner for prompts
+        return lambda wrapper, path, walk: walk.around(wrapper, "base_model", path)
+    if isinstance(module, BaseTuner | _BaseAdaptedAttention):
+        return lambda wrapper, path, walk: walk.around(wrapper, "model", path)
     return None
-
-
-def _adapted_attention(wrapper: Any, path: str, walk: _Walk) -> Iterator[Weight | NotRead]:
-    """The attention inside of an adaption prompt, and the prompt beside it."""
-    yield from walk(wrapper.model, path)
-    yield from walk._plain(wrapper, path)
