@@ -1,5 +1,5 @@
 # The one list of public names. `__init__.py` reads it and imports each name when it is first used.
-from .analysis.analyze import UnmeasuredWarning, analyze
+from .analysis.analyze import analyze
 from .analysis.comparison import compare, difference, select_run
 from .analysis.execution import Execution
 from .analysis.following import follow
@@ -8,7 +8,7 @@ from .analysis.storage import load, save
 from .auditing import audit
 from .directions.expressibility import gradient_expressibility
 from .directions.subspaces import run_alignment, subspace_overlaps
-from .errors import DynamicsError
+from .errors import DynamicsError, LeftOutWarning, UnmeasuredWarning
 from .examples import load_example
 from .formats import open_run
 from .metrics import METRICS
@@ -21,6 +21,7 @@ __all__ = [
     "METRICS",
     "DynamicsError",
     "Execution",
+    "LeftOutWarning",
     "Run",
     "Spectrum",
     "Status",

@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet.
+"""The errors and warnings a user can cause or meet.
 
 Every message says what went wrong, where, what was found and what to do, in one line.
 The command line prints these without a traceback; anything else is a bug of ours.
@@ -31,6 +31,28 @@ class OutputExistsError(DynamicsError):
 
 class RecordingHeldError(DynamicsError):
     """Another writer has the recording."""
+
+
+class UnmeasuredWarning(UserWarning):
+    """A matrix or a checkpoint could not be measured; the rest was.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", dy.UnmeasuredWarning)
+        ...     ranks = dy.analyze("run.zarr", kinds=["weight"])
+    """
+
+
+class LeftOutWarning(UnmeasuredWarning):
+    """A considerable part of a model is not measured, and the user did not choose so.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", dy.LeftOutWarning)  # rather stop than miss a part
+        ...     ranks = dy.analyze("run.zarr", kinds=["weight"])
+    """
 
 
 def one_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from dynamics.analysis.results import ResultBuilder
 from dynamics.analysis.selection import Selection, Steps, selection_of
 from dynamics.analysis.tasks import Outcome, Recall, Task, measure_cells
 from dynamics.analysis.workers import TaskOutcomes, measure_by_workers
+from dynamics.errors import LeftOutWarning, UnmeasuredWarning
 from dynamics.formats import open_run
 from dynamics.runs.run import MatrixInfo, Run
 from dynamics.schema import Status
@@ -34,17 +35,6 @@ _FEWEST_STEPS, _MOST_STEPS = 8, 64
 
 class StoppedError(Exception):
     """An analysis was told to stop before it was done."""
-
-
-class UnmeasuredWarning(UserWarning):
-    """A matrix or a checkpoint could not be measured; the rest was.
-
-    Example:
-        >>> import warnings
-        >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore", dy.UnmeasuredWarning)
-        ...     ranks = dy.analyze("run.zarr", kinds=["weight"])
-    """
 
 
 def analyze(
@@ -161,6 +151,9 @@ def measure(
         raise StoppedError(f"The analysis of {chosen.run.path} was stopped.")
     for problem in results.problems:
         warnings.warn(problem, UnmeasuredWarning, stacklevel=3)
+    account = chosen.run.account
+    if account is not None and (warning := account.warning()):
+        warnings.warn(f"{chosen.run.path}: {warning}", LeftOutWarning, stacklevel=3)
     return results.dataset()
 
 

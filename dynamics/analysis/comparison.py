@@ -17,6 +17,9 @@ from dynamics.errors import DynamicsError, MissingError
 from dynamics.formats import open_run
 from dynamics.runs.run import Run
 
+# Attributes that become JSON objects by run -> what a run without them has.
+_OF_RUNS = {"events": "[]", "problems": "[]", "account": "null", "left_out": "{}"}
+
 
 def compare(
     runs: Mapping[str, xr.Dataset | Run | str | Path],
@@ -47,7 +50,7 @@ def compare(
         The union of their kinds, steps and matrices with a new first dimension `run`. Where one
         run lacks what another one has, values are NaN and `status` is "not_recorded". `rows` and
         `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`,
-        `problems` and `left_out` become JSON objects by run.
+        `problems`, `account` and `left_out` become JSON objects by run.
 
     Raises:
         DynamicsError: fewer than two runs, or an analysis that already compares runs.
@@ -110,8 +113,8 @@ def compare(
         combine_attrs="drop_conflicts",
         fill_value=np.nan,
     )
-    for name in ("events", "problems", "left_out"):
-        by_run = {label: json.loads(each.attrs.get(name, "[]")) for label, each in analyses.items()}
+    for name, none in _OF_RUNS.items():
+        by_run = {label: json.loads(each.attrs.get(name, none)) for label, each in analyses.items()}
         both.attrs[name] = json.dumps(by_run)
     return both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
 
@@ -180,7 +183,7 @@ def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
         raise MissingError(f"No run {run!r} in this result; it has {known}.")
     own = {
         name: json.dumps(json.loads(comparison.attrs[name])[run])
-        for name in ("events", "problems")
+        for name in _OF_RUNS
         if name in comparison.attrs
     }
     return comparison.sel({schema.RUN: run}).assign_attrs(own)

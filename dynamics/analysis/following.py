@@ -10,10 +10,10 @@ from typing import Unpack
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis.analyze import StoppedError, UnmeasuredWarning, measure
+from dynamics.analysis.analyze import StoppedError, measure
 from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
 from dynamics.analysis.selection import Selection, Steps, selection_of, steps_so_far
-from dynamics.errors import FormatError, MissingError
+from dynamics.errors import FormatError, MissingError, UnmeasuredWarning
 from dynamics.formats import open_run
 from dynamics.runs.run import Run
 from dynamics.schema import Status

@@ -216,7 +216,10 @@ def _provenance(run: Run, backend: str) -> dict[str, str | int]:
         "source_format": run.format,
         "source_attrs": json.dumps(dict(run.attrs), default=str),
         "events": json.dumps([asdict(event) for event in run.events]),
-        "left_out": json.dumps([] if run.account is None else run.account.to_json()["left_out"]),
+        "account": json.dumps(run.account and run.account.to_json()),
+        "left_out": json.dumps(
+            {each.name: each.reason for each in run.account.left_out} if run.account else {}
+        ),
         "measured_by": backend or "cpu",
         "versions": json.dumps(
             {name: version(name) for name in ("learning-dynamics", "numpy", "scipy")}

@@ -35,7 +35,9 @@ from dynamics.cli.options import (
 from dynamics.cli.output import (
     console,
     error_console,
+    print_account,
     print_line,
+    print_warning,
     progress_bar,
     report_problems,
 )
@@ -125,6 +127,7 @@ def analyze(
             opened, output, execution, overwrite=overwrite, progress=progress, **choice
         )
     console().print(summary_table(result))
+    print_account(result.attrs["account"])
     print_line(f"Saved to {output}")
     report_problems(json.loads(result.attrs["problems"]))
 
@@ -189,6 +192,8 @@ def compare(
             **choice,
         )
     console().print(summary_table(both))
+    for name, account in json.loads(both.attrs["account"]).items():
+        print_account(json.dumps(account), f"{name}: ")
     print_line(f"Saved to {output}")
     measured = [name for name, each in given.items() if not isinstance(each, Path)]
     problems = json.loads(both.attrs["problems"])
@@ -296,6 +301,8 @@ def inspect(
         for line in verification_lines(verification, len(opened.steps)):
             print_line(line)
         problems = [*verification.damaged, *problems]
+    if opened.account is not None and (warning := opened.account.warning()):
+        print_warning(warning)
     report_problems(problems)
 
 

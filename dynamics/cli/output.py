@@ -1,5 +1,6 @@
 """What the command line prints: results to stdout, progress and problems to stderr."""
 
+import json
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ def progress_bar(name: str) -> "Iterator[Progress]":
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.1f} spectra/s")
 
-    from dynamics.analysis.analyze import UnmeasuredWarning
+    from dynamics.errors import UnmeasuredWarning
 
     columns = (
         TextColumn("{task.description}"),
@@ -52,9 +53,7 @@ def progress_bar(name: str) -> "Iterator[Progress]":
 def report_problems(problems: list[str]) -> None:
     """Print what could not be measured; exit code 1 if there is any."""
     for problem in problems:
-        error_console().print(
-            f"warning: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True
-        )
+        print_warning(problem)
     if problems:
         raise typer.Exit(1)
 
@@ -62,6 +61,25 @@ def report_problems(problems: list[str]) -> None:
 def print_line(line: str) -> None:
     """Print a line as it is, never wrapped, so that paths in it can be copied."""
     console().print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def print_account(account: str, of: str = "") -> None:
+    """Print what of a model is measured, and a warning where much of it is not."""
+    from dynamics.runs.account import Account
+
+    found = Account.from_json(json.loads(account))
+    if found is None:
+        return
+    print_line(f"{of}Measured {found.line(names=3)}")
+    if warning := found.warning():
+        print_warning(f"{of}{warning}")
+
+
+def print_warning(text: str) -> None:
+    """Print a warning to stderr."""
+    error_console().print(
+        f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def console() -> "Console":

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
+_TOLERATED = 0.01  # of the numbers in matrices, left out by no choice of the user
 VECTORS = "vectors"  # how the reason begins for what holds vectors and no matrix
 
 
@@ -88,6 +89,17 @@ class Account:
         ]
         lost = sum(each.numbers for each in large if not each.chosen)
         return 1 - _share(measured + sum(each.numbers for each in large if each.chosen), lost)
+
+    def warning(self) -> str | None:
+        """What to warn of: more than 1 % of the numbers in matrices are left out by no choice."""
+        lost = self.unchosen_share()
+        if lost <= _TOLERATED:
+            return None
+        of = "numbers that train" if self.trained_share is not None else "numbers"
+        return (
+            f"{100 * lost:.1f} % of the {of} in matrices and stacks of matrices are left out, by "
+            f"no choice of yours: {self.line(names=3)}."
+        )
 
     def by_reason(self) -> dict[str, list[LeftOut]]:
         """Reason -> the tensors that are left out for it, the most numbers first."""

@@ -4,13 +4,8 @@ import logging
 import sys
 import warnings
 
+from dynamics.errors import LeftOutWarning
 from dynamics.runs.account import Account
-
-_TOLERATED = 0.01  # of the numbers in matrices, left out by no choice of the user
-
-
-class LeftOutWarning(UserWarning):
-    """A recording lacks a considerable part of the model, and the user did not choose so."""
 
 
 def announce(account: Account) -> None:
@@ -25,13 +20,10 @@ def announce(account: Account) -> None:
         logger.info(line)
     else:
         print(line, file=sys.stderr)
-    lost = account.unchosen_share()
-    if lost > _TOLERATED:
-        of = "trainable numbers" if account.trained_share is not None else "numbers"
+    if warning := account.warning():
         warnings.warn(
-            f"{100 * lost:.1f} % of the {of} in matrices and stacks of matrices are not recorded, "
-            f"by no choice of yours: {account.line(names=3)}. Leave them out with select= if this "
-            "is meant; recorder.account lists every one.",
+            f"{warning} Leave them out with select= if this is meant; recorder.account lists "
+            "every one.",
             LeftOutWarning,
             stacklevel=3,
         )

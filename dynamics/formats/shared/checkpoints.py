@@ -7,7 +7,7 @@ what s is. A checkpoint that cannot be read is a problem of its step.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.formats.shared.evaluations import with_evaluations
 from dynamics.formats.shared.lora_factors import Adapter, joined_origin
+from dynamics.formats.shared.matrices import as_matrices
 from dynamics.formats.storage.files import root_of
 from dynamics.formats.storage.tensors import Tensor
+from dynamics.runs.account import Account, LeftOut
 from dynamics.runs.origins import ABSENT
 from dynamics.runs.run import Dense, Matrix, Run, matrices_of
 
@@ -35,6 +37,8 @@ class Checkpoint:
         adapters: clean name -> adapter.
         is_merged: whether the adapters were merged into `weights` already.
         gradients: clean name -> tensor.
+        left_out: tensors that are stored and not measured, besides those in `weights` that are no
+            matrices: quantised ones that cannot be dequantised, integers, complex numbers.
         no_base: why the base model was not found and what to do, for messages.
         attrs: what the checkpoint says of its model: {"config": ...}.
         scalars: name -> value that was logged.
@@ -44,6 +48,7 @@ class Checkpoint:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
     is_merged: bool = False
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
     no_base: str = ""
     attrs: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
@@ -61,6 +66,20 @@ class Checkpoint:
         if self.weights is not None:
             kinds |= {schema.WEIGHT, *((schema.BASE,) if self.adapters else ())}
         return kinds | ({schema.GRADIENT} if self.gradients else set())
+
+    def as_matrices(self) -> tuple["Checkpoint", Account | None]:
+        """This checkpoint with its tensors of three and more dimensions as matrices; its account.
+
+        There is no account where the base model was not found.
+        """
+        config = self.attrs.get("config")
+        config = config if isinstance(config, Mapping) else {}
+        gradients = as_matrices(self.gradients, config).matrices
+        if self.weights is None:
+            return replace(self, gradients=gradients), None
+        found = as_matrices(self.weights, config)
+        account = Account(found.measured, left_out=(*found.left_out, *self.left_out))
+        return replace(self, weights=found.matrices, gradients=gradients), account
 
     def read(self, name: str, kind: str) -> Matrix | None:
         """See `Run.read`."""
@@ -117,6 +136,7 @@ class CheckpointsRun(Run):
         self.problems: dict[int, str] = {}
         self.attrs: dict[str, Any] = {}
         self.absent_kinds: dict[str, str] = {}
+        self.account: Account | None = None  # of the first checkpoint
         self._checkpoints: dict[int, Checkpoint] = {}
         self._base_changes: dict[tuple[str, int, int], bool] = {}
         self._scalars: dict[str, np.ndarray] = {}
@@ -124,11 +144,12 @@ class CheckpointsRun(Run):
         kinds: set[str] = set()
         for position, step in enumerate(self.steps.tolist()):
             try:
-                checkpoint = checkpoints[step]()
+                checkpoint, account = checkpoints[step]().as_matrices()
             except FormatError as problem:
                 self.problems[step] = str(problem)
                 continue
             self._checkpoints[step] = checkpoint
+            self.account = self.account or account
             self.attrs = self.attrs or dict(checkpoint.attrs)
             kinds |= checkpoint.kinds
             shapes |= checkpoint.shapes

@@ -81,6 +81,11 @@ class StoredTensor:
         return file and f"{file}|{self.offset}|{self.dtype}|{self.shape}|{self.strides}"
 
     @property
+    def item_bytes(self) -> int:
+        """Bytes of a number in the file."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
     def extent(self) -> int:
         """Count of numbers in the file from the first of the tensor to its last."""
         if self.strides is None or 0 in self.shape:
