@@ -1,10 +1,7 @@
-"""A small deterministic training loop that the recorder's tests share; also run as a script.
+"""A small deterministic training loop that the recorder's tests share, also in another process."""
 
-python -m tests.probes.training STORE STEPS [RESUME_AT]: records every step, prints its number.
-"""
-
-import sys
-from pathlib import Path
+import multiprocessing
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -56,19 +53,37 @@ def train(
         optimizer.step()
 
 
-def main(store, steps, resume_at=None):
+def start(store, steps, resume_at=None):
+    """(a process that trains and records every step, the numbers of the steps it is at).
+
+    It is forked from a process that has imported everything, which takes longer than the training.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    here, there = context.Pipe(duplex=False)
+    arguments = (there, store, steps, resume_at)
+    process = context.Process(target=_train_and_record, args=arguments, daemon=True)
+    process.start()
+    there.close()  # so that the pipe ends with the process
+    return process, _received(here)
+
+
+def _received(pipe):
+    with pipe, suppress(EOFError):
+        while True:
+            yield pipe.recv()
+
+
+def _train_and_record(pipe, store, steps, resume_at):
+    torch.set_num_threads(1)
     model, optimizer = build()
     if resume_at is not None:  # the state that a checkpoint would hold: train there again
         train(model, optimizer, resume_at)
     with Recorder(model, optimizer, store, every=1, resume_at=resume_at) as recorder:
 
         def report(step):
-            print(step, flush=True)
+            pipe.send(step)
             if step % 10 == 1:
                 recorder.event("merge", layers=2)
 
         train(model, optimizer, steps, start=resume_at or 0, after_backward=report)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(number) for number in sys.argv[2:]))

@@ -1,12 +1,8 @@
 """A killed writer loses no committed record, and readers see whole records only."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,9 +20,9 @@ LAST = 120
 def uninterrupted(tmp_path_factory):
     """Every record of the run that nobody interrupts, as plain arrays."""
     store = tmp_path_factory.mktemp("truth") / "run.zarr"
-    process = _start(store, LAST)  # where the others run too: the same number of threads
-    process.communicate()
-    assert process.returncode == 0
+    process, _ = training.start(store, LAST)  # as the others: with the same number of threads
+    process.join()
+    assert process.exitcode == 0
     return xr.open_datatree(store, engine="zarr").load()
 
 
@@ -43,31 +39,17 @@ def _check(store, uninterrupted):
     return len(steps)
 
 
-def _start(store, *arguments):
-    command = [sys.executable, "-m", training.__name__, str(store), *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[3],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-
 def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, uninterrupted):
     store, moment = tmp_path / "run.zarr", random.Random(0)
     resume_at, committed = None, 0
     for _ in range(6):
-        process = _start(store, LAST, *(() if resume_at is None else (resume_at,)))
-        first = int(process.stdout.readline())
-        until = min(first + moment.randint(3, 16), LAST - 1)
-        for line in process.stdout:
-            if int(line) >= until:
-                break
+        process, steps = training.start(store, LAST, resume_at)
+        until = min(next(steps) + moment.randint(3, 16), LAST - 1)
+        assert until in steps
         threading.Event().wait(moment.random() * 0.01)  # somewhere within a record
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         count = _check(store, uninterrupted)
         assert count >= committed
         # The training thread may be ahead of the writer by its queue, a pending record and one
@@ -77,9 +59,9 @@ def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, uninterr
         if resume_at >= 10:
             resume_at -= moment.randint(0, 5)  # the checkpoint is older than the last record
             committed = resume_at + 1
-    done = _start(store, resume_at + 20, resume_at)
-    done.communicate()
-    assert done.returncode == 0
+    process, _ = training.start(store, resume_at + 20, resume_at)
+    process.join()
+    assert process.exitcode == 0
     assert _check(store, uninterrupted) == resume_at + 21
     events = [(event.kind, event.step) for event in dy.open_run(store).events]
     merges = [step for kind, step in events if kind == "merge"]
@@ -89,17 +71,16 @@ def test_kill_9_loses_no_committed_record_and_the_run_resumes(tmp_path, uninterr
 
 def test_a_reader_beside_the_writer_sees_whole_records_only(tmp_path, uninterrupted):
     store = tmp_path / "run.zarr"
-    process = _start(store, LAST)
-    process.stdout.readline()
+    process, steps = training.start(store, LAST)
+    next(steps)
     counts = []
-    while process.poll() is None:
+    while process.is_alive():
         counts.append(_check(store, uninterrupted))
         if counts[-1] == 0:
             continue
         ds = dy.analyze(store, metrics=["effective_rank"], kinds=["weight"], steps=[0])
         assert (ds["status"] == dy.Status.MEASURED).all()
-    process.stdout.close()
-    assert process.returncode == 0
+    assert process.exitcode == 0
     assert _check(store, uninterrupted) == LAST + 1
     assert len(set(counts)) >= 3  # it did look while the recording grew
     assert counts == sorted(counts)

@@ -3,10 +3,7 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,22 +165,12 @@ def test_kill_9_loses_no_committed_record_of_a_repository(tmp_path, in_directory
     moment, resume_at, path = random.Random(3), None, tmp_path / "killed"
     icechunk.Repository.create(local(path))
     for _ in range(2):
-        arguments = [str(path), "400", *([] if resume_at is None else [str(resume_at)])]
-        process = subprocess.Popen(
-            [sys.executable, "-m", training.__name__, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[3],
-            # Icechunk warns of this kind of storage on stdout.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ICECHUNK_LOG": "error"},
-        )
-        for line in process.stdout:
-            if int(line) >= (resume_at or 0) + 6:
-                break
+        process, numbers = training.start(path, 400, resume_at)
+        assert (resume_at or 0) + 6 in numbers
         time.sleep(moment.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         tree = tree_of(icechunk.Repository.open(local(path)).readonly_session("main").store)
         steps = tree["step"].values.tolist()
         assert steps == list(range(len(steps)))
