@@ -5,6 +5,7 @@ tokens, ...) is merged by PEFT itself, on a copy of the layer. This costs a copy
 the time of one reading. What PEFT cannot merge is left out by name.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from probes.model import lora
 from probes.model.quantised import PackedSource
-from probes.model.twin import plain, twin
+from probes.model.twin import plain, twin, whole
 from probes.model.weight import Factors, NotRead, Source, Weight, not_read
 
 Found = Iterator[Weight | NotRead]
@@ -26,7 +28,7 @@ TWICE = "factors that PEFT adds twice (out_proj of nn.MultiheadAttention)"
 
 @dataclass(frozen=True)
 class MergedSource:
-    """What PEFT's own merge makes of a weight, on a copy of the layer."""
+    """What PEFT's own merge makes of a weight, on a copy of the layer, which is not sharded."""
 
     layer: Any
     name: str  # of the weight inside of the base layer
@@ -38,9 +40,11 @@ class MergedSource:
         layer = self.layer
         if layer.merged != layer.disable_adapters:
             return self.inner.read()
+        if lora.is_routed(layer):
+            raise TypeError("the weight under X-LoRA depends on the input")
         copied = twin(layer)
         if self.is_replaceable:
-            plain(copied.get_base_layer(), self.name, self.inner.read().clone())
+            plain(copied.get_base_layer(), self.name, whole(self.inner.read()).clone())
         if layer.merged:  # and disabled: the layer takes the adapters out when it computes
             copied.unmerge()
         else:
@@ -112,24 +116,29 @@ def weights_of_tuner_layer(layer: Any, path: str, walk: Walk) -> Found:
         yield from _multihead_attention(layer, path, walk)
         return
     base, adapted = layer.get_base_layer(), path + lora.adapted_weight_name(layer)
-    is_plain, is_found = lora.is_plain_lora(layer), False
+    is_plain, is_found, is_merged = lora.is_plain_lora(layer), False, False
     for each in walk(layer.base_layer, path):
         if isinstance(each, NotRead) or each.module is not base:
             yield each
         elif is_plain and each.name == adapted:
             is_found = True
-            yield _if_read(layer, replace(each, source=lora.LoraSource(layer, each.source)))
+            source: Source = lora.LoraSource(layer, each.source)
+            if len(each.shape) != 2 and any(isinstance(part, DTensor) for part in each.parts):
+                source = MergedSource(layer, lora.adapted_weight_name(layer), each.source)
+            yield _if_read(layer, replace(each, source=source))
         elif is_plain and (each.name != f"{path}bias" or not any(layer.lora_bias.values())):
             yield each
         else:
             # A tied layer has no token rows of its own: it is the weight of the one it is tied to.
             merging = getattr(layer, "tied_adapter", None) or layer
             source = MergedSource(merging, each.name.removeprefix(path), each.source)
-            yield _if_read(layer, replace(each, source=source, parameter=None))
+            found = _if_read(layer, replace(each, source=source, parameter=None))
+            is_merged |= isinstance(found, Weight)
+            yield found
     factors = lora.active_factors(layer) if is_plain and not is_found else None
     if factors is not None and not factors.a.is_meta:
         yield _only_factors(layer, adapted, factors)
-    yield from _adapter_parameters(layer, path)
+    yield from _adapter_parameters(layer, path, is_merged)
 
 
 def weights_of_saved_module(wrapper: Any, path: str, walk: Walk) -> Found:
@@ -171,7 +180,7 @@ def active_copy(wrapper: Any) -> str | None:
 
 def _if_read(layer: Any, weight: Weight) -> Weight | NotRead:
     """The weight with its dtype; left out by name if PEFT fails to merge it."""
-    if type(layer).__name__ == "Linear" and isinstance(weight.source, lora.LoraSource):
+    if lora.peft_class(layer).__name__ == "Linear" and isinstance(weight.source, lora.LoraSource):
         return weight  # the common case, which never fails, is not worth a merge of the model
     try:
         return replace(weight, dtype=weight.read().dtype)
@@ -209,25 +218,26 @@ def _only_factors(layer: Any, name: str, factors: Factors) -> Weight:
     return Weight(name, None, shape, dtype, layer.get_base_layer(), source, readable=False)
 
 
-def _adapter_parameters(layer: Any, path: str) -> Found:
+def _adapter_parameters(layer: Any, path: str, is_merged: bool = False) -> Found:
     """The parameters of a layer's adapters, and what becomes of each."""
+    only = f"{_method(layer)} adapters{', of which only the merged weight is read' * is_merged}"
     is_lora, active = lora.has_factors(layer), layer.active_adapters
     if hasattr(layer, "parameter_name"):  # several of such layers lie in each other
         path += f"{layer.parameter_name}."
     for name, parameter in _own_parameters(layer):
         adapter = next((part for part in name.split(".") if part in active), None)
         is_elsewhere = False
-        if adapter is None:
+        if adapter is None and not lora.is_routed(layer):
             reason = "adapters that are not active"
         elif hasattr(layer, "trainable_tokens_delta"):
             reason, is_elsewhere = "trainable token rows", True
         elif not is_lora:
-            reason = f"{_method(layer)} adapters"
+            reason = only
         elif parameter.ndim == 1:
             reason = "biases of adapters"
         elif len(lora.active_adapters(layer)) > 1:
             reason = "factors of several active adapters"
-        elif lora.factors_of(layer, adapter) is None:
+        elif adapter is None or lora.factors_of(layer, adapter) is None:
             reason = "factors of grouped convolutions"
         else:
             reason, is_elsewhere = "adapter factors", True
@@ -257,9 +267,9 @@ def _unused(found: list[Weight | NotRead], reason: str) -> Found:
 def _method(layer: Any) -> str:
     """What PEFT calls the method of a layer: "DoRA", "LOHA", ..."""
     for variant in getattr(layer, "lora_variant", {}).values():
-        name = type(variant).__name__
-        return "DoRA" if name.startswith("Dora") else name.removesuffix("Variant")
+        name = re.sub(r"(Linear|Embedding|Conv\dd)?Variant$", "", type(variant).__name__)
+        return name.replace("Dora", "DoRA").replace("Lora", "LoRA").replace("lora", "LoRA")
     if lora.is_routed(layer):
         return "X-LoRA"
-    method = type(layer).__module__.split(".")[2].upper()
+    method = lora.peft_class(layer).__module__.split(".")[2].upper()
     return {"LORA": "LoRA"}.get(method, method)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from probes.model.twin import whole
 from probes.model.weight import Factors, Source
 
 # Variants that differ from plain LoRA only in how they are trained.
@@ -98,6 +99,7 @@ def factors_of(layer: Any, adapter: str) -> Factors | None:
     a, b = (each[adapter].weight.detach() for each in (layer.lora_A, layer.lora_B))
     experts = getattr(layer, "num_experts", 1)
     if experts > 1:  # A is expert-major, B expert-minor
+        a, b = whole(a), whole(b)
         a = a.reshape(experts, -1, a.shape[-1])
         b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
         return Factors(a, b, scaling, not layer._did_swap_in_out_features)
@@ -109,8 +111,14 @@ def factors_of(layer: Any, adapter: str) -> Factors | None:
     return Factors(a, b, scaling, bool(getattr(layer, "fan_in_fan_out", False)))
 
 
+def peft_class(layer: Any) -> type:
+    """The class of PEFT that a layer has, also below classes that FSDP2 and others put on it."""
+    return next(each for each in type(layer).__mro__ if each.__module__.startswith("peft."))
+
+
 def _is_lora(layer: Any) -> bool:
-    return type(layer).__module__.startswith("peft.tuners.lora.") and not is_routed(layer)
+    place = peft_class(layer).__module__
+    return place.startswith("peft.tuners.lora.") and not is_routed(layer)
 
 
 def is_routed(layer: Any) -> bool:

@@ -5,6 +5,7 @@ older hooks for weight norm and spectral norm, and the masks of `torch.nn.utils.
 of each other.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -36,7 +37,7 @@ def computed_weights(module: nn.Module, path: str) -> Iterator[Weight]:
         originals[name] = parts[name] = [
             parameter
             for each, parameter in module._parameters.items()
-            if each.startswith(f"{name}_") and parameter is not None
+            if _is_part(each, name) and parameter is not None
         ]
     for name in parts:
         source = ComputedSource(module, name)
@@ -102,5 +103,10 @@ def _hooked(module: nn.Module) -> Iterator[str]:
             names.add(str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)))
     for name in sorted(names):
         # pruning the v of weight norm makes `weight_v` of `weight_v_orig`
-        if not any(name.startswith(f"{other}_") for other in names):
+        if not any(_is_part(name, other) for other in names):
             yield name
+
+
+def _is_part(name: str, whole: str) -> bool:
+    """Whether a hook of torch named a parameter so because it computes `whole` from it."""
+    return re.fullmatch(rf"{re.escape(whole)}(_g|_v|_orig)+", name) is not None

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -23,6 +24,7 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 def twin(module: nn.Module) -> Any:
     """A copy in evaluation mode, with tensors, containers and flags of its own.
 
+    Sharded tensors are gathered: every process that holds a part must call this.
     It has no hooks but those that compute a weight. Parameters do not require a gradient.
     Parameters of classes of their own (packed ones) are shared with the module.
 
@@ -30,6 +32,11 @@ def twin(module: nn.Module) -> Any:
         module: any module, also one that is sharded or parametrised.
     """
     return _twin(module, {})
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All values of a tensor, gathered if it is sharded; every process must call this then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def plain(module: nn.Module, name: str, weight: torch.Tensor) -> None:
@@ -82,7 +89,7 @@ def _twin(module: nn.Module, done: dict[int, Any]) -> Any:
 
 def _copy(tensor: torch.Tensor, done: dict[int, Any]) -> torch.Tensor:
     if id(tensor) not in done:
-        copied = tensor.detach().clone()
+        copied = whole(tensor.detach()).clone()
         if isinstance(tensor, nn.Parameter):
             if type(tensor) not in (nn.Parameter, type(tensor.data)):
                 return tensor

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -80,7 +80,8 @@ class _Walk:
 
     def around(self, wrapper: nn.Module, name: str, path: str) -> Iterator[Weight | NotRead]:
         """What is found in the module that a wrapper holds, and then in the wrapper itself."""
-        yield from self(cast(nn.Module, wrapper._modules[name]), path)
+        if (inner := wrapper._modules.get(name)) is not None:
+            yield from self(inner, path)
         yield from self._plain(wrapper, path)
 
     def _plain(self, module: nn.Module, path: str) -> Iterator[Weight | NotRead]:
@@ -123,5 +124,6 @@ def _peft_wrapper(module: nn.Module) -> Any:
     if isinstance(module, PeftModel | PeftMixedModel):  # its base_model is no tuner for prompts
         return lambda wrapper, path, walk: walk.around(wrapper, "base_model", path)
     if isinstance(module, BaseTuner | _BaseAdaptedAttention):
-        return lambda wrapper, path, walk: walk.around(wrapper, "model", path)
+        inner = "lora_model" if "lora_model" in module._modules else "model"  # X-LoRA
+        return lambda wrapper, path, walk: walk.around(wrapper, inner, path)
     return None

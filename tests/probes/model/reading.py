@@ -51,7 +51,10 @@ def _state(model):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 about = (id(tensor), tensor.requires_grad, tensor._version, tensor.is_leaf)
-                state[f"{name}.{key}"] = tensor.detach().clone()
+                numbers = tensor.detach()
+                if type(numbers).dequantize is not torch.Tensor.dequantize:
+                    numbers = numbers.dequantize()
+                state[f"{name}.{key}"] = numbers.clone()
                 state[f"{name}.{key} about"] = (*about, tensor.grad is None)
     return state
 

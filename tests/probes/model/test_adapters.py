@@ -85,6 +85,46 @@ def test_what_depends_on_the_input_is_left_out_by_name(method):
     reasons = by_name(model)[1]
     reason = f"weights under {method} adapters that PEFT cannot merge"
     assert reasons["first.weight"] == reasons["second.weight"] == reason
+    assert set(reasons.values()) == {reason, f"{method} adapters"}
+
+
+@pytest.mark.parametrize("method", ["ALoRA", "X-LoRA", "Arrow"])
+def test_variants_of_lora_that_depend_on_the_input_are_left_out_by_name(method, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, use_cache=False))
+    names = {name for name, _ in model.named_parameters()}
+    kinds = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    if method == "ALoRA":
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**kinds, alora_invocation_tokens=[1]))
+    else:
+        for each in ("a", "b"):
+            saved = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**kinds))
+            saved.save_pretrained(tmp_path / each)
+        paths = [str(tmp_path / each) for each in ("a", "b")]
+        if method == "Arrow":
+            adapted = peft.create_arrow_model(model, paths, peft.ArrowConfig(top_k=1))
+        else:
+            config = peft.XLoraConfig(
+                task_type="CAUSAL_LM", hidden_size=16, adapters=dict(zip("ab", paths, strict=True))
+            )
+            adapted = peft.get_peft_model(model, config)
+    read = set(read_all(adapted)) & names
+    queries = {name for name in names if "q_proj" in name}
+    assert read == names - queries
+    reasons = by_name(adapted)[1]
+    reason = f"weights under {method} adapters that PEFT cannot merge"
+    assert {reasons[name] for name in queries} == {reason}
+    assert f"{method} adapters" in reasons.values()
+
+
+@pytest.mark.parametrize("config", ["kasa_config", "monteclora_config", "velora_config"])
+def test_other_variants_of_lora_are_merged(config):
+    import peft.tuners.lora.config as configs
+
+    options = {config: getattr(configs, config.title().replace("_", ""))()}
+    model = _adapted("LORA", Small().bfloat16(), **options)
+    assert_as_merged(model)
+    weight = by_name(model)[0]["first.weight"]
+    assert (weight.factors() is not None) == (config == "velora_config")  # trained differently
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,7 +138,7 @@ def test_dora_is_recorded_without_its_factors(target, dtype):
     assert weight.factors() is None
     assert weight.parameter is None
     assert weight.parts
-    assert set(reasons.values()) == {"DoRA adapters"}
+    assert set(reasons.values()) == {"DoRA adapters, of which only the merged weight is read"}
     assert len(reasons) == 3
 
 

@@ -207,3 +207,13 @@ def test_attention_layers_and_convolutions_are_computed_too():
     values = read_all(model.eval())
     assert torch.equal(values["conv.weight"], model["conv"].weight)
     assert torch.equal(values["attn.in_proj_weight"], model["attn"].in_proj_weight)
+
+
+def test_a_hook_computes_only_its_own_weight():
+    model = nn.LSTM(8, 4, bidirectional=True)
+    names = {name for name, _ in model.named_parameters()}
+    _old(lambda each: nn.utils.weight_norm(each, "weight_hh_l0"))(model)
+    assert set(read_all(model)) == names
+    weights, _ = by_name(model)
+    assert weights["weight_hh_l0_reverse"].parameter is model.weight_hh_l0_reverse
+    assert len(weights["weight_hh_l0"].parts) == 2
