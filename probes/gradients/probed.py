@@ -63,7 +63,7 @@ class ProbedGradients:
         self._stand_ins.arm(self._model, self._parameters)
 
     def take(self, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
-        """Name -> gradient since `arm`, divided by `loss_scale`, of the weights that are frozen now.
+        """Name -> gradient since `arm`, divided by `loss_scale`, where the weight is frozen now.
 
         A weight that no backward pass reached on any rank is left out.
         """

@@ -17,6 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _COMPILERS_WARNING = r"Using `torch\.compile\(module\)` when there are global hooks on modules"
 
+_CALL = nn.Module._call_impl.__code__
+
 Collect = Callable[[str, torch.Tensor], None]
 
 
@@ -71,6 +73,7 @@ class StandIns:
         self._modules: set[int] = set()
         self._fast: list[nn.Module] = []
         self._places: _Places | None = None
+        self._outermost: nn.Module | None = None
         self._depth = 0
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
@@ -103,7 +106,7 @@ class StandIns:
         if self._places is not None:
             self._places.leave()
             self._places.collect = None
-        self._places, self._depth = None, 0
+        self._places, self._outermost, self._depth = None, None, 0
 
     def _unhook(self) -> None:
         for hooks, number, _ in self._hooks:
@@ -114,10 +117,13 @@ class StandIns:
             return
         if self._places is None or in_backward():  # computing again is as it was the first time
             return
+        if module is self._outermost and not _is_called_within_itself(module):
+            self._depth = 0  # the call before was interrupted
         if self._depth == 0:
             if not torch.is_grad_enabled() or self._would_leave_a_fast_path():
                 return
             self._places.take()
+            self._outermost = module
         self._depth += 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -127,6 +133,7 @@ class StandIns:
             return
         self._depth -= 1
         if self._depth == 0:
+            self._outermost = None
             again = self._places.leave()
             for tensor in _tensors(output):
                 if tensor.grad_fn is not None:
@@ -167,10 +174,13 @@ class _Places:
 
     def _put(self, places: list[tuple[_Place, torch.Tensor]]) -> None:
         for place, stand_in in places:
-            # What somebody else has put there, such as functional_call, stays.
-            if _at(place) is place.parameter:
+            found = _at(place)
+            if found is place.parameter:
                 place.container[place.key] = stand_in
                 self._taken.append((place, stand_in))
+            elif getattr(found, "stands_for", None) is place.parameter:  # of another recorder
+                found.collectors[id(self)] = stand_in.collectors[id(self)]
+            # What somebody else has put there, such as functional_call, stays.
 
     def leave(self) -> Callable[[Any], None]:
         """Put the weights back; returns what does the same again for one backward pass."""
@@ -192,15 +202,16 @@ class _Places:
             with torch.inference_mode(False), torch.no_grad():
                 # A view: autocast keeps the casts of other leaves that require a gradient.
                 stand_in = self._made[name] = parameter.detach()[...].requires_grad_()
-            stand_in.register_post_accumulate_grad_hook(functools.partial(self._collected, name))
+            stand_in.register_post_accumulate_grad_hook(_collected)
+            stand_in.collectors = {id(self): functools.partial(self._collected, name)}
+            stand_in.stands_for = parameter
             # Whoever copies, freezes or unfreezes a weight within a call means the weight itself.
             stand_in.__deepcopy__ = functools.partial(copy.deepcopy, parameter)
             stand_in.requires_grad_ = functools.partial(self._hand_over, parameter)
         return stand_in
 
-    def _collected(self, name: str, stand_in: torch.Tensor) -> None:
-        gradient, stand_in.grad = stand_in.grad, None
-        if self.collect is not None and gradient is not None:
+    def _collected(self, name: str, gradient: torch.Tensor) -> None:
+        if self.collect is not None:
             self.collect(name, gradient)
 
     def _hand_over(self, parameter: nn.Parameter, requires_grad: bool = True) -> torch.Tensor:
@@ -208,6 +219,12 @@ class _Places:
             if place.parameter is parameter and _at(place) is stand_in:
                 place.container[place.key] = parameter
         return parameter.requires_grad_(requires_grad)
+
+
+def _collected(stand_in: Any) -> None:
+    gradient, stand_in.grad = stand_in.grad, None
+    for number, collect in enumerate(stand_in.collectors.values()):
+        collect(gradient if number == 0 else gradient.clone())  # each adds to its own in place
 
 
 def _places(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[_Place]:
@@ -238,6 +255,15 @@ def _same_memory(stand_in: torch.Tensor, parameter: nn.Parameter) -> bool:
         and stand_in.dtype == parameter.dtype
         and stand_in.device == parameter.device
     )
+
+
+def _is_called_within_itself(module: nn.Module) -> bool:
+    calls, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            calls += 1
+        frame = frame.f_back
+    return calls > 1
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Outside of the user's contexts: what a recorder computes does not depend on where it is called."""
+"""Outside of the user's contexts: what is recorded does not depend on where it is computed."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
