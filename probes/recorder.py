@@ -13,10 +13,10 @@ from dynamics.errors import DynamicsError
 from dynamics.recordings import Compression, Recording, RecordingWriter, StoreLike
 from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
+from probes.contexts import outside_of_contexts
 from probes.gradients.of_step import StepGradients
 from probes.gradients.optimizer_hooks import OptimizerSteps
 from probes.model.account import announce
-from probes.model.contexts import outside_of_contexts
 from probes.model.optimizers import innermost_optimizer
 from probes.model.parameters import Selection, track
 from probes.model.provenance import model_config, package_versions

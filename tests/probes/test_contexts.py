@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynamics as dy
 from dynamics.runs.parameter_names import clean_name
 from probes import Recorder
-from probes.model.contexts import outside_of_contexts
+from probes.contexts import outside_of_contexts
 from tests.probes.adapted import adam, adapted_model, tokens
 
 
