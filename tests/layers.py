@@ -17,7 +17,6 @@ LAYERS: list[dict[str, str]] = [
     {
         "probes.model": "what is read of a live model",
         "probes.schedule": "which steps are recorded",
-        "probes.contexts": "nothing of the user's surroundings counts",
     },
     {"dynamics.cli": "the command line"},
     {
@@ -35,6 +34,7 @@ LAYERS: list[dict[str, str]] = [
         "dynamics.formats": "what can be read?",
     },
     {"dynamics.formats.shared": "what several formats have in common"},
+    {"dynamics.formats.quantised": "which numbers do codes stand for?"},
     {
         "dynamics.formats.format": "what is a format?",
         "dynamics.formats.storage": "how are tensors stored in files?",

@@ -51,15 +51,20 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
     elif isinstance(matrix, Difference):
         other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
         parts = [matrix.now.values, matrix.before.values]
+        parts += [*_errors(matrix.now), *_errors(matrix.before)]
         if matrix.adapter is not None:  # its product was rounded
             other = (*other, matrix.adapter.scale)
             parts += [matrix.adapter.left, matrix.adapter.right]
     else:
-        other, parts = (matrix.dtype,), [matrix.values]
+        other, parts = (matrix.dtype,), [matrix.values, *_errors(matrix)]
     digest.update(repr((type(matrix).__name__, other)).encode())
     for part in parts:
         digest.update(backend.digest(part))
     return digest.digest()
+
+
+def _errors(matrix: Dense) -> tuple[np.ndarray, ...]:
+    return () if matrix.errors is None else matrix.errors.arrays
 
 
 class SpectrumCache:

@@ -27,7 +27,7 @@ from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_f
 from dynamics.formats.shared.steps import numbered_directories
 from dynamics.formats.storage.files import contained, one_line, read_range, root_of, size_of
 from dynamics.formats.storage.model_files import has_model, model_tensors, pickled_tensors
-from dynamics.formats.storage.tensors import Tensor
+from dynamics.formats.storage.tensors import Tensor, floats
 from dynamics.runs.run import Run
 
 _NAME = re.compile(r"step_(\d+)")
@@ -163,7 +163,7 @@ def _open(directory: Path, root: Path, config: Mapping[str, Any], split: str | N
         attrs["gradient"] = _GRADIENT.format(split=split)
         file = directory / _DYNAMICS / f"{split}_gradients.pt"
         if file.is_file():
-            gradients = _by_parameter(pickled_tensors(file, root), file)
+            gradients = _by_parameter(floats(pickled_tensors(file, root)), file)
     return Checkpoint(
         without_tied_names(weights, attrs), adapters, gradients=gradients, attrs=attrs
     )
@@ -171,11 +171,11 @@ def _open(directory: Path, root: Path, config: Mapping[str, Any], split: str | N
 
 def _weights(directory: Path, root: Path) -> dict[str, Tensor]:
     if has_model(directory):
-        return _without_wrapper(with_clean_names(model_tensors(directory, root), directory))
+        return _without_wrapper(with_clean_names(floats(model_tensors(directory, root)), directory))
     for split in _SPLITS:
         file = directory / _DYNAMICS / f"{split}_weights.pt"
         if file.is_file():
-            return _by_parameter(pickled_tensors(file, root), file)
+            return _by_parameter(floats(pickled_tensors(file, root)), file)
     raise FormatError(f"{directory} holds neither a model nor {_DYNAMICS}/*_weights.pt.")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
@@ -80,7 +81,8 @@ def _open(directory: Path, root: Path) -> Checkpoint:
     if not has_model(directory):
         raise FormatError(f"{directory} holds no model.safetensors or pytorch_model.bin.")
     attrs = model_attrs(directory, root)
-    tensors = with_clean_names(model_tensors(directory, root), directory)
+    stored, left_out = dequantised(model_tensors(directory, root), attrs.get("config"))
+    tensors = with_clean_names(stored, directory)
     parts, weights = pair_factors(tensors, _PART, directory)
     path = directory / _CONFIG
     config = read_json(contained(path, root)) if path.is_file() else {}
@@ -100,6 +102,7 @@ def _open(directory: Path, root: Path) -> Checkpoint:
     return Checkpoint(
         without_tied_names(weights, attrs),
         adapters,
+        left_out=left_out,
         attrs=attrs,
         scalars=_scalars(directory / _STATE, root),
     )

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 _TOLERATED = 0.01  # of the numbers in matrices, left out by no choice of the user
 VECTORS = "vectors"  # how the reason begins for what holds vectors and no matrix
+INTEGERS = "integers (indices, masks)"  # the reason for what is computed with, and is no weight
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class LeftOut:
 
     @property
     def is_vector(self) -> bool:
-        """Whether it holds vectors, be it a stack of them, and no matrix."""
-        return sum(size > 1 for size in self.shape) < 2 or self.reason.startswith(VECTORS)
+        """Whether it holds vectors, be it a stack of them, or indices, and no matrix."""
+        no_matrix = self.reason.startswith((VECTORS, INTEGERS))
+        return sum(size > 1 for size in self.shape) < 2 or no_matrix
 
 
 @dataclass(frozen=True)

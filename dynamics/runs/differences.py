@@ -1,12 +1,12 @@
 """Kinds that are made from weights: differences of two stored matrices, and sums of adapters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dynamics import schema
-from dynamics.runs.run import Dense, Factored, Matrix, Run, Spectrum
+from dynamics.runs.run import Dense, Factored, Matrix, Run, Spectrum, Stored
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Difference:
     Its noise is the rounding of both terms, and of every merge in between: each stored
     W + s·B·A rounds the weight anew. Where an adapter is part of the later weight, the product
     s·B·A was rounded before it was added, in float32 at each of its r partial sums: those of a
-    sum of independent terms have (r + 1)/2 times the variance of its last rounding.
+    sum of independent terms have (r + 1)/2 times the variance of its last rounding. The errors of
+    one quantised base are in both terms and cancel.
 
     Attributes:
         now: the later matrix.
@@ -43,9 +44,13 @@ class Difference:
         return np.subtract(self.now.values, self.before.values, dtype=np.float64)
 
     @property
-    def stored(self) -> tuple[tuple[np.ndarray, str], ...]:
+    def stored(self) -> tuple[Stored, ...]:
         """The stored numbers that its noise comes from."""
-        sums = (*self.now.stored * (1 + self.merges), *self.before.stored)
+        now, before = self.now, self.before
+        if now.errors is not None and now.errors.are_of(before.errors):
+            # One quantised base in both: its errors cancel. What was added to it is known better.
+            now, before = replace(now, errors=None), replace(before, errors=None)
+        sums: tuple[Stored, ...] = (*now.stored * (1 + self.merges), *before.stored)
         if self.adapter is None:
             return sums
         product = (self.adapter.product(), self.now.dtype)

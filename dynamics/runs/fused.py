@@ -139,7 +139,7 @@ class Part(MatrixInfo):
     def of(self, matrix: Matrix) -> Matrix:
         """This part of the fused matrix; of a product, which keeps its rank bound, of a factor."""
         if isinstance(matrix, Dense):
-            return replace(matrix, values=matrix.values.take(self.index, axis=self.axis))
+            return matrix.part(lambda array: array.take(self.index, axis=self.axis))
         if self.axis == 0:
             return replace(matrix, left=matrix.left[self.index])
         return replace(matrix, right=matrix.right[:, self.index])

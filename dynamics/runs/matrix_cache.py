@@ -112,5 +112,6 @@ def _size(matrix: Matrix | None) -> int:
     if matrix is None:
         return 0
     if isinstance(matrix, Dense):
-        return matrix.values.nbytes
+        codes = None if matrix.errors is None else matrix.errors.codes
+        return matrix.values.nbytes + (0 if codes is None else codes.nbytes)
     return matrix.left.nbytes + matrix.right.nbytes

@@ -1,7 +1,7 @@
 """A run: what every format offers to the analysis, one matrix at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ from dynamics import schema
 from dynamics.errors import MissingError
 from dynamics.runs import parameter_names
 from dynamics.runs.account import Account
+from dynamics.runs.code_errors import CodeErrors
+
+# (values (m, n), dtype), and the errors of numbers that were quantised
+Stored = tuple[np.ndarray, str] | tuple[np.ndarray, str, CodeErrors]
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class MatrixInfo:
         rows: m, of (m, n).
         cols: n.
         head: the query head of a circuit, None where it belongs to no single head.
+        expert: the routed expert of a mixture, None outside of experts.
     """
 
     name: str
@@ -32,21 +37,7 @@ class MatrixInfo:
     rows: int
     cols: int
     head: int | None = None
-
-    @property
-    def expert(self) -> int | None:
-        """The routed expert of a mixture, None outside of experts."""
-        return parameter_names.expert_of(self.name)
-
-    @property
-    def stack(self) -> str:
-        """Encoder, decoder, ...: see `parameter_names.stack_of`."""
-        return parameter_names.stack_of(self.name)
-
-    @property
-    def attention(self) -> str:
-        """Self or cross: see `parameter_names.attention_of`."""
-        return parameter_names.attention_of(self.name)
+    expert: int | None = None
 
 
 def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
@@ -54,7 +45,11 @@ def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
     clean = {parameter_names.clean_name(stored): shape for stored, shape in shapes.items()}
     return {
         name: MatrixInfo(
-            name, parameter_names.layer_of(name), parameter_names.module_of(name), *clean[name]
+            name,
+            parameter_names.layer_of(name),
+            parameter_names.module_of(name),
+            *clean[name],
+            expert=parameter_names.expert_of(name),
         )
         for name in sorted(clean, key=parameter_names.natural_order)
         if len(clean[name]) == 2 and min(clean[name]) > 0
@@ -68,10 +63,13 @@ class Dense:
     Attributes:
         values: (rows, cols), any float dtype that holds the stored numbers exactly.
         dtype: the dtype that the numbers were stored in, e.g. "bfloat16". It decides their noise.
+        errors: of a quantised matrix, which decide its noise instead; `dtype` is then the one that
+            the model computes with.
     """
 
     values: np.ndarray
     dtype: str
+    errors: CodeErrors | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,9 +78,16 @@ class Dense:
         return rows, cols
 
     @property
-    def stored(self) -> tuple[tuple[np.ndarray, str], ...]:
+    def stored(self) -> tuple[Stored, ...]:
         """The stored numbers that its noise comes from."""
+        if self.errors is not None:
+            return ((self.values, self.dtype, self.errors),)
         return ((self.values, self.dtype),)
+
+    def part(self, cut: Callable[[Any], Any]) -> "Dense":
+        """The same part of the numbers and of their errors, cut out by an index or `.T`."""
+        errors = None if self.errors is None else cut(self.errors)
+        return Dense(cut(self.values), self.dtype, errors)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dynamics.runs.code_errors import CodeErrors
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense
 from dynamics.spectra import numpy_spectrum, rounding
@@ -55,7 +56,9 @@ class Backend(ABC):
         """
         return self._once(array, "digest", lambda: _digest(array))
 
-    def _once(self, array: np.ndarray, what: str, compute: Callable[[], Result]) -> Result:
+    def _once(
+        self, array: np.ndarray | CodeErrors, what: str, compute: Callable[[], Result]
+    ) -> Result:
         key = (id(array), what)
         kept = self._kept.get(key)
         if kept is None or kept[0]() is not array:
@@ -80,6 +83,8 @@ class NumpyBackend(Backend):
     def variance_sums(self, term: rounding.Stored) -> tuple[np.ndarray, np.ndarray]:
         """See `Backend`."""
         if len(term) > 2:  # with a scale, which is not part of the array
+            if isinstance(term[2], CodeErrors):
+                return self._once(term[2], "variance", lambda: rounding.variance_sums(term))
             return rounding.variance_sums(term)
         return self._once(term[0], f"variance of {term[1]}", lambda: rounding.variance_sums(term))
 

@@ -11,6 +11,9 @@ follow:
     noise_norm_bound   one matrix in a thousand exceeds it; `noise_floor` is this number
     noise_limit        no rounding can exceed it; 2 to 50 times larger
 
+The errors of a quantised matrix are those of its codes (`CodeErrors`): what it was unpacked to says
+nothing about them.
+
 The errors are not independent where the stored values repeat a pattern. A rank-one product in an
 8-bit float has up to twice the noise of the bound. Numbers that all lie within one ulp are not
 spread evenly within it. Only `noise_limit` covers constant matrices.
@@ -21,6 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dynamics.runs.code_errors import CodeErrors
 from dynamics.spectra.random_matrices import TRACY_WIDOM_999, TRACY_WIDOM_MEAN
 from dynamics.spectra.rounding import Stored, rounding_variance, spacing, variance_sums
 from dynamics.spectra.variance_profiles import edge_of_profile
@@ -183,7 +187,11 @@ def noise_floor(
 
 def _shrunk(term: Stored) -> Stored:
     values = np.multiply(term[0], _SHRINK, dtype=np.float64)
-    return (values, term[1]) if len(term) == 2 else (values, term[1], term[2] * np.array(_SHRINK))
+    if len(term) == 2:
+        return values, term[1]
+    if isinstance(term[2], CodeErrors):
+        return values, term[1], term[2].scaled(_SHRINK)
+    return values, term[1], np.multiply(term[2], _SHRINK)
 
 
 def product_noise_norm(left: Stored, right: Stored) -> float:

@@ -11,9 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dynamics.errors import DynamicsError
+from dynamics.runs.code_errors import CodeErrors
 
-# (values (m, n), dtype), and the scale of integers that were multiplied by one
-Stored = tuple[np.ndarray, str] | tuple[np.ndarray, str, ArrayLike]
+Scale = ArrayLike | CodeErrors
+# (values (m, n), dtype), and the scale of integers that were multiplied by one, or what is known of
+# the errors of quantised numbers
+Stored = tuple[np.ndarray, str] | tuple[np.ndarray, str, Scale]
 
 # dtype -> (bits of the stored significand, exponent of the smallest normal number)
 _PRECISION: dict[str, tuple[int, int]] = {
@@ -86,18 +89,20 @@ def _binade(values: ArrayLike, dtype: str) -> np.ndarray:
     return masked.view(given.dtype)
 
 
-def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> np.ndarray:
+def rounding_variance(values: np.ndarray, dtype: str, scale: Scale | None = None) -> np.ndarray:
     """The mean square of each entry's rounding error.
 
     It is ulp²/12, of errors that are uniform within half an ulp either way. For powers of two it is
     ulp²/16, because the spacing halves below them: ∫x² over [-ulp/4, ulp/2]. A zero may be an
     underflow and has the error of the smallest numbers; but in a row or column of zeros (padding, B
-    of a fresh adapter) it is exact. For int8 it is scale²/12.
+    of a fresh adapter) it is exact. For int8 it is scale²/12. For other quantised numbers it is
+    what `CodeErrors` says, whatever the dtype.
 
     Args:
-        values: (m, n), the numbers themselves; for int8, the dequantised ones.
+        values: (m, n), the numbers themselves; for quantised ones, the dequantised ones.
         dtype: a float dtype, or "int8".
-        scale: for int8, the value of one step of the integers: a number, (m, 1) or (1, n).
+        scale: for int8, the value of one step of the integers: a number, (m, 1) or (1, n). For
+            other quantised numbers, their `CodeErrors`.
 
     Returns:
         (m, n) float64.
@@ -115,9 +120,13 @@ def rounding_variance(values: np.ndarray, dtype: str, scale: ArrayLike | None = 
 
 
 def _rounding_variance(
-    values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: Callable[[], np.ndarray]
+    values: np.ndarray, dtype: str, scale: Scale | None, columns: Callable[[], np.ndarray]
 ) -> np.ndarray:
     # `columns()` says which columns of the whole matrix hold anything but zeros, (n,).
+    if isinstance(scale, CodeErrors):
+        variance = np.broadcast_to(scale.variance(), values.shape).copy()
+        _clear_exact_zeros(variance, values, columns)
+        return variance
     if dtype == _SCALED or scale is not None:
         return np.square(_spacing(values, dtype, scale, columns)) / 12
     significand, smallest = precision(dtype)
@@ -137,7 +146,7 @@ def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:
     They are added up from blocks of rows, so the variances of an embedding are never held whole.
 
     Args:
-        term: (values, dtype) or (values, "int8", scale), values (m, n).
+        term: (values, dtype), (values, "int8", scale) or (values, dtype, errors), values (m, n).
 
     Returns:
         (m,) and (n,) float64.
@@ -154,14 +163,18 @@ def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:
     height = max(1, _BLOCK // max(n, 1))
     for first in range(0, m, height):
         block = slice(first, first + height)
-        scale = np.broadcast_to(given[0], (m, n))[block] if given else None
+        scale: Scale | None = None
+        if given:
+            of_all = given[0]
+            of_all = of_all if isinstance(of_all, CodeErrors) else np.broadcast_to(of_all, (m, n))
+            scale = of_all[block]
         variance = _rounding_variance(values[block], dtype, scale, columns)
         rows[block] = variance.sum(axis=1)
         cols += variance.sum(axis=0)
     return rows, cols
 
 
-def spacing(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> np.ndarray:
+def spacing(values: np.ndarray, dtype: str, scale: Scale | None = None) -> np.ndarray:
     """The widths of the intervals whose numbers are all stored as one number, (m, n) float64.
 
     It is `ulp`, 0 in rows and columns of zeros, and the scale for int8. No rounding error exceeds
@@ -176,8 +189,12 @@ def spacing(values: np.ndarray, dtype: str, scale: ArrayLike | None = None) -> n
 
 
 def _spacing(
-    values: np.ndarray, dtype: str, scale: ArrayLike | None, columns: Callable[[], np.ndarray]
+    values: np.ndarray, dtype: str, scale: Scale | None, columns: Callable[[], np.ndarray]
 ) -> np.ndarray:
+    if isinstance(scale, CodeErrors):
+        spacing = np.broadcast_to(scale.spacing(), values.shape).copy()
+        _clear_exact_zeros(spacing, values, columns)
+        return spacing
     if (dtype == _SCALED) != (scale is not None):
         raise DynamicsError(
             f"A matrix stored as {dtype!r} came {'with' if scale is not None else 'without'} a "

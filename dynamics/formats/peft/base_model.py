@@ -9,8 +9,10 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.peft.config import CONFIG
+from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
-from dynamics.formats.storage.files import contained, is_remote, read_json, root_of
+from dynamics.formats.shared.hugging_face_files import model_attrs
+from dynamics.formats.storage.files import is_remote, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
@@ -120,7 +122,7 @@ class BaseModels:
         at = [base.directory] if base else []
         for directory in (*at, *self._candidates(step, config)):
             if (directory / "config.json").is_file():
-                return read_json(contained(directory / "config.json", self.root(directory)))
+                return dict(model_attrs(directory, self.root(directory))["config"])
         return {}
 
     def root(self, directory: Path) -> Path:
@@ -168,7 +170,7 @@ def base_tensors(
     Raises:
         FormatError: the model is damaged, or lacks a weight that has an adapter.
     """
-    stored = model_tensors(base.directory, root)
+    stored, left_out = dequantised(model_tensors(base.directory, root), config)
     weights = with_clean_names(
         {name: each for name, each in stored.items() if not _FACTOR.fullmatch(name)},
         base.directory,
@@ -178,6 +180,13 @@ def base_tensors(
     for name in with_adapter - set(tensors):
         weight = weights.get(name) or _output_embedding(name, tensors, config)
         if weight is None:
+            for each in left_out:
+                if parameter_names.clean_name(each.name) == name:
+                    raise FormatError(
+                        f"{base.directory} holds {name}, which is {each.reason}; give a base that "
+                        "is not quantised with base= (--base DIR), or measure the adapter alone "
+                        "with kinds=['adapter'] (--kinds adapter)."
+                    )
             raise FormatError(
                 f"{base.directory} has no {name}, so it is not the base of this adapter; give "
                 "another with base= (--base)."

@@ -26,7 +26,7 @@ from dynamics.formats.shared.hugging_face_files import checkpoint_directories, l
 from dynamics.formats.shared.lora_factors import Adapter, check_fits, pair_factors
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
-from dynamics.formats.storage.tensors import Tensor
+from dynamics.formats.storage.tensors import Tensor, floats
 from dynamics.runs.run import Run
 
 _PART = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.weight)?")
@@ -98,7 +98,7 @@ def _adapters(
 
     PEFT saves the modules that it trained in full (`modules_to_save`), and some embeddings.
     """
-    tensors = with_clean_names(model_tensors(directory, root, ADAPTER), directory)
+    tensors = with_clean_names(floats(model_tensors(directory, root, ADAPTER)), directory)
     parts, full_modules = pair_factors(tensors, _PART, directory)
     adapters: dict[str, Adapter] = {}
     for name, each in parts.items():

@@ -16,6 +16,7 @@ import numpy as np
 
 from dynamics import schema
 from dynamics.errors import FormatError
+from dynamics.formats.quantised.tensor import QuantisedTensor
 from dynamics.formats.shared.evaluations import with_evaluations
 from dynamics.formats.shared.lora_factors import Adapter, joined_origin
 from dynamics.formats.shared.matrices import as_matrices
@@ -97,7 +98,8 @@ class Checkpoint:
         base, product = _dense(self.weights.get(name)), adapter.read()
         if base is None:
             return Dense(product.product(), product.dtype)
-        return Dense(base.values.astype(np.float64) + product.product(), base.dtype)
+        values = base.values.astype(np.float64) + product.product()
+        return Dense(values, base.dtype, base.errors)
 
     def origin(self, name: str, kind: str) -> str | None:
         """See `Run.origin`."""
@@ -209,6 +211,8 @@ class CheckpointsRun(Run):
 
 
 def _dense(tensor: Tensor | None) -> Dense | None:
+    if isinstance(tensor, QuantisedTensor):
+        return tensor.dense()
     return None if tensor is None else Dense(tensor.read(), tensor.dtype)
 
 

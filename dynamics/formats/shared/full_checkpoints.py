@@ -6,12 +6,13 @@ is here: names lose the prefixes of wrappers, and a tied weight is measured once
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.storage.files import root_of
 from dynamics.formats.storage.tensors import Tensor
@@ -37,10 +38,18 @@ class FullCheckpoint:
     scalars: Callable[[], Mapping[str, float]] = dict
 
     def open(self) -> Checkpoint:
-        """The checkpoint, with clean names and each tied weight under one name only."""
+        """The checkpoint: dequantised, with clean names, each tied weight under one name only."""
         attrs = self.attrs()
-        tensors = with_clean_names(self.tensors(), self.where)
-        return Checkpoint(without_tied_names(tensors, attrs), attrs=attrs, scalars=self.scalars())
+        stored, left_out = dequantised(self.tensors(), attrs.get("config"))
+        tensors = with_clean_names(stored, self.where)
+        return Checkpoint(
+            without_tied_names(tensors, attrs),
+            left_out=tuple(
+                replace(each, name=parameter_names.clean_name(each.name)) for each in left_out
+            ),
+            attrs=attrs,
+            scalars=self.scalars(),
+        )
 
     @classmethod
     def unreadable(cls, where: Path, problem: FormatError) -> "FullCheckpoint":

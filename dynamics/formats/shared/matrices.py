@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dynamics.formats.quantised.tensor import QuantisedTensor
 from dynamics.formats.storage.tensors import StoredTensor, Tensor
 from dynamics.runs.account import LeftOut
 from dynamics.runs.stacks import Part, parts_of
@@ -55,12 +56,16 @@ def matrix_in(tensor: Tensor, part: Part) -> Tensor:
         view = _view(tensor, part)
         if view is not None:
             return view
+    if isinstance(tensor, QuantisedTensor) and part.index:
+        quantised = tensor.part(part.index)
+        if quantised.shape == (part.rows, part.cols):
+            return quantised
     return PartOfTensor(tensor, part)
 
 
 @dataclass(frozen=True)
 class PartOfTensor:
-    """A matrix of a tensor that has to be read as a whole: shards, dequantised weights."""
+    """A matrix of a tensor that has to be read as a whole, such as one in shards."""
 
     whole: Tensor
     part: Part

@@ -12,23 +12,33 @@ from typing import Any
 
 from dynamics.errors import FormatError, one_line
 from dynamics.formats.storage.files import contained, read_range, size_of
-from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, checked_shape
+from dynamics.formats.storage.tensors import CODE_BYTES, ITEM_BYTES, StoredTensor, checked_shape
 
 # The limit of the safetensors package.
 _LONGEST_HEADER = 100_000_000
-# Name of a floating-point dtype in safetensors -> its name in torch.
-_FLOATS = {
+# Name of a dtype in safetensors -> its name in torch.
+_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 
 
 def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
-    """Stored name -> tensor of every floating-point tensor of a safetensors file.
+    """Stored name -> tensor of every tensor of a safetensors file with numbers of whole bytes.
 
     Args:
         path: the file.
@@ -47,17 +57,29 @@ def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
             continue
         first, last = _offsets(path, name, entry, size - data_start)
         stretches.append((first, last))
-        dtype = _FLOATS.get(str(entry.get("dtype")))
+        dtype = _DTYPES.get(str(entry.get("dtype")))
         shape = checked_shape(entry.get("shape"), f"{path}: {name}")
         if dtype is None:
             continue
-        if prod(shape) * ITEM_BYTES[dtype] != last - first:
+        if prod(shape) * (ITEM_BYTES | CODE_BYTES)[dtype] != last - first:
             raise _damage_error(
                 path, size, f"{name} is {dtype} {shape}, which does not take {last - first} bytes"
             )
         tensors[name] = StoredTensor(path, data_start + first, dtype, shape)
     _check_covered(path, size, stretches, size - data_start)
     return tensors
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The strings that the writer of a safetensors file put into its header, by name.
+
+    Raises:
+        FormatError: the file is missing, truncated or damaged.
+    """
+    metadata = _header(path, size_of(path))[0].get("__metadata__")
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -1,5 +1,6 @@
 """Tensors in files: where their bytes lie, read one at a time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +12,7 @@ from dynamics.errors import FormatError
 from dynamics.formats.storage.files import origin_of, read_range
 
 # torch's name of a dtype that weights are stored in -> bytes per number. Integers are no weights to
-# measure; dtypes of less than a byte are always quantised by blocks.
+# measure, but codes of quantised weights or indices.
 ITEM_BYTES = {
     "float64": 8,
     "float32": 4,
@@ -20,11 +21,26 @@ ITEM_BYTES = {
     "float8_e4m3fn": 1,
     "float8_e5m2": 1,
 }
+# Likewise, for what quantised weights are made of, and for indices.
+CODE_BYTES = {
+    "float8_e8m0fnu": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint64": 8,
+    "uint32": 4,
+    "uint16": 2,
+    "uint8": 1,
+    "bool": 1,
+}
+_STORED_BYTES = ITEM_BYTES | CODE_BYTES
 _NATIVE = ("float64", "float32", "float16")
+_INTEGERS = tuple(dtype for dtype in CODE_BYTES if not dtype.startswith("float"))
 
 
 class Tensor(Protocol):
-    """A floating-point tensor of a checkpoint that has not been read yet."""
+    """A tensor of a checkpoint that has not been read yet."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,7 +99,7 @@ class StoredTensor:
     @property
     def item_bytes(self) -> int:
         """Bytes of a number in the file."""
-        return ITEM_BYTES[self.dtype]
+        return _STORED_BYTES[self.dtype]
 
     @property
     def extent(self) -> int:
@@ -94,7 +110,7 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         """See `Tensor.read`."""
-        raw = read_range(self.path, self.offset, self.extent * ITEM_BYTES[self.dtype])
+        raw = read_range(self.path, self.offset, self.extent * self.item_bytes)
         flat = decoded(raw, self.dtype)
         if self.strides is None or 0 in self.shape:
             return flat.reshape(self.shape)
@@ -105,7 +121,7 @@ class StoredTensor:
         """The part of this contiguous tensor that begins at number `first` and has `shape`."""
         assert self.strides is None
         assert first + prod(shape) <= prod(self.shape)
-        offset = self.offset + first * ITEM_BYTES[self.dtype]
+        offset = self.offset + first * self.item_bytes
         return StoredTensor(self.path, offset, self.dtype, shape)
 
 
@@ -139,16 +155,21 @@ class AssembledTensor:
 
     def read(self) -> np.ndarray:
         """See `Tensor.read`."""
-        native = self.dtype if self.dtype in _NATIVE else "float32"
+        native = self.dtype if self.dtype in (*_NATIVE, *_INTEGERS) else "float32"
         whole = np.empty(prod(self.shape) if self.flat else self.shape, dtype=native)
         for where, piece in self.pieces:
             whole[where] = piece.read()
         return whole.reshape(self.shape)
 
 
+def floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The floating-point tensors among these, where none can be quantised: factors, gradients."""
+    return {name: tensor for name, tensor in tensors.items() if tensor.dtype in ITEM_BYTES}
+
+
 def decoded(raw: bytes, dtype: str) -> np.ndarray:
-    """Little-endian numbers as a flat array; bfloat16 and float8 become float32, exactly."""
-    if dtype in _NATIVE:
+    """Little-endian numbers as a flat array; bfloat16 and 8-bit floats become float32, exactly."""
+    if dtype in (*_NATIVE, *_INTEGERS):
         return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))
     if dtype == "bfloat16":  # the upper half of a float32
         return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 from dynamics.errors import FormatError
 from dynamics.formats.storage.file_parts import BoundedFile, open_part
 from dynamics.formats.storage.files import contained, one_line, read_range, size_of
-from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, checked_shape
+from dynamics.formats.storage.tensors import CODE_BYTES, ITEM_BYTES, StoredTensor, checked_shape
 from dynamics.formats.storage.unpickling import Inert, TensorUnpickler, callable_from_files
 
 # More than the pickle of any state dict has: tensors lie outside of the pickle.
@@ -40,7 +40,6 @@ _STORAGES = {
     "BoolStorage": "bool",
     "UntypedStorage": "uint8",
 }
-_OTHER_BYTES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,9 @@ def torch_file(path: Path, root: Path, first: int = 0, length: int | None = None
 
 
 def tensors_of(saved: Any, where: str) -> dict[str, StoredTensor]:
-    """Name -> floating-point tensor of a (nested) mapping that `torch_file` gave.
+    """Name -> tensor of a (nested) mapping that `torch_file` gave.
 
-    The keys of nested mappings are joined with dots. Integer tensors and other values are left out.
+    The keys of nested mappings are joined with dots. Values that are no tensors are left out.
 
     Raises:
         FormatError: it is not a mapping, has no tensors, or has one that needs an unknown class.
@@ -103,9 +102,9 @@ def tensors_of(saved: Any, where: str) -> dict[str, StoredTensor]:
             raise FormatError(f"{where} holds over {_MOST_NAMES} names; it is not a state dict.")
         if isinstance(value, Unreadable):
             raise FormatError(f"{where}: {name} {value.reason}.")
-        if isinstance(value, StoredTensor) and value.dtype in ITEM_BYTES:
+        if isinstance(value, StoredTensor):
             tensors[name] = value
-    if not tensors:
+    if not any(each.dtype in ITEM_BYTES for each in tensors.values()):
         raise FormatError(f"{where} holds no tensors by name{_class_needed(saved)}.")
     return tensors
 
@@ -205,7 +204,7 @@ def _storage(pid: Any) -> _Region:
 
 
 def _bytes(dtype: str) -> int:
-    return ITEM_BYTES.get(dtype) or _OTHER_BYTES[dtype]
+    return ITEM_BYTES.get(dtype) or CODE_BYTES[dtype]
 
 
 def _item(region: _Region) -> int:
@@ -234,7 +233,7 @@ class _TensorPlacer:
             return self._rebuilders[name]
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
-        if module == "torch" and (name in ITEM_BYTES or name in _OTHER_BYTES):
+        if module == "torch" and (name in ITEM_BYTES or name in CODE_BYTES):
             return name  # a dtype
         if (module, name) == ("torch", "Size"):
             return callable_from_files(lambda sizes=(): tuple(sizes))
