@@ -77,9 +77,9 @@ class CachedRun(RunView):
             return self.inner.read_spectrum(name, step, kind)
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
-        """See `Run.origin`; None for a record that cannot be read."""
+        """See `Run.origin`."""
         with self._lock:
-            return None if step in self.problems else self.inner.origin(name, step, kind)
+            return self.inner.origin(name, step, kind)
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """See `Run.merges_between`."""

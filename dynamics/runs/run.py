@@ -253,7 +253,8 @@ class Run(ABC):
         whose origin is the one it had before.
 
         Returns:
-            None where nothing cheap can tell; the numbers are then read and compared.
+            None where nothing cheap can tell; the numbers are then read and compared. None for a
+            step in `problems`, too.
         """
         return None
 

@@ -6,7 +6,7 @@ import dynamics as dy
 from dynamics.auditing import Severity, events
 from dynamics.recordings import RecordingWriter
 from dynamics.runs.run import Event
-from tests.dynamics.auditing.written_runs import write_relora_run
+from tests.dynamics.auditing.written_runs import audited
 
 MERGE = {"tolerance": 1e-6, "worst_scaling": 2.0, "worst_layer": "up_proj"}
 RESET = {"zero_exp_avg": 1.0, "zero_exp_avg_sq": 1.0, "momentum_without_variance": 0.0}
@@ -46,18 +46,16 @@ def test_a_reset_is_judged_by_what_it_left(facts, severities):
     assert (moments.matrix, moments.threshold) == (facts.get("worst_parameter"), 0)
 
 
-@pytest.mark.slow
-def test_the_facts_of_merge_events_are_judged(tmp_path):
+def test_the_facts_of_merge_events_are_judged():
     facts = MERGE | {"relative_change": 0.5, "scale": 0.5}
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr", event_attrs=facts))
+    report = audited(event_attrs=facts)
     assert [(each.step, each.severity) for each in report.of("live_merge")] == [
         (step, Severity.FAIL) for step in (10, 20, 30)
     ]
 
 
-@pytest.mark.slow
-def test_events_without_facts_are_not_checked_and_say_why(tmp_path):
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr"))
+def test_events_without_facts_are_not_checked_and_say_why():
+    report = audited()
     (live_merge,) = report.of("live_merge")
     assert live_merge.severity is Severity.NOT_CHECKED
     assert "the merge events hold no live measurements" in live_merge.meaning
@@ -79,12 +77,10 @@ def test_a_learning_rate_that_does_not_restart_is_a_warning(tmp_path, after, sev
     assert (verdict.measured, verdict.threshold) == (after, 0.5)
 
 
-@pytest.mark.slow
-def test_the_loss_is_reported_across_merges_and_elsewhere(tmp_path):
+def test_the_loss_is_reported_across_merges_and_elsewhere():
     losses = dict(zip(range(0, 40, 5), (5.0, 4.5, 4.0, 4.25, 4.375, 4.0, 3.5, 3.0), strict=True))
-    run = write_relora_run(
-        tmp_path / "run.zarr", merges=(10,), scalars=lambda step: {"loss": losses[step]}
+    (verdict,) = audited(merges=(10,), scalars=lambda step: {"loss": losses[step]}).of(
+        "loss_at_merges"
     )
-    (verdict,) = dy.audit(run).of("loss_at_merges")
     assert (verdict.severity, verdict.step, verdict.measured) == (Severity.PASS, 10, 0.25)
     assert "at most +0.25 across merges and by at most +0.125 elsewhere" in verdict.meaning

@@ -3,23 +3,23 @@
 import numpy as np
 import pytest
 
-import dynamics as dy
 from dynamics.auditing import Severity
 from dynamics.auditing.merges import named_scale
 from tests.dynamics.auditing.written_runs import (
     NAMES,
     SCALING,
+    audited,
     failed,
     failed_checks,
     severities,
-    write_relora_run,
 )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-def test_a_faithful_recording_passes_with_and_without_events(tmp_path, seed):
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr", seed=seed, events=seed % 2 == 0))
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))]
+)
+def test_a_faithful_recording_passes_with_and_without_events(seed):
+    report = audited(seed=seed, events=seed % 2 == 0)
     assert failed_checks(report) == set()
     assert severities(report)["merge_fidelity"] is Severity.PASS
     assert severities(report)["adapter_reset"] is Severity.PASS
@@ -28,28 +28,22 @@ def test_a_faithful_recording_passes_with_and_without_events(tmp_path, seed):
         assert merge.measured < merge.threshold < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("events", [True, False])
-def test_a_merge_without_its_scale_is_named_with_and_without_events(tmp_path, events):
-    run = write_relora_run(
-        tmp_path / "run.zarr", events=events, merged=lambda update: update / SCALING
-    )
-    merges = dy.audit(run).of("merge_fidelity")
+def test_a_merge_without_its_scale_is_named_with_and_without_events(events):
+    merges = audited(events=events, merged=lambda update: update / SCALING).of("merge_fidelity")
     assert len(merges) == 9
     assert all("forgot the scale s = 2" in each.meaning for each in merges)
     assert all(each.measured == pytest.approx(0.5, rel=1e-4) for each in merges)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "detected"), [(1 + 3e-4, True), (1 + 1e-7, False)])
-def test_a_merge_error_is_detected_down_to_a_few_times_the_rounding(tmp_path, factor, detected):
-    run = write_relora_run(tmp_path / "run.zarr", merged=lambda update: np.float32(factor) * update)
+def test_a_merge_error_is_detected_down_to_a_few_times_the_rounding(factor, detected):
     # Between float32 rounding and what TF32 products would explain, it is a warning.
-    severity = severities(dy.audit(run))["merge_fidelity"]
+    report = audited(merged=lambda update: np.float32(factor) * update)
+    severity = severities(report)["merge_fidelity"]
     assert (severity in (Severity.WARN, Severity.FAIL)) is detected
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("merges", "reason"),
     [
@@ -57,18 +51,16 @@ def test_a_merge_error_is_detected_down_to_a_few_times_the_rounding(tmp_path, fa
         ((10, 12), "2 merges lie between the records 10 and 15"),
     ],
 )
-def test_merges_that_the_records_do_not_show_are_not_checked_and_say_why(tmp_path, merges, reason):
-    run = write_relora_run(tmp_path / "run.zarr", merges=merges, steps=range(0, 20, 5))
-    report = dy.audit(run)
+def test_merges_that_the_records_do_not_show_are_not_checked_and_say_why(merges, reason):
+    report = audited(merges=merges, steps=range(0, 20, 5))
     verdicts = report.of("merge_fidelity")
     assert {each.severity for each in verdicts} == {Severity.NOT_CHECKED}
     assert reason in verdicts[0].meaning
     assert failed_checks(report) == set()
 
 
-@pytest.mark.slow
-def test_a_bfloat16_base_loses_a_part_of_the_update_and_warns(tmp_path):
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr", dtype="bfloat16"))
+def test_a_bfloat16_base_loses_a_part_of_the_update_and_warns():
+    report = audited(dtype="bfloat16")
     for loss in report.of("rounding_loss"):
         assert loss.severity is Severity.WARN
         assert loss.threshold == 0.01
@@ -76,10 +68,9 @@ def test_a_bfloat16_base_loses_a_part_of_the_update_and_warns(tmp_path):
         assert "keep the base weights in float32" in loss.meaning
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "severity"), [(4, Severity.NOT_CHECKED), (8, Severity.FAIL)])
-def test_kept_adapters_are_named_where_their_components_are_enough(tmp_path, rank, severity):
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr", rank=rank, reset=False))
+def test_kept_adapters_are_named_where_their_components_are_enough(rank, severity):
+    report = audited(rank=rank, reset=False)
     verdicts = report.of("adapter_reset")
     assert len(verdicts) == 9
     assert {each.severity for each in verdicts} == {severity}
@@ -88,15 +79,14 @@ def test_kept_adapters_are_named_where_their_components_are_enough(tmp_path, ran
         assert "24 of 24 components point in the old direction" in verdicts[0].meaning
 
 
-@pytest.mark.slow
-def test_a_base_that_moves_between_merges_is_named(tmp_path):
+def test_a_base_that_moves_between_merges_is_named():
     def drift(step, name, weight):
         if name == NAMES[1] and step >= 20:
             weight += np.float32(1e-3) * np.random.default_rng(1).normal(size=weight.shape).astype(
                 np.float32
             )
 
-    report = dy.audit(write_relora_run(tmp_path / "run.zarr", weight=drift))
+    report = audited(weight=drift)
     assert [(each.matrix, each.step) for each in failed(report, "frozen_base")] == [(NAMES[1], 20)]
 
 

@@ -1,7 +1,9 @@
 """Recordings of ReLoRA runs that never trained: they are written, with or without a defect."""
 
 import numpy as np
+from zarr.storage import MemoryStore
 
+import dynamics as dy
 from dynamics.auditing import Severity
 from dynamics.auditing.rounding import rounded
 from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter, factor_path, matrix_path
@@ -99,6 +101,11 @@ def write_relora_run(
         values = {"loss": 5 - step / 10} if scalars is None else scalars(step)
         writer.append(step, matrices, attrs=attrs, scalars=values)
     return store
+
+
+def audited(**options):
+    """The report on `write_relora_run`; in memory, where writing takes a third of the time."""
+    return dy.audit(dy.open_run(write_relora_run(MemoryStore(), **options)))
 
 
 def severities(report):

@@ -1,5 +1,6 @@
 """Every metric against an independent float64 computation, closed forms, and its properties."""
 
+import inspect
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +24,7 @@ from dynamics.metrics import (
     numerical_rank,
     proportional_effective_rank,
     select_metrics,
+    spectral,
     spectral_norm,
     stable_rank,
     top_k_energy,
@@ -223,6 +225,34 @@ def test_the_bound_that_a_caller_knows_is_used_and_reported():
     assert computed.rank_bound == 2
     assert METRICS["rank_bound_use"].function(computed) == pytest.approx(2.5)
     assert spectrum(Dense(np.eye(5), "float32"), rank_bound=9).rank_bound == 5
+
+
+STACK = -np.sort(-np.random.default_rng(0).uniform(size=(2, 3, 5)))
+STACK[1, 0, 2:], STACK[1, 2] = 0, 0
+OF_EACH_MATRIX = {
+    "s": STACK,
+    "floor": STACK[..., 2] + 0.01,
+    "error": STACK[..., 3] / 2,
+    "rank_bound": np.array([[1, 2, 3], [4, 5, 5]]),
+}
+OF_ALL = {"rows": 8, "cols": 5, "k": 2}
+FUNCTIONS = [
+    name
+    for name, each in inspect.getmembers(spectral, inspect.isfunction)
+    if each.__module__ == spectral.__name__ and not name.startswith("_")
+]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_matrix_of_a_stack_is_measured_as_if_it_were_alone(name):
+    function = getattr(spectral, name)
+    given = inspect.signature(function).parameters.keys()
+    own = {each: OF_EACH_MATRIX[each] for each in given & OF_EACH_MATRIX.keys()}
+    shared = {each: OF_ALL[each] for each in given & OF_ALL.keys()}
+    found = function(**own, **shared)
+    for index in np.ndindex(2, 3):
+        alone = function(**{each: values[index] for each, values in own.items()}, **shared)
+        np.testing.assert_allclose(found[index], alone, rtol=1e-14)
 
 
 def test_metrics_take_stacks_of_spectra():

@@ -69,3 +69,17 @@ def test_small_matrices_have_the_accuracy_of_an_svd(of_dense, rows, small):
     s, error = of_dense(matrix)
     by_gram, by_svd = _bounds(s, rows)
     assert error == pytest.approx(by_svd if small else by_gram, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (300, 30)])
+def test_what_the_faster_driver_cannot_measure_the_slower_one_does(shape, monkeypatch):
+    matrix = np.random.default_rng(0).standard_normal(shape)
+
+    def fail(*_, **__):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", fail)
+    found = numpy_spectrum.singular_values(matrix)
+    # An independent way: the roots of the eigenvalues of the smaller of WᵀW and WWᵀ.
+    smaller = matrix.T @ matrix if shape[0] > shape[1] else matrix @ matrix.T
+    np.testing.assert_allclose(found, np.sqrt(np.linalg.eigvalsh(smaller)[::-1]), rtol=1e-11)

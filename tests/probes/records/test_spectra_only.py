@@ -297,7 +297,17 @@ def test_options_that_do_not_go_together_are_refused(options, message, tmp_path)
         Recorder(model, optimizer, tmp_path / "r", **options)
 
 
-def test_damaged_spectra_are_one_line(matrices_and_spectra, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda listed: listed.pop(),
+        lambda listed: listed.append(dict(listed[0], name="another")),
+        lambda listed: listed[0].update(name=listed[1]["name"]),
+        lambda listed: [each.update(rows=each["rows"] + 1, cols=100) for each in listed],
+    ],
+    ids=["fewer", "more", "twice", "wider"],
+)
+def test_damaged_spectra_are_one_line(matrices_and_spectra, tmp_path, damage):
     import json
     import shutil
 
@@ -305,7 +315,7 @@ def test_damaged_spectra_are_one_line(matrices_and_spectra, tmp_path):
     shutil.copytree(matrices_and_spectra[1], copied)
     root = json.loads((copied / "zarr.json").read_text())
     path = "spectra/weight/singular_value"
-    del root["consolidated_metadata"]["metadata"][path]["attributes"]["matrices"][0]
+    damage(root["consolidated_metadata"]["metadata"][path]["attributes"]["matrices"])
     (copied / "zarr.json").write_text(json.dumps(root))
     with pytest.raises(DynamicsError, match=f"{path} of .* metadata are damaged"):
         dy.open_run(copied)
