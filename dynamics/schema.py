@@ -51,7 +51,9 @@ COMPONENTS: dict[str, str] = {
 
 # Dimensions of an analysis.
 RUN, KIND, STEP, MATRIX, INDEX = "run", "kind", "step", "matrix", "index"
-MATRIX_COORDS = ("component", "layer", "module", "head", "expert", "rows", "cols")
+MATRIX_COORDS = (
+    "component", "layer", "module", "stack", "attention", "head", "expert", "rows", "cols"
+)  # fmt: skip
 NO_LAYER = -1  # the `layer` of a matrix outside the stack of layers, e.g. an embedding
 NO_HEAD = -1  # the `head` of a matrix that belongs to no single head, e.g. a parameter
 NO_EXPERT = -1  # the `expert` of a matrix outside of the routed experts of a mixture

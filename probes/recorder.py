@@ -13,6 +13,7 @@ from dynamics.errors import DynamicsError
 from dynamics.recordings import Compression, Recording, RecordingWriter, StoreLike
 from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
+from probes.contexts import outside_of_contexts
 from probes.gradients.of_step import StepGradients
 from probes.gradients.optimizer_hooks import OptimizerSteps
 from probes.model.account import announce
@@ -47,10 +48,11 @@ class Recorder:
     Frozen weights have a recorded gradient too. It never appears in `parameter.grad`; see
     `probes.gradients.probed.ProbedGradients`.
 
-    Training computes the same bits with and without a recorder: it draws no random number. It
-    leaves two hooks on each optimizer, and before a recorded step hooks on the recorded weights and
-    changed flags (`requires_grad`) on frozen ones. Closing removes them. The training thread only
-    copies tensors; another thread converts, compresses and writes.
+    Training computes the same bits with and without a recorder: it draws no random number, and
+    computes outside of the contexts around it, such as autocast. It leaves two hooks on each
+    optimizer, and before a recorded step hooks on the modules and on recorded weights that train.
+    Closing removes them. No flag (`requires_grad`) is changed: freeze and unfreeze weights as you
+    like. The training thread only copies tensors; another thread converts, compresses and writes.
 
     Every parameter of the model is recorded, or left out for a reason that `account` tells. A line
     on attaching says how much of the model is recorded. `LeftOutWarning` says so where more than
@@ -326,6 +328,7 @@ class Recorder:
         self.event(SKIPPED_STEP, at=self._step + 1)
         self._step_done()
 
+    @outside_of_contexts()
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if self._due(self._step + 1):
             self._gradients.take(optimizer)
@@ -337,10 +340,12 @@ class Recorder:
         self._logged = {}
         self._arm_if_due()
 
+    @outside_of_contexts()
     def _arm_if_due(self) -> None:
         if self._due(self._step + 1):
             self._gradients.arm()
 
+    @outside_of_contexts()
     def _take_record(self, *, keep: bool = True) -> None:
         rate = self._optimizers[0].param_groups[0].get("lr")
         record = Record(self._step, {} if rate is None else {"learning_rate": _detached_copy(rate)})
@@ -379,6 +384,7 @@ class Recorder:
             self._writer.submit(job)
 
 
+@outside_of_contexts()
 def _detached_copy(value: Any) -> Any:
     """A copy without its graph. Reading the number would wait for the device: the writer does."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else value

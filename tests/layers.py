@@ -17,6 +17,7 @@ LAYERS: list[dict[str, str]] = [
     {
         "probes.model": "what is read of a live model",
         "probes.schedule": "which steps are recorded",
+        "probes.contexts": "nothing of the user's surroundings counts",
     },
     {"dynamics.cli": "the command line"},
     {

@@ -186,6 +186,8 @@ def matrix_coords(infos: list[tuple[str, MatrixInfo]]) -> dict[str, Any]:
             [info.layer for _, info in infos], schema.NO_LAYER, "layer index", "outside the layers"
         ),
         "module": (schema.MATRIX, [info.module for _, info in infos]),
+        "stack": (schema.MATRIX, [info.stack for _, info in infos]),
+        "attention": (schema.MATRIX, [info.attention for _, info in infos]),
         "head": _numbered(
             [info.head for _, info in infos],
             schema.NO_HEAD,

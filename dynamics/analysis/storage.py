@@ -128,11 +128,12 @@ def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
         for name, each in dataset.coords.items()
         if each.dtype.kind in "TO"
     }
-    # Saved before there were components of single heads, or matrices of single experts.
-    for name, none in (("head", schema.NO_HEAD), ("expert", schema.NO_EXPERT)):
+    # Saved before there were components of single heads, experts, or several stacks of layers.
+    missing = {"head": schema.NO_HEAD, "expert": schema.NO_EXPERT, "stack": "", "attention": ""}
+    for name, none in missing.items():
         if name not in dataset.coords and schema.MATRIX in dataset.dims:
-            numbers = np.full(dataset.sizes[schema.MATRIX], none)
-            dataset = dataset.assign_coords({name: (schema.MATRIX, numbers)})
+            values = np.full(dataset.sizes[schema.MATRIX], none)
+            dataset = dataset.assign_coords({name: (schema.MATRIX, values)})
     return dataset.assign_coords(text)
 
 

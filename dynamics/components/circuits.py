@@ -38,7 +38,7 @@ from dynamics.errors import MissingError
 from dynamics.runs.attention_config import Architecture, check_projections, read_architecture
 from dynamics.runs.differences import reference_step
 from dynamics.runs.fused import Part, kept_whole
-from dynamics.runs.parameter_names import QKV, attention_path
+from dynamics.runs.parameter_names import QKV, attention_path, stack_of
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.spectra.rounding import ulp
@@ -72,10 +72,11 @@ def qk_circuit(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one layer: the path of its module, and its projections by module."""
+    """The attention of one layer: the path of its module, its projections by module, its heads."""
 
     path: str
     projections: dict[str, MatrixInfo]
+    architecture: Architecture
 
     @property
     def layer(self) -> int | None:
@@ -104,8 +105,8 @@ class Attention:
         return stored.part(lambda array: array.T) if self.stores_in_out else stored
 
 
-def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, list[Attention]]:
-    """The architecture of a run, and its attention modules that have all these projections.
+def attention_layers(run: Run, modules: tuple[str, ...]) -> list[Attention]:
+    """The attention modules of a run that have all these projections.
 
     Raises:
         MissingError: there is none, or the run has no weights or no config.
@@ -116,12 +117,12 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
     attentions: dict[str, dict[str, MatrixInfo]] = {}
     for name, info in run.matrices.items():
         attentions.setdefault(attention_path(name), {})[info.module] = info
-    layers = [
-        Attention(path, {module: projections[module] for module in modules})
+    complete = {
+        path: {module: projections[module] for module in modules}
         for path, projections in attentions.items()
         if set(modules) <= set(projections)
-    ]
-    if not layers:
+    }
+    if not complete:
         wanted = " and ".join(modules)
         fused = [name for name, info in run.matrices.items() if info.module == QKV]
         if fused:
@@ -131,14 +132,14 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> tuple[Architecture, 
                 f"circuits need {wanted} apart. {reason}"
             )
         raise MissingError(f"No attention of {run.path} has {wanted} side by side.")
-    architecture = read_architecture(run.attrs, run.path)
-    shapes = {
-        layer.projections[module].name: layer.shape(module)
-        for layer in layers
-        for module in modules
-    }
-    check_projections(architecture, shapes, run.path)
-    return architecture, layers
+    layers = []
+    for path, projections in complete.items():
+        architecture = read_architecture(run.attrs, run.path, stack_of(path + "."))
+        layer = Attention(path, projections, architecture)
+        shapes = {layer.projections[module].name: layer.shape(module) for module in modules}
+        check_projections(architecture, shapes, run.path)
+        layers.append(layer)
+    return layers
 
 
 def coarsest(*dtypes: str) -> str:
@@ -151,14 +152,13 @@ def coarsest(*dtypes: str) -> str:
 def _circuits(
     run: Run, component: str, left: tuple[str, Slice], right: tuple[str, Slice]
 ) -> list[tuple[MatrixInfo, Measurable]]:
-    architecture, layers = attention_layers(run, (left[0], right[0]))
-    width = architecture.hidden_size
     circuits = []
-    for each in layers:
-        for head in range(architecture.num_heads):
+    for each in attention_layers(run, (left[0], right[0])):
+        width = each.architecture.hidden_size
+        for head in range(each.architecture.num_heads):
             name = f"{each.path}.{component}.{head}"
             info = MatrixInfo(name, each.layer, component, width, width, head)
-            factors = _factors(run.read, each, architecture, head, left, right)
+            factors = _factors(run.read, each, head, left, right)
             circuits.append((info, _reader(run, factors, each)))
     return circuits
 
@@ -166,7 +166,6 @@ def _circuits(
 def _factors(
     read: Read,
     attention: Attention,
-    architecture: Architecture,
     head: int,
     left: tuple[str, Slice],
     right: tuple[str, Slice],
@@ -177,7 +176,9 @@ def _factors(
             weight = attention.projection(read, module, step, kind)
             if weight is None:
                 return None
-            slices.append(Dense(slice_of(weight.values, architecture, head), weight.dtype))
+            slices.append(
+                Dense(slice_of(weight.values, attention.architecture, head), weight.dtype)
+            )
         return slices[0], slices[1]
 
     return factors

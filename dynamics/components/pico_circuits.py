@@ -36,26 +36,23 @@ def pico_ov_circuit(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
         MissingError: the run has no v_proj and o_proj, no weights, or no config.
         DynamicsError: its config contradicts the shapes of its weights.
     """
-    architecture, layers = attention_layers(run, ("v_proj", "o_proj"))
-    rows, cols = architecture.head_dim, architecture.num_heads * architecture.head_dim
-    name = "pico_ov_circuit"
-    return [
-        (
-            MatrixInfo(f"{each.path}.{name}", each.layer, name, rows, cols),
-            _reader(run.read, each, architecture),
-        )
-        for each in layers
-    ]
+    name, circuits = "pico_ov_circuit", []
+    for each in attention_layers(run, ("v_proj", "o_proj")):
+        rows = each.architecture.head_dim
+        cols = each.architecture.num_heads * rows
+        info = MatrixInfo(f"{each.path}.{name}", each.layer, name, rows, cols)
+        circuits.append((info, _reader(run.read, each)))
+    return circuits
 
 
-def _reader(read: Read, attention: Attention, architecture: Architecture) -> Measurable:
+def _reader(read: Read, attention: Attention) -> Measurable:
     def matrix(step: int, kind: str) -> Matrix | Status:
         if kind not in (schema.WEIGHT, schema.BASE):
             return Status.UNDEFINED
         v, o = (attention.projection(read, each, step, kind) for each in ("v_proj", "o_proj"))
         if v is None or o is None:
             return Status.NOT_RECORDED
-        return side_by_side(v, o, architecture)
+        return side_by_side(v, o, attention.architecture)
 
     return matrix
 

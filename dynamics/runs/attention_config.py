@@ -72,7 +72,7 @@ class Architecture:
         }[module]
 
 
-def read_architecture(attrs: Mapping[str, Any], where: str) -> Architecture:
+def read_architecture(attrs: Mapping[str, Any], where: str, stack: str = "") -> Architecture:
     """The architecture that a run's `attrs["config"]` states.
 
     Without a number of key-value heads, every query head has its own; without a `head_dim` it is
@@ -81,6 +81,7 @@ def read_architecture(attrs: Mapping[str, Any], where: str) -> Architecture:
     Args:
         attrs: `Run.attrs`.
         where: the run's path, for messages.
+        stack: of `parameter_names.stack_of`, where a model has several with heads of their own.
 
     Raises:
         MissingError: there is no config, or one without a number of heads or a hidden size.
@@ -92,7 +93,9 @@ def read_architecture(attrs: Mapping[str, Any], where: str) -> Architecture:
             f"{where} has no model config, so its number of attention heads is unknown; "
             "put the model's config.json beside its weights."
         )
-    numbers = _numbers(language_config(config))
+    inner = config.get(f"{stack}_config")
+    config = inner if isinstance(inner, Mapping) else language_config(config)
+    numbers = _numbers(config, stack)
     for name in ("num_heads", "hidden_size"):
         if name not in numbers:
             raise MissingError(
@@ -169,8 +172,11 @@ def check_projections(
             )
 
 
-def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(config: Mapping[str, Any], stack: str = "") -> dict[str, Any]:
+    """What the config states, in our words: of one stack where it counts their heads apart."""
     numbers = {}
+    own = config.get(f"{stack}_attention_heads")  # BART, Whisper: encoder_attention_heads, ...
+    config = config if own is None else {**config, "num_attention_heads": own}
     for name, spellings in _SPELLINGS.items():
         given = [config[key] for key in spellings if config.get(key) is not None]
         if given:

@@ -24,6 +24,20 @@ _HELD = re.compile(
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
+# Where a model has several stacks of layers -> what their paths say, the outermost first.
+_STACKS = (
+    ("text", re.compile(r"(?:^|\.)(?:text_model|text_encoder|language_model)\.")),
+    ("vision", re.compile(r"(?:^|\.)(?:vision\w*|visual|image_encoder)\.")),
+    ("audio", re.compile(r"(?:^|\.)(?:audio\w*|speech\w*)\.")),
+    ("encoder", re.compile(r"(?:^|\.)encoder\.")),
+    ("decoder", re.compile(r"(?:^|\.)decoder\.")),
+)
+_STAGE = re.compile(r"(?:^|\.)stages\.(\d+)\.")  # of vision models that count layers per stage
+_CROSS = re.compile(
+    r"(?:^|\.)(?:EncDecAttention|encoder_attn|crossattention|cross_attn|cross_attention)\."
+)
+# Modules of one attention that lie in two of its submodules: BERT's, ViT's.
+_WITHIN_ATTENTION = re.compile(r"(?<=\battention)\.(?:self|output|attention)$")
 _SHARED_EXPERT = re.compile(r"(?:^|\.)shared_experts?\.")
 
 QKV, KV, GATE_UP = "qkv_proj", "kv_proj", "gate_up_proj"
@@ -109,6 +123,11 @@ MODULES: tuple[tuple[str, str], ...] = (
     ("mlp.fc_2", "up_proj"),
     ("mlp.proj", "down_proj"),
     # BERT, RoBERTa, ELECTRA
+    ("attention.attention.query", "q_proj"),  # ViT and its kin
+    ("attention.attention.key", "k_proj"),
+    ("attention.attention.value", "v_proj"),
+    ("patch_embeddings.projection", "embed_patches"),
+    ("patch_embedding", "embed_patches"),
     ("attention.self.query", "q_proj"),
     ("attention.self.key", "k_proj"),
     ("attention.self.value", "v_proj"),
@@ -130,6 +149,12 @@ MODULES: tuple[tuple[str, str], ...] = (
     ("DenseReluDense.wo", "down_proj"),
     ("^.shared", "embed_tokens"),
     ("^.model.shared", "embed_tokens"),
+    ("^.proj_out", "lm_head"),  # Whisper
+    # RWKV, whose feed-forward layers gate with the receptance
+    ("feed_forward.key", "up_proj"),
+    ("feed_forward.value", "down_proj"),
+    ("feed_forward.receptance", "gate_proj"),
+    ("rwkv.embeddings", "embed_tokens"),
     # Mamba; its mixers have no counterpart in a transformer
     ("backbone.embeddings", "embed_tokens"),
 )
@@ -191,6 +216,34 @@ def module_of(name: str) -> str:
     return path[match.end() :] if match and path[match.end() :] else path
 
 
+def stack_of(name: str) -> str:
+    """Which stack of layers a matrix belongs to, where the name says so; "" elsewhere.
+
+    These are "encoder" and "decoder", "text", "vision" and "audio" of multimodal models, and
+    "stage 0", ... of vision models that count their layers in each stage.
+
+    >>> stack_of("decoder.block.0.layer.1.EncDecAttention.q.weight"), stack_of("h.0.attn.c_proj")
+    ('decoder', '')
+    """
+    if match := _STAGE.search(name):
+        return f"stage {match[1]}"
+    return next((stack for stack, pattern in _STACKS if pattern.search(name)), "")
+
+
+def attention_of(name: str) -> str:
+    """The attention of a layer that a matrix belongs to: "self" or "cross"; "" elsewhere.
+
+    >>> attention_of("model.decoder.layers.0.encoder_attn.q_proj.weight")
+    'cross'
+    >>> attention_of("model.layers.0.self_attn.q_proj.weight"), attention_of("mlp.up_proj.weight")
+    ('self', '')
+    """
+    if _CROSS.search(name):
+        return "cross"
+    is_part = module_of(name) in (QKV, KV, "q_proj", "k_proj", "v_proj", "o_proj")
+    return "self" if is_part or "_circuit" in name else ""
+
+
 def attention_path(name: str) -> str:
     """The path of the module that a projection belongs to, also that of a fused matrix's part.
 
@@ -198,9 +251,12 @@ def attention_path(name: str) -> str:
     'model.layers.0.self_attn'
     >>> attention_path("transformer.h.0.attn.c_attn.q_proj.weight")
     'transformer.h.0.attn'
+    >>> attention_path("encoder.layer.0.attention.self.query.weight")
+    'encoder.layer.0.attention'
     """
     path = name.removesuffix(".weight").rpartition(".")[0]
-    return path.rpartition(".")[0] if module_of(path) in FUSED else path
+    path = path.rpartition(".")[0] if module_of(path) in FUSED else path
+    return _WITHIN_ATTENTION.sub("", path)
 
 
 def natural_order(name: str) -> list[str | int]:

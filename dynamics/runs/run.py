@@ -28,7 +28,6 @@ class MatrixInfo:
         rows: m, of (m, n).
         cols: n.
         head: the query head of a circuit, None where it belongs to no single head.
-        expert: the routed expert of a mixture, None outside of experts.
     """
 
     name: str
@@ -37,7 +36,21 @@ class MatrixInfo:
     rows: int
     cols: int
     head: int | None = None
-    expert: int | None = None
+
+    @property
+    def expert(self) -> int | None:
+        """The routed expert of a mixture, None outside of experts."""
+        return parameter_names.expert_of(self.name)
+
+    @property
+    def stack(self) -> str:
+        """Encoder, decoder, ...: see `parameter_names.stack_of`."""
+        return parameter_names.stack_of(self.name)
+
+    @property
+    def attention(self) -> str:
+        """Self or cross: see `parameter_names.attention_of`."""
+        return parameter_names.attention_of(self.name)
 
 
 def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
@@ -45,11 +58,7 @@ def matrices_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, MatrixInfo]:
     clean = {parameter_names.clean_name(stored): shape for stored, shape in shapes.items()}
     return {
         name: MatrixInfo(
-            name,
-            parameter_names.layer_of(name),
-            parameter_names.module_of(name),
-            *clean[name],
-            expert=parameter_names.expert_of(name),
+            name, parameter_names.layer_of(name), parameter_names.module_of(name), *clean[name]
         )
         for name in sorted(clean, key=parameter_names.natural_order)
         if len(clean[name]) == 2 and min(clean[name]) > 0

@@ -79,7 +79,7 @@ class StepGradients:
             ]
         group = data_parallel_group(model, averaged, process_group) if probed or unclipped else None
         if probed:
-            self._probed = ProbedGradients(tracked, self._trained, group)
+            self._probed = ProbedGradients(model, tracked, self._trained, group)
         if unclipped:
             self._unclipped = UnclippedGradients(tracked, group)
         self.needed_ranks = needed_ranks(tracked, group if averaged else None)
@@ -89,7 +89,6 @@ class StepGradients:
     def arm(self) -> None:
         """Watch the backward passes from now on, because the next step is recorded."""
         self.disarm()
-        # `_probed` comes last: it makes frozen weights require a gradient, like trained ones.
         for collector in (self._unclipped, self._probed):
             if collector is not None:
                 collector.arm()

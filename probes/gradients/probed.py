@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dynamics.errors import DynamicsError
+from probes.gradients.stand_ins import StandIns, is_frozen
 from probes.model.parameters import Tracked
 from probes.model.sharding import is_sharded, means_over_ranks
 
@@ -26,89 +27,71 @@ DEFINITION = (
 class ProbedGradients:
     """Collects dL/dW of frozen weights for single optimizer steps, without changing the training.
 
-    `arm` makes the frozen weights require a gradient. A hook moves each gradient into a buffer of
-    this class before anything can see it in `parameter.grad`. So clipping, gradient scalers,
-    optimizers and DDP see the same gradients as without it. `take` and `disarm` freeze the weights
-    again. In between, each weight costs one more matrix product per backward pass, and a buffer of
-    its size on its device. At other steps it costs nothing.
+    Between `arm` and `take`, the model computes with stand-ins of its frozen weights, see
+    `StandIns`: clipping, gradient scalers, optimizers, DDP and the user see the same gradients and
+    the same flags as without it. In between, each weight costs one more matrix product per backward
+    pass, and a buffer of its size on its device. At other steps it costs nothing.
 
     Two kinds of weights are skipped: those that cannot have a gradient (quantised ones), and frozen
     ones that already hold a gradient, because it belongs to the user.
 
     Args:
-        tracked: the weights; `arm` chooses the frozen ones among them each time.
+        model: the model that is trained.
+        tracked: the weights; those that are frozen when the model is called are probed.
         trained: gives the parameters that the optimizers step, whenever gradients arrive.
         process_group: the ranks to average over; each must arm and take at the same steps.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         tracked: Sequence[Tracked],
         trained: Callable[[], Iterator[nn.Parameter]],
         process_group: Any = None,
     ):
-        self._tracked = tracked
+        self._model = model
+        self._parameters = {each.name: each.parameter for each in tracked}
         self._trained = trained
         self._process_group = process_group
-        self._armed: list[Tracked] = []
-        self._handles: list[Any] = []
+        self._stand_ins = StandIns(self._collect)
         self._sums: dict[str, torch.Tensor] = {}
         self._last_seen = 0
 
     def arm(self) -> None:
         """Collect gradients from now on, until `take` or `disarm`."""
         self.disarm()
-        for each in self._tracked:
-            parameter = each.parameter
-            if (
-                not parameter.requires_grad
-                and parameter.grad is None
-                and (parameter.is_floating_point() or parameter.is_complex())
-            ):
-                parameter.requires_grad_(True)
-                self._armed.append(each)
-                self._handles.append(
-                    parameter.register_post_accumulate_grad_hook(self._collector(each.name))
-                )
+        self._stand_ins.arm(self._model, self._parameters)
 
     def take(self, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
-        """Name -> gradient since `arm`, divided by `loss_scale`; freezes the weights again.
+        """Name -> gradient since `arm`, divided by `loss_scale`, where the weight is frozen now.
 
         A weight that no backward pass reached on any rank is left out.
         """
-        names, sums = [each.name for each in self._armed], self._sums
-        parameters = {each.name: each.parameter for each in self._armed}
+        frozen = {name: each for name, each in self._parameters.items() if is_frozen(each)}
+        sums = {name: self._sums[name] for name in frozen if name in self._sums}
         self.disarm()
-        if self._process_group is not None and names:
-            sums = means_over_ranks(parameters, sums, self._process_group)
-        return {
-            name: sums[name] if loss_scale == 1 else sums[name] / loss_scale
-            for name in names
-            if name in sums
-        }
+        if self._process_group is not None and frozen:
+            sums = means_over_ranks(frozen, sums, self._process_group)
+        return sums if loss_scale == 1 else {name: each / loss_scale for name, each in sums.items()}
 
     def disarm(self) -> None:
-        """Freeze the weights again and forget the collected gradients. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        for each in self._armed:
-            each.parameter.requires_grad_(False)
-        self._armed, self._handles, self._sums, self._last_seen = [], [], {}, 0
+        """Leave the model alone and forget the collected gradients. Safe to call twice."""
+        self._stand_ins.disarm()
+        self._sums, self._last_seen = {}, 0
 
-    def _collector(self, name: str) -> Callable[[torch.Tensor], None]:
-        def collect(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            if self._started_over():
-                self._sums.clear()
-            # As autograd does: keep the first one, in its dtype, and add the next ones to it.
-            gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
-            if name in self._sums:
-                self._sums[name] += gradient
-            else:
-                self._sums[name] = gradient
+    def stepped(self) -> None:
+        """Learn that an optimizer steps within the backward pass, and may free its gradients."""
+        self._last_seen = 0
 
-        return collect
+    def _collect(self, name: str, gradient: torch.Tensor) -> None:
+        if self._started_over():
+            self._sums.clear()
+        # As autograd does: keep the first one, in its dtype, and add the next ones to it.
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient.detach()
+        if name in self._sums:
+            self._sums[name] += gradient
+        else:
+            self._sums[name] = gradient
 
     def _started_over(self) -> bool:
         """Whether gradients of the trained parameters were dropped since the last call.
