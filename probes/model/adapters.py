@@ -27,60 +27,88 @@ TWICE = "factors that PEFT adds twice (out_proj of nn.MultiheadAttention)"
 
 
 @dataclass(frozen=True)
-class MergedSource:
-    """What PEFT's own merge makes of a weight, on a copy of the layer, which is not sharded."""
+class AdaptedSource:
+    """A weight of a layer of PEFT, with whatever adapters are active when it is read.
+
+    Plain LoRA is added; what else there is, PEFT merges on a copy of the layer, which is not
+    sharded. Both have the bits of a merge.
+    """
 
     layer: Any
     name: str  # of the weight inside of the base layer
-    inner: Source
-    is_replaceable: bool = True  # whether the weight can be handed to the copy
+    bases: Mapping[str, Source]  # name -> each weight that the base layer has itself
 
     def read(self) -> torch.Tensor:
-        """The base weight with the active adapters merged."""
-        layer = self.layer
-        if layer.merged != layer.disable_adapters:
-            return self.inner.read()
-        if lora.is_routed(layer):
+        """The base weight with the active adapters."""
+        layer, base = self.layer, self.base()
+        if layer.merged != layer.disable_adapters:  # they are added already, or not at all
+            return base
+        # torch has no convolutions of sharded tensors, and no views of sharded stacks
+        is_addable = base.ndim == 2 or not isinstance(base, DTensor)
+        if is_addable and self._is_adapted() and lora.is_plain_lora(layer):
+            return lora.added(layer, base)
+        return self._merged()
+
+    def base(self) -> torch.Tensor:
+        """The base weight."""
+        return self.bases[self.name].read()
+
+    def factors(self) -> Factors | None:
+        """The factors of the active adapter, where it is s·B·A."""
+        if self._is_adapted() and lora.has_factors(self.layer):
+            return lora.active_factors(self.layer)
+        return None
+
+    def _is_adapted(self) -> bool:
+        return self.name == lora.adapted_weight_name(self.layer)
+
+    def _merged(self) -> torch.Tensor:
+        if lora.is_routed(self.layer):
             raise TypeError("the weight under X-LoRA depends on the input")
-        copied = twin(layer)
-        if self.is_replaceable:
-            plain(copied.get_base_layer(), self.name, whole(self.inner.read()).clone())
-        if layer.merged:  # and disabled: the layer takes the adapters out when it computes
+        copied = twin(self.layer)
+        base = copied.get_base_layer()
+        for name, source in self.bases.items():
+            plain(base, name, whole(source.read()).clone())
+        _merge_unpacked(copied)
+        if self.layer.merged:  # and disabled: the layer takes the adapters out when it computes
             copied.unmerge()
         else:
             copied.merge()
-        weight: torch.Tensor = attrgetter(self.name)(copied.get_base_layer())
+        weight: torch.Tensor = getattr(copied.get_base_layer(), self.name)
+        return weight.detach()
+
+
+@dataclass(frozen=True)
+class AttentionSource:
+    """A weight of `nn.MultiheadAttention` with LoRA.
+
+    PEFT replaces its parameters in each forward pass: they are looked up each time. PEFT merges on
+    a copy of the layer.
+    """
+
+    layer: Any
+    name: str
+
+    def read(self) -> torch.Tensor:
+        """The base weight with the active adapters."""
+        if self.layer.merged != self.layer.disable_adapters:
+            return self.base()
+        copied = twin(self.layer)
+        if self.layer.merged:
+            copied.unmerge()
+        else:
+            copied.merge()
+        weight: torch.Tensor = attrgetter(self.name)(copied.base_layer)
         return weight.detach()
 
     def base(self) -> torch.Tensor:
         """The base weight."""
-        return self.inner.base()
-
-    def factors(self) -> Factors | None:
-        """The factors of the active adapter, where it is s·B·A."""
-        adapted = self.name in (lora.adapted_weight_name(self.layer), "in_proj_weight")
-        if not adapted or not lora.has_factors(self.layer):
-            return None
-        return lora.active_factors(self.layer)
-
-
-@dataclass(frozen=True)
-class AttributeSource:
-    """A weight that is looked up each time, because PEFT replaces the parameter."""
-
-    module: nn.Module
-    name: str
-
-    def read(self) -> torch.Tensor:
-        """The weight, detached."""
-        weight: torch.Tensor = attrgetter(self.name)(self.module)
+        weight: torch.Tensor = attrgetter(self.name)(self.layer.base_layer)
         return weight.detach()
 
-    base = read
-
     def factors(self) -> Factors | None:
-        """None: no adapter adds to it."""
-        return None
+        """The factors of the active adapter, for the weight to which PEFT adds them once."""
+        return lora.active_factors(self.layer) if self.name == "in_proj_weight" else None
 
 
 @dataclass(frozen=True)
@@ -116,25 +144,30 @@ def weights_of_tuner_layer(layer: Any, path: str, walk: Walk) -> Found:
         yield from _multihead_attention(layer, path, walk)
         return
     base, adapted = layer.get_base_layer(), path + lora.adapted_weight_name(layer)
+    found = list(walk(layer.base_layer, path))
+    bases = {
+        each.name.removeprefix(path): each.source
+        for each in found
+        if isinstance(each, Weight) and each.module is base
+    }
+    # A tied layer has no token rows of its own: it is the weight of the one it is tied to.
+    merging = getattr(layer, "tied_adapter", None) or layer
     is_plain, is_found, is_merged = lora.is_plain_lora(layer), False, False
-    for each in walk(layer.base_layer, path):
+    for each in found:
+        is_adapted = each.name == adapted
+        has_bias = is_plain and each.name == f"{path}bias" and any(layer.lora_bias.values())
         if isinstance(each, NotRead) or each.module is not base:
             yield each
-        elif is_plain and each.name == adapted:
-            is_found = True
-            source: Source = lora.LoraSource(layer, each.source)
-            if len(each.shape) != 2 and any(isinstance(part, DTensor) for part in each.parts):
-                source = MergedSource(layer, lora.adapted_weight_name(layer), each.source)
-            yield _if_read(layer, replace(each, source=source))
-        elif is_plain and (each.name != f"{path}bias" or not any(layer.lora_bias.values())):
+            continue
+        if is_plain and not is_adapted and not has_bias:
             yield each
-        else:
-            # A tied layer has no token rows of its own: it is the weight of the one it is tied to.
-            merging = getattr(layer, "tied_adapter", None) or layer
-            source = MergedSource(merging, each.name.removeprefix(path), each.source)
-            found = _if_read(layer, replace(each, source=source, parameter=None))
-            is_merged |= isinstance(found, Weight)
-            yield found
+            continue
+        source = AdaptedSource(merging, each.name.removeprefix(path), bases)
+        parameter = each.parameter if is_plain else None
+        read = _if_read(layer, replace(each, source=source, parameter=parameter))
+        is_found |= is_adapted
+        is_merged |= isinstance(read, Weight)
+        yield read
     factors = lora.active_factors(layer) if is_plain and not is_found else None
     if factors is not None and not factors.a.is_meta:
         yield _only_factors(layer, adapted, factors)
@@ -178,9 +211,20 @@ def active_copy(wrapper: Any) -> str | None:
     return next((each for each in wrapper.active_adapters if each in wrapper.modules_to_save), None)
 
 
+def _merge_unpacked(copied: Any) -> None:
+    """Let a copy of a layer with a packed base merge into its unpacked base, and not pack it."""
+    copied.quantization_backend = None
+    package, _, module = lora.peft_class(copied).__module__.rpartition(".")
+    if package == "peft.tuners.lora" and module not in ("layer", "variants"):
+        from peft.tuners.lora.layer import Linear
+
+        copied.__class__ = Linear
+        copied.fan_in_fan_out = getattr(copied, "fan_in_fan_out", False)
+
+
 def _if_read(layer: Any, weight: Weight) -> Weight | NotRead:
     """The weight with its dtype; left out by name if PEFT fails to merge it."""
-    if lora.peft_class(layer).__name__ == "Linear" and isinstance(weight.source, lora.LoraSource):
+    if lora.peft_class(layer).__name__ == "Linear" and lora.is_plain_lora(layer):
         return weight  # the common case, which never fails, is not worth a merge of the model
     try:
         return replace(weight, dtype=weight.read().dtype)
@@ -197,8 +241,7 @@ def _multihead_attention(layer: Any, path: str, walk: Walk) -> Found:
     own = "in_proj_weight", "out_proj.weight"
     for name in own:
         # No parameter: PEFT replaces it in each forward pass, and no gradient reaches it.
-        inner = AttributeSource(base, name)
-        source = MergedSource(layer, name, inner, is_replaceable=False)
+        source = AttentionSource(layer, name)
         weight = source.read()
         module = base if name == own[0] else base.out_proj.get_base_layer()
         yield Weight(path + name, None, tuple(weight.shape), weight.dtype, module, source)
@@ -213,7 +256,8 @@ def _multihead_attention(layer: Any, path: str, walk: Walk) -> Found:
 def _only_factors(layer: Any, name: str, factors: Factors) -> Weight:
     rows, cols = factors.b.shape[-2], factors.a.shape[-1]
     shape = (*factors.a.shape[:-2], *((cols, rows) if factors.transposed else (rows, cols)))
-    source = lora.LoraSource(layer, PackedSource())
+    own = lora.adapted_weight_name(layer)
+    source = AdaptedSource(layer, own, {own: PackedSource()})
     dtype = factors.a.dtype
     return Weight(name, None, shape, dtype, layer.get_base_layer(), source, readable=False)
 

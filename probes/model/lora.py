@@ -3,14 +3,13 @@
 Only plain LoRA is here: W + s·B·A. For its variants (DoRA, ...) see `adapters`.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from probes.model.twin import whole
-from probes.model.weight import Factors, Source
+from probes.model.weight import Factors
 
 # Variants that differ from plain LoRA only in how they are trained.
 _PLAIN_VARIANTS = ("MiCALinearVariant", "MiCAEmbeddingVariant", "VeloraLinearVariant")
@@ -42,44 +41,32 @@ def adapted_weight_name(layer: Any) -> str:
     return str(getattr(layer, "parameter_name", "weight"))  # target_parameters of LoraConfig
 
 
-@dataclass(frozen=True)
-class LoraSource:
-    """W_base + s·B·A of a LoRA layer, rounded where merging rounds.
+def added(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """The base weight of a plain LoRA layer with its adapters, rounded where merging rounds.
 
-    The sum has the dtype of the base weight, as for a merge. A quantised base is unpacked first,
-    and the sum is not packed again: it is what the layer computes with.
+    The sum has the dtype of the base weight, as for a merge. A quantised base is unpacked, and the
+    sum is not packed again: it is what the layer computes with.
+
+    Args:
+        layer: the layer, whose adapters are added unless they are merged or disabled.
+        weight: its base weight, which is not changed.
     """
-
-    layer: Any
-    inner: Source
-
-    def read(self) -> torch.Tensor:
-        """The base weight with the active adapters added, as merging would store it."""
-        layer, weight = self.layer, self.inner.read()
-        if layer.merged == layer.disable_adapters:  # else they are added already, or not at all
-            # A layer that is merged and disabled takes the adapters out again when it computes.
-            adapters = layer.merged_adapters[::-1] if layer.merged else active_adapters(layer)
-            sign = -1 if layer.merged else 1
-            weight = weight.clone() if adapters else weight
-            for adapter in adapters:
-                weight.add_(self._delta(adapter, weight), alpha=sign)
+    if layer.merged != layer.disable_adapters:
         return weight
+    # A layer that is merged and disabled takes the adapters out again when it computes.
+    adapters = layer.merged_adapters[::-1] if layer.merged else active_adapters(layer)
+    weight = weight.clone() if adapters else weight
+    for adapter in adapters:
+        weight.add_(_delta(layer, adapter, weight.dtype), alpha=-1 if layer.merged else 1)
+    return weight
 
-    def base(self) -> torch.Tensor:
-        """The base weight."""
-        return self.inner.base()
 
-    def factors(self) -> Factors | None:
-        """The factors of the active adapter; None if none is active, merged or several are."""
-        return active_factors(self.layer)
-
-    def _delta(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
-        layer = self.layer
-        if not hasattr(layer, "get_delta_weight"):  # layers that cannot merge: GPTQ, AWQ, ...
-            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            return ((b @ a) * layer.scaling[adapter]).to(weight.dtype)
-        delta: torch.Tensor = layer.get_delta_weight(adapter)
-        return delta.to(weight.dtype) if adapter in layer.lora_embedding_A else delta
+def _delta(layer: Any, adapter: str, dtype: torch.dtype) -> torch.Tensor:
+    if not hasattr(layer, "get_delta_weight"):  # layers that cannot merge: GPTQ, AWQ, ...
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        return cast(torch.Tensor, (b @ a) * layer.scaling[adapter])
+    delta: torch.Tensor = layer.get_delta_weight(adapter)
+    return delta.to(dtype) if adapter in layer.lora_embedding_A else delta
 
 
 def active_factors(layer: Any) -> Factors | None:

@@ -26,7 +26,7 @@ def twin(module: nn.Module) -> Any:
 
     Sharded tensors are gathered: every process that holds a part must call this.
     It has no hooks but those that compute a weight. Parameters do not require a gradient.
-    Parameters of classes of their own (packed ones) are shared with the module.
+    Parameters of classes of their own (packed ones) are empty in the copy: see `plain`.
 
     Args:
         module: any module, also one that is sharded or parametrised.
@@ -89,10 +89,11 @@ def _twin(module: nn.Module, done: dict[int, Any]) -> Any:
 
 def _copy(tensor: torch.Tensor, done: dict[int, Any]) -> torch.Tensor:
     if id(tensor) not in done:
-        copied = whole(tensor.detach()).clone()
+        if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer, DTensor):
+            copied = whole(tensor.detach()).clone()
+        else:
+            copied = torch.empty(0)
         if isinstance(tensor, nn.Parameter):
-            if type(tensor) not in (nn.Parameter, type(tensor.data)):
-                return tensor
             copied = nn.Parameter(copied, requires_grad=False)
         done[id(tensor)] = copied
     return done[id(tensor)]

@@ -57,7 +57,7 @@ class PlainSource:
         return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weight:
     """One weight of a model, of any number of dimensions.
 
@@ -80,8 +80,8 @@ class Weight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     module: nn.Module
-    source: Source = field(repr=False, compare=False)
-    parts: tuple[nn.Parameter, ...] = field(default=(), repr=False, compare=False)
+    source: Source = field(repr=False)
+    parts: tuple[nn.Parameter, ...] = field(default=(), repr=False)
     readable: bool = True
 
     @property

@@ -15,7 +15,7 @@ from probes.model.quantised import (
     weight_of_parameter,
     weights_of_packed_module,
 )
-from probes.model.weight import Factors, NotRead, PlainSource, Weight
+from probes.model.weight import Factors, NotRead, PlainSource, Weight, not_read
 
 __all__ = ["Factors", "NotRead", "Weight", "find_weights"]
 
@@ -85,6 +85,17 @@ class _Walk:
         yield from self._plain(wrapper, path)
 
     def _plain(self, module: nn.Module, path: str) -> Iterator[Weight | NotRead]:
+        unknown = _has_unknown_adapter(module)
+        for each in self._own(module, path):
+            is_factor = "lora" in each.name.removeprefix(path).lower()
+            if unknown and isinstance(each, Weight) and len(each.shape) > 1 and not is_factor:
+                reason = f"weights under adapters that are not PEFT's ({type(module).__name__})"
+                for part in each.parts:
+                    yield not_read(each.name, part, reason)
+            else:
+                yield each
+
+    def _own(self, module: nn.Module, path: str) -> Iterator[Weight | NotRead]:
         computed = list(computed_weights(module, path))
         yield from computed
         parts = {id(part) for each in computed for part in each.parts}
@@ -104,6 +115,15 @@ class _Walk:
         for name, child in module._modules.items():
             if child is not None and not (computed and name == "parametrizations"):
                 yield from self(child, f"{path}{name}.")
+
+
+def _has_unknown_adapter(module: nn.Module) -> bool:
+    """Whether a layer computes with more than its weight: LoRA of another library, or by hand."""
+    names = [each.lower() for each in (*module._parameters, *module._modules)]
+    return any(
+        all(any(name.startswith(factor) for name in names) for factor in pair)
+        for pair in (("lora_a", "lora_b"), ("lora_down", "lora_up"))
+    )
 
 
 def _peft_wrapper(module: nn.Module) -> Any:

@@ -21,6 +21,7 @@ def _bitsandbytes_4bit(quant_type="nf4"):
     layer.weight = bnb.nn.Params4bit(plain[0].weight.data, False, quant_type=quant_type)
     layer.bias = plain[0].bias
     model[0] = layer.to("cpu")
+    model.is_loaded_in_4bit = True  # as transformers says, and PEFT asks
     return model
 
 
@@ -30,6 +31,7 @@ def _bitsandbytes_8bit():
     layer = bnb.nn.Linear8bitLt(128, 64, has_fp16_weights=False)
     layer.load_state_dict(plain[0].state_dict())
     model[0] = layer.to("cpu")
+    model.is_loaded_in_8bit = True
     return model
 
 
@@ -141,6 +143,19 @@ def _adapted(model, **options):
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.1)
     return adapted
+
+
+@pytest.mark.parametrize("case", ["bitsandbytes_nf4", "bitsandbytes_int8", "hqq"])
+def test_dora_on_a_packed_base_is_what_the_layer_computes_with(case):
+    model = _adapted(READABLE[case](), use_dora=True)
+    with torch.no_grad():
+        model.base_model.model[0].lora_magnitude_vector["default"].weight.mul_(1.5)
+    values = read_all(model)
+    x = torch.eye(128)
+    layer = model.base_model.model[0]
+    got = layer(x).detach() - values.get("0.bias", layer.base_layer.bias)
+    torch.testing.assert_close(got.T, values["0.weight"], rtol=0.02, atol=0.01)
+    assert by_name(model)[0]["0.weight"].factors() is None
 
 
 class GptqLinear(nn.Module):
