@@ -169,7 +169,10 @@ class CheckpointsRun(Run):
             shapes = {name: shape for name, shape in shapes.items() if name in self._with_adapter}
         self.matrices = matrices_of(shapes)
         if not self.matrices:
-            raise FormatError(next(iter(self.problems.values()), f"{path} holds no matrices."))
+            found = f" It has {self.account.line(names=3)}." if self.account else ""
+            raise FormatError(
+                next(iter(self.problems.values()), f"{path} holds no matrices.{found}")
+            )
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """The effective weight, base weight, adapter or gradient of a parameter; see `Run.read`."""

@@ -1,0 +1,187 @@
+"""Four-bit floats and int8, each dequantised by the library that wrote it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import dynamics as dy
+from dynamics.errors import FormatError
+from tests.dynamics.formats.quantised.checking import (
+    NAME,
+    floor_over_error,
+    left_out,
+    matrix,
+    read,
+    write,
+)
+
+torch = pytest.importorskip("torch")
+
+KINDS = ["Gaussian", "rows", "rank 16"]
+
+
+def by_bitsandbytes(weight, kind="nf4", nested=False, dtype="float32", blocksize=64):
+    """What bitsandbytes stores of a weight, and what it makes of that."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    codes, state = functional.quantize_4bit(
+        torch.tensor(weight).to(getattr(torch, dtype)),
+        blocksize=blocksize,
+        quant_type=kind,
+        compress_statistics=nested,
+    )
+    stored = {NAME: codes}
+    stored |= {f"{NAME}.{key}": each for key, each in state.as_dict(packed=True).items()}
+    return stored, functional.dequantize_4bit(codes, state)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(256, 384), (34, 50)])  # rows that end inside a block
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitsandbytes_four_bits(tmp_path, kind, nested, shape, dtype):
+    stored, expected = by_bitsandbytes(matrix(shape=shape), kind, nested, dtype)
+    folder = write(tmp_path, stored, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    dense = read(folder)
+    assert dense.dtype == dtype
+    np.testing.assert_array_equal(
+        torch.tensor(dense.values).to(expected.dtype).float().numpy(), expected.float().numpy()
+    )
+    assert list(dy.open_run(folder).matrices) == [NAME]
+    assert not left_out(folder)
+
+
+def test_bitsandbytes_needs_no_config(tmp_path):
+    stored, expected = by_bitsandbytes(matrix())
+    np.testing.assert_array_equal(read(write(tmp_path, stored)).values, expected.numpy())
+
+
+def test_bitsandbytes_int8(tmp_path):
+    functional = pytest.importorskip("bitsandbytes").functional
+    codes, scale, _ = functional.int8_vectorwise_quant(torch.tensor(matrix("rows")).half())
+    expected = functional.int8_vectorwise_dequant(codes, scale).numpy()
+    module = NAME.removesuffix(".weight")
+    stored = {NAME: codes, f"{module}.SCB": scale, f"{module}.weight_format": torch.tensor(0)}
+    dense = read(write(tmp_path, stored, {"quant_method": "bitsandbytes", "load_in_8bit": True}))
+    np.testing.assert_allclose(dense.values, expected, rtol=1.2e-7)
+    assert 1 < floor_over_error(dense, matrix("rows")) < 1.6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("book", ["nf4", "fp4"])
+def test_the_floor_of_four_bits_covers_their_errors(tmp_path, kind, book):
+    stored, _ = by_bitsandbytes(matrix(kind), book)
+    assert 1 < floor_over_error(read(write(tmp_path, stored)), matrix(kind)) < 1.8
+
+
+def test_a_product_of_rank_16_keeps_its_rank(tmp_path):
+    rng = np.random.default_rng(0)
+    product = (rng.standard_normal((512, 16)) @ rng.standard_normal((16, 512))).astype(np.float32)
+    folder = write(tmp_path, by_bitsandbytes(product)[0])
+    measured = dy.analyze(folder, kinds=["weight"]).sel(matrix=NAME)
+    assert measured["numerical_rank"].item() == 16
+    rounded = dy.spectrum(torch.tensor(read(folder).values).bfloat16())
+    assert dy.METRICS["numerical_rank"].function(rounded) > 400  # above the floor of bfloat16
+    true = dy.METRICS["effective_rank"].function(dy.spectrum(product))
+    assert measured["effective_rank_above_floor"].item() == pytest.approx(true, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shape": [2**40, 2**40]}, "names the shape"),
+        ({"shape": [512, 512]}, "a shape"),
+        ({"shape": "x"}, "names the shape"),
+        ({"blocksize": 0}, "blocks of 0"),
+        ({"blocksize": 128}, "its absmax has the shape"),
+        ("no JSON", "no JSON"),
+        ("[]", "no JSON object"),
+    ],
+)
+def test_a_damaged_state_is_one_line(tmp_path, change, message):
+    stored, _ = by_bitsandbytes(matrix())
+    key = f"{NAME}.quant_state.bitsandbytes__nf4"
+    state = json.loads(stored[key].numpy().tobytes())
+    text = change if isinstance(change, str) else json.dumps(state | change)
+    stored[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with pytest.raises(FormatError, match=message):
+        read(write(tmp_path, stored))
+
+
+def mxfp4(weight):
+    """Blocks and scales of gpt-oss, of (E, out, in): the largest number of a group gets 4 to 6."""
+    groups = weight.reshape(*weight.shape[:-1], -1, 32)
+    exponents = np.floor(np.log2(np.abs(groups).max(-1, keepdims=True))) - 2
+    book = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    book = np.concatenate([book, -book])
+    codes = np.abs(groups[..., None] / 2.0 ** exponents[..., None] - book).argmin(-1)
+    packed = codes[..., 0::2] + 16 * codes[..., 1::2]
+    return (
+        torch.tensor(packed, dtype=torch.uint8),
+        torch.tensor(exponents[..., 0] + 127).to(torch.uint8),
+    )
+
+
+def test_experts_of_gpt_oss(tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    path = "model.layers.0.mlp.experts"
+    stored, expected = {}, {}
+    for name, outputs, inputs in (("gate_up_proj", 128, 64), ("down_proj", 64, 64)):
+        weights = np.stack([matrix(shape=(outputs, inputs), seed=e) for e in range(3)])
+        packed = mxfp4(weights)
+        stored |= dict(zip((f"{path}.{name}_blocks", f"{path}.{name}_scales"), packed, strict=True))
+        stored[f"{path}.{name}_bias"] = torch.ones(3, outputs)
+        expected[name] = convert_moe_packed_tensors(*packed, dtype=torch.float32).numpy()
+    folder = write(
+        tmp_path, stored, {"quant_method": "mxfp4"}, model_type="gpt_oss", hidden_size=64
+    )
+    run = dy.open_run(folder)
+    assert len(run.matrices) == 9
+    for expert in range(3):
+        up = expected["gate_up_proj"][expert]
+        for module, values in (
+            ("gate_proj", up[:, ::2]),
+            ("up_proj", up[:, 1::2]),
+            ("down_proj", expected["down_proj"][expert]),
+        ):
+            found = run.read(f"{path}.{expert}.{module}.weight", 0, "weight")
+            np.testing.assert_array_equal(found.values, values)
+            assert found.errors.variance().shape == values.shape
+    original = matrix(shape=(64, 64), seed=1).T
+    assert 1 < floor_over_error(read(folder, f"{path}.1.down_proj.weight"), original) < 1.8
+
+
+def test_one_expert_is_read_alone(tmp_path, monkeypatch):
+    from dynamics.formats.storage import tensors
+
+    path = "model.layers.0.mlp.experts"
+    packed = mxfp4(np.stack([matrix(shape=(64, 64), seed=e) for e in range(8)]))
+    stored = dict(
+        zip((f"{path}.down_proj_blocks", f"{path}.down_proj_scales"), packed, strict=True)
+    )
+    folder = write(tmp_path, stored, {"quant_method": "mxfp4"}, model_type="gpt_oss")
+    run = dy.open_run(folder)
+    read_bytes = []
+    read_range = tensors.read_range
+    monkeypatch.setattr(
+        tensors,
+        "read_range",
+        lambda path, first, length: read_bytes.append(length) or read_range(path, first, length),
+    )
+    run.read(f"{path}.5.down_proj.weight", 0, "weight")
+    assert sum(read_bytes) == 64 * 64 // 2 + 64 * 2
+
+
+def test_scales_that_are_missing_or_do_not_fit(tmp_path):
+    path = "model.layers.0.mlp.experts.down_proj"
+    blocks, scales = mxfp4(np.stack([matrix(shape=(64, 64), seed=e) for e in range(2)]))
+    other = {"model.norm_proj.weight": torch.ones(4, 4)}
+    folder = write(tmp_path / "missing", {f"{path}_blocks": blocks, **other})
+    assert "its scales is missing" in left_out(folder)[path]
+    stored = {f"{path}_blocks": blocks, f"{path}_scales": scales[:, :8]}
+    with pytest.raises(FormatError, match="its scales has the shape"):
+        read(
+            write(tmp_path / "short", stored),
+            f"{path.removesuffix('.down_proj')}.1.down_proj.weight",
+        )
