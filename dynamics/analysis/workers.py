@@ -169,6 +169,9 @@ class _Processes:
 
 def _work(pipe: Connection, pickled_run: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to stop
+    if "fork" in multiprocessing.get_all_start_methods():
+        # Locks of libraries (Blosc has one) then have no name that a killed process would leave.
+        multiprocessing.set_start_method("fork", force=True)
     workplace = Workplace(pickled_run)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         while True:

@@ -167,6 +167,16 @@ def test_ctrl_c_reaches_the_workers_and_none_of_them_ends_by_it(recording, seria
     assert workers == set(interrupted), "others were started in their place"
 
 
+@pytest.mark.slow
+def test_killed_processes_leave_no_locks_of_their_libraries_behind(write_recording, tmp_path):
+    """Blosc makes one where it first decompresses; Python warns of locks that nobody unlinked."""
+    code = "import sys, dynamics as dy; dy.analyze(sys.argv[1], workers=2)"
+    command = [sys.executable, "-c", code, str(write_recording(tmp_path / "run.zarr"))]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def die_in_the_middle_of_an_answer():
     for number in range(3, 256):
         with suppress(OSError):
