@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import brentq
 
+from dynamics import metrics
 from dynamics.errors import MissingError
 from dynamics.metrics import (
     METRICS,
@@ -236,11 +237,7 @@ OF_EACH_MATRIX = {
     "rank_bound": np.array([[1, 2, 3], [4, 5, 5]]),
 }
 OF_ALL = {"rows": 8, "cols": 5, "k": 2}
-FUNCTIONS = [
-    name
-    for name, each in inspect.getmembers(spectral, inspect.isfunction)
-    if each.__module__ == spectral.__name__ and not name.startswith("_")
-]
+FUNCTIONS = [each for each in metrics.__all__ if inspect.isfunction(getattr(spectral, each, None))]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
