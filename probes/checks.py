@@ -18,8 +18,8 @@ from torch import nn
 from dynamics.auditing import events
 from dynamics.auditing.report import Severity, Verdict
 from dynamics.recordings import ADAPTER, SPECTRA, factor_path
-from probes.model.optimizers import innermost_optimizer
 from probes.model.weights import Factors, Weight, find_weights
+from probes.optimizers.nesting import innermost_optimizer
 
 
 class FailedCheckWarning(UserWarning):

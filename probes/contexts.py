@@ -1,9 +1,10 @@
 """Outside of the user's contexts: what is recorded does not depend on where it is computed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from torch.autograd import Variable
 from torch.utils._python_dispatch import _disable_current_modes
 
 # All that torch knows, whether they are there or not.
@@ -37,3 +38,13 @@ def outside_of_contexts() -> Iterator[None]:
             stack.callback(torch.set_autocast_enabled, device, True)
             torch.set_autocast_enabled(device, False)
         yield
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running and has called what runs now."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def after_backward(call: Callable[[], object]) -> None:
+    """Call something when the backward pass that runs now is over."""
+    Variable._execution_engine.queue_callback(call)

@@ -15,12 +15,15 @@ from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
 from probes.contexts import outside_of_contexts
 from probes.gradients.of_step import StepGradients
-from probes.gradients.optimizer_hooks import OptimizerSteps
+from probes.gradients.stepped import warn_of_no_optimizer, watched_weights
 from probes.model.account import announce
-from probes.model.optimizers import innermost_optimizer
 from probes.model.parameters import Selection, track
 from probes.model.provenance import model_config, package_versions
 from probes.model.sharding import is_rank_0, refuse_unreadable, wait_for_ranks
+from probes.optimizers.changes import WeightVersions, warn_of_changes, warn_of_no_step
+from probes.optimizers.learning_rates import learning_rates
+from probes.optimizers.nesting import given_optimizers, optimizers_of
+from probes.optimizers.steps import OptimizerSteps
 from probes.records.background_writer import (
     BLOCK,
     BackgroundWriter,
@@ -69,8 +72,10 @@ class Recorder:
 
     Args:
         model: any torch module. Where PEFT added LoRA layers, `weight` is W_base + s·B·A.
-        optimizer: a torch optimizer, or a wrapper that holds one as `optimizer`. Or a list of
-            them, in the order in which they step; steps are counted by the last one in the list.
+        optimizer: a torch optimizer, or a wrapper that holds some; then a step is over when the
+            wrapper's is. Or a list or dict of them, in the order in which they step; steps are
+            counted by the last one. Their order does not matter if they step within the backward
+            pass, such as one for each parameter: then a step is over when this pass is.
         store: path or URL of the recording, any zarr Store, or an Icechunk repository.
         every: n, to record every n-th step; or a function of the step, see `probes.schedule`.
         select: globs over names, or a predicate of (name of a matrix, parameter); all matrices by
@@ -107,8 +112,8 @@ class Recorder:
 
     Raises:
         DynamicsError: no parameter is selected; an unknown word in `record`; FSDP1 or DeepSpeed;
-            or several processes must average gradients, the model is not in DDP, and
-            `process_group` is None.
+            an optimizer of another model; or several processes must average gradients, the model
+            is not in DDP, and `process_group` is None.
         OutputExistsError: the store already holds a recording and `resume_at` is None.
 
     Example:
@@ -158,11 +163,9 @@ class Recorder:
                 f"records are too small to drop; found storage_dtype={storage_dtype!r} and "
                 f"when_full={when_full!r}: leave both out."
             )
-        given = optimizer if isinstance(optimizer, Sequence) else (optimizer,)
+        given = self._given = given_optimizers(optimizer)
         refuse_unreadable(model, given)
-        self._optimizers: list[torch.optim.Optimizer] = [
-            innermost_optimizer(each) for each in given
-        ]
+        self._optimizers = optimizers_of(model, given)
         scalers = (getattr(each, "scaler", None) for each in given)
         self._tracked, self.account = track(model, select)
         self._due: Schedule = every if callable(every) else every_n(every)
@@ -180,6 +183,12 @@ class Recorder:
             writes=self._writes,
             keep=self._contents.keep,
         )
+        watched = watched_weights(model, self._tracked, self._optimizers)
+        # Since the record that is pending, and since attaching.
+        self._since_record, self._since_attach = WeightVersions(watched), WeightVersions(watched)
+        self._model = model
+        self._first_step = self._step = resume_at or 0
+        self._may_change = self._warned_of_changes = False
         self._resume_at = resume_at
         self._store = store
         check_policy(queue_size, when_full)
@@ -196,7 +205,6 @@ class Recorder:
         }
         self._steps: OptimizerSteps | None = None
         self._writer: BackgroundWriter | None = None
-        self._step = resume_at or 0
         self._pending: Record | None = None
         self._logged: dict[str, Any] = {}
         self._warned_of: set[str] = set()
@@ -214,14 +222,20 @@ class Recorder:
             raise DynamicsError("This recorder is already attached; close() it first.")
         if self._writes:
             announce(self.account)
+            warn_of_no_optimizer(self._model, self._tracked, self._optimizers)
         if len(self._gradients.needed_ranks) > 1:
             wait_for_ranks(self._gradients.needed_ranks)
         if self._writes:
             self._open_store()
         self._steps = OptimizerSteps(
-            self._optimizers, self._finish_record, self._take_gradients, self._step_done
+            self._given,
+            self._optimizers,
+            self._step_begins,
+            self._take_gradients,
+            self._step_done,
         )
         atexit.register(self.close)
+        self._since_attach.note()
         if self._due(self._step):
             # A resumed recording may hold this record already; only the writing process knows. All
             # take it nevertheless: other ranks may be gathering, and differences refer to it.
@@ -265,11 +279,18 @@ class Recorder:
         if self._steps is None:
             return
         writer = self._writer
+        self._steps.finish()
+        if (
+            self._writes
+            and self._step == self._first_step
+            and (names := self._since_attach.changed())
+        ):
+            warn_of_no_step(self._given[-1], names)
         try:
             self._finish_record(wait=True)
         finally:
             self._steps.remove()
-            self._gradients.disarm()
+            self._gradients.close()
             self._steps, self._writer = None, None
             atexit.unregister(self.close)
             if writer is not None:
@@ -312,6 +333,7 @@ class Recorder:
             attrs: JSON-like facts about it.
         """
         self._finish_record()
+        self._may_change = True  # an event such as a merge changes weights
         happened = Event(self._step if at is None else at, kind, attrs)
         self._contents.note(happened)
         self._submit(lambda: self._recording.event(happened))
@@ -328,14 +350,24 @@ class Recorder:
         self.event(SKIPPED_STEP, at=self._step + 1)
         self._step_done()
 
+    def _step_begins(self) -> None:
+        if self._pending is not None and not self._may_change and not self._warned_of_changes:
+            names = self._since_record.changed()
+            if names:
+                self._warned_of_changes = True
+                warn_of_changes(self._pending.step, names)
+        self._finish_record()
+
     @outside_of_contexts()
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         if self._due(self._step + 1):
             self._gradients.take(optimizer)
 
+    @outside_of_contexts()
     def _step_done(self) -> None:
         self._step += 1
         if self._due(self._step):
+            self._gradients.finish()
             self._take_record()
         self._logged = {}
         self._arm_if_due()
@@ -347,12 +379,14 @@ class Recorder:
 
     @outside_of_contexts()
     def _take_record(self, *, keep: bool = True) -> None:
-        rate = self._optimizers[0].param_groups[0].get("lr")
-        record = Record(self._step, {} if rate is None else {"learning_rate": _detached_copy(rate)})
+        rates = learning_rates(self._optimizers)
+        record = Record(self._step, {name: _detached_copy(rate) for name, rate in rates.items()})
         record.logged |= self._logged
         self._contents.fill(record, self._gradients.pop())
+        self._may_change = False
         if self._writes and keep:
             self._pending = record
+            self._since_record.note()
         else:
             self._contents.release(record)
 

@@ -17,8 +17,9 @@ LAYERS: list[dict[str, str]] = [
     {
         "probes.model": "what is read of a live model",
         "probes.schedule": "which steps are recorded",
-        "probes.contexts": "nothing of the user's surroundings counts",
     },
+    {"probes.optimizers": "when a step is over"},
+    {"probes.contexts": "nothing of the user's surroundings counts"},
     {"dynamics.cli": "the command line"},
     {
         "dynamics.directions": "where do matrices point?",

@@ -8,11 +8,14 @@ from torch import nn
 
 from dynamics.errors import DynamicsError
 from dynamics.recordings import GRADIENT
+from probes.contexts import in_backward
+from probes.gradients.absent import AbsentGradients
 from probes.gradients.probed import DEFINITION, ProbedGradients, frozen_weights
+from probes.gradients.stand_ins import is_frozen
 from probes.gradients.unclipped import BEFORE_CLIPPING, UnclippedGradients
-from probes.model.optimizers import optimizer_parameters
 from probes.model.parameters import Tracked
 from probes.model.sharding import data_parallel_group, gather, is_sharded, needed_ranks
+from probes.optimizers.nesting import optimizer_parameters
 
 PROBED_GRADIENT = "probed_gradient"
 GRADIENT_BEFORE_CLIPPING = "gradient_before_clipping"
@@ -67,6 +70,10 @@ class StepGradients:
         self._writes = writes
         self._keep = keep
         self._gradients: Gradients = {}
+        self._found: set[str] = set()
+        self._absent = AbsentGradients()
+        self._armed = False
+        self._scales: tuple[float, Any] | None = None  # when the last optimizer stepped
         self._probed: ProbedGradients | None = None
         self._unclipped: UnclippedGradients | None = None
         probed, unclipped = PROBED_GRADIENT in record, GRADIENT_BEFORE_CLIPPING in record
@@ -89,42 +96,72 @@ class StepGradients:
     def arm(self) -> None:
         """Watch the backward passes from now on, because the next step is recorded."""
         self.disarm()
+        self._armed = True
         for collector in (self._unclipped, self._probed):
             if collector is not None:
                 collector.arm()
 
     def disarm(self) -> None:
         """Stop watching, and leave the model as it was."""
+        self._armed, self._scales = False, None
         for collector in (self._probed, self._unclipped):
             if collector is not None:
                 collector.disarm()
 
     def take(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the gradients that a step of this optimizer is about to consume."""
-        self._refuse_replaced()
-        stepped, last = self._stepped_by(optimizer), optimizer is self._optimizers[-1]
-        if self._consumed:
-            # A fused optimizer that unscales inside its step has this attribute.
-            scale = getattr(optimizer, "grad_scale", None)
-            for each in stepped:
-                if each.parameter.grad is not None:
-                    gradient = gather(each.parameter.grad, keep=self._writes)
-                    if gradient is not None:
-                        if scale is not None:
-                            gradient = gradient / scale.to(gradient.device)
-                        self._keep_parts(each, gradient, {}, owned=scale is not None)
-        if self._unclipped is not None:
-            unclipped = self._unclipped.take(stepped, self._loss_scale(optimizer))
-            self._add(unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
-        if self._probed is not None and last:
-            probed = self._probed.take(self._loss_scale(optimizer))
+        # A fused optimizer that unscales inside its step has this attribute.
+        self._scales = self._loss_scale(optimizer), getattr(optimizer, "grad_scale", None)
+        self._take({id(parameter) for parameter in optimizer_parameters(optimizer)}, *self._scales)
+        if in_backward():
+            if self._probed is not None:
+                self._probed.stepped()
+        elif optimizer is self._optimizers[-1]:
+            self._refuse_replaced()
+            self.finish()
+
+    def finish(self) -> None:
+        """Keep what is left when all gradients of a step are there. Safe to call twice.
+
+        These are the gradients of weights that no optimizer steps, frozen ones among them.
+        """
+        if not self._armed or self._scales is None:
+            return
+        stepped = {id(parameter) for parameter in self._trained()}
+        self._take({id(each.parameter) for each in self._tracked} - stepped, *self._scales)
+        if self._probed is not None:
+            probed = self._probed.take(self._scales[0])
             self._add(probed, {"probed": True, "definition": DEFINITION})
-        if last:
-            self.disarm()
+        self.disarm()
+        self._absent.note(self._expected(), self._found)
+
+    def _take(self, stepped: set[int], loss_scale: float, scale: Any) -> None:
+        taken = [each for each in self._tracked if id(each.parameter) in stepped]
+        for each in taken if self._consumed else ():
+            if each.parameter.grad is not None:
+                self._found.add(each.name)
+                gradient = gather(each.parameter.grad, keep=self._writes)
+                if gradient is not None:
+                    if scale is not None:
+                        gradient = gradient / scale.to(gradient.device)
+                    self._keep_parts(each, gradient, {}, owned=scale is not None)
+        if self._unclipped is not None:
+            unclipped = self._unclipped.take(taken, loss_scale)
+            self._add(unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
+
+    def _expected(self) -> set[str]:
+        trained = self._consumed or self._unclipped is not None
+        return {
+            each.name
+            for each in self._tracked
+            if (trained and each.parameter.requires_grad)
+            or (self._probed is not None and is_frozen(each.parameter))
+        }
 
     def _add(self, gradients: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
         for each in self._tracked:
             if each.name in gradients:
+                self._found.add(each.name)
                 values = gather(gradients[each.name], keep=self._writes)
                 if values is not None:
                     self._keep_parts(each, values, attrs, owned=True)
@@ -138,19 +175,13 @@ class StepGradients:
 
     def pop(self) -> Gradients:
         """The gradients of the step just done; forgets them."""
-        gradients, self._gradients = self._gradients, {}
+        gradients, self._gradients, self._found = self._gradients, {}, set()
         return gradients
 
-    def _stepped_by(self, optimizer: torch.optim.Optimizer) -> list[Tracked]:
-        """The tracked weights of one optimizer; the last one also gets those of no optimizer."""
-        own = {id(parameter) for parameter in optimizer_parameters(optimizer)}
-        others = {id(parameter) for parameter in self._trained()} - own
-        last = optimizer is self._optimizers[-1]
-        return [
-            each
-            for each in self._tracked
-            if id(each.parameter) in own or (last and id(each.parameter) not in others)
-        ]
+    def close(self) -> None:
+        """Stop watching; say which gradients never arrived."""
+        self.disarm()
+        self._absent.close()
 
     def _trained(self) -> Iterator[nn.Parameter]:
         for optimizer in self._optimizers:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd import Variable
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from probes.contexts import after_backward, in_backward
 
 # Their fast paths ask whether any tensor requires a gradient, and compute other bits if one does.
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -20,16 +21,6 @@ _COMPILERS_WARNING = r"Using `torch\.compile\(module\)` when there are global ho
 _CALL = nn.Module._call_impl.__code__
 
 Collect = Callable[[str, torch.Tensor], None]
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running and has called what runs now."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def after_backward(call: Callable[[], None]) -> None:
-    """Call something when the backward pass that runs now is over."""
-    Variable._execution_engine.queue_callback(call)
 
 
 def is_frozen(parameter: nn.Parameter) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from probes.contexts import in_backward
 from probes.model.parameters import Tracked
 from probes.model.sharding import is_sharded, means_over_ranks
 
@@ -55,6 +56,9 @@ class UnclippedGradients:
             if each.name in self._armed and not is_sharded(each.parameter):
                 local[each.name] = each.parameter
             copy = self._copies.pop(each.name, None)
+            if copy is None and each.name in self._armed and in_backward():
+                # An optimizer that steps in a hook of its own comes before the hook of this class.
+                copy = None if each.parameter.grad is None else _copy(each.parameter.grad)
             if copy is not None and each.parameter.grad is not None:
                 copies[each.name] = copy
         if self._process_group is not None:
@@ -70,9 +74,12 @@ class UnclippedGradients:
 
     def _copier(self, name: str) -> Callable[[torch.Tensor], None]:
         def copy(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            assert gradient is not None
-            gradient = gradient.detach()
-            self._copies[name] = gradient.to_dense() if gradient.is_sparse else gradient.clone()
+            if parameter.grad is not None:  # or else an optimizer has stepped in this pass
+                self._copies[name] = _copy(parameter.grad)
 
         return copy
+
+
+def _copy(gradient: torch.Tensor) -> torch.Tensor:
+    gradient = gradient.detach()
+    return gradient.to_dense() if gradient.is_sparse else gradient.clone()

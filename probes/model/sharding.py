@@ -10,8 +10,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dynamics.errors import DynamicsError
-from probes.model.optimizers import innermost_optimizer, optimizer_layers
 from probes.model.parameters import Tracked
+from probes.optimizers.nesting import (
+    innermost_optimizers,
+    optimizer_layers,
+    optimizer_parameters,
+)
 
 # How long a recorder waits for the recorders of other processes before it says which are missing.
 # All ranks finish constructing the model at about the same time, but one may still load data.
@@ -124,8 +128,10 @@ def wait_for_ranks(ranks: Iterable[int]) -> None:
     store.set(places[dist.get_rank()], "here")
     try:
         store.wait(list(places.values()), PATIENCE)
-    except dist.DistStoreError:
+    except RuntimeError:  # DistStoreError is one; a FileStore raises no other
         missing = [str(rank) for rank, place in places.items() if not store.check([place])]
+        if not missing:
+            raise
         raise DynamicsError(
             f"Rank {dist.get_rank()} waited {PATIENCE.total_seconds():.0f} s for the recorders of "
             f"ranks {', '.join(missing)}: gathering and averaging need all of them. Attach a "
@@ -156,7 +162,8 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
         optimizers: as the user gave them, with their wrappers.
 
     Raises:
-        DynamicsError: FSDP1, DeepSpeed ZeRO, or an optimizer without the hooks of torch.
+        DynamicsError: FSDP1, DeepSpeed ZeRO, an optimizer without the hooks of torch, or one of
+            another model.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -178,8 +185,17 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
                     "which cannot be recorded: train with DDP or FSDP2, or analyze the "
                     "checkpoints that DeepSpeed saves."
                 )
-        if not isinstance(innermost_optimizer(optimizer), torch.optim.Optimizer):
+        inside = innermost_optimizers(optimizer)
+        if not all(isinstance(each, torch.optim.Optimizer) for each in inside):
             raise DynamicsError(
-                "A recorder takes torch optimizers, or wrappers that hold one as `optimizer`; "
+                "A recorder takes torch optimizers, or wrappers that hold some; "
                 f"found {type(optimizer).__module__}.{type(optimizer).__name__}."
+            )
+        own = {id(parameter) for parameter in model.parameters()}
+        if not any(id(each) in own for layer in inside for each in optimizer_parameters(layer)):
+            raise DynamicsError(
+                f"No parameter of the optimizer {type(optimizer).__name__} is one of the model "
+                f"{type(model).__name__}: it is of another model, or it was made before "
+                "fully_shard() or accelerator.prepare() replaced the parameters. Give the recorder "
+                "the optimizer that trains this model."
             )

@@ -18,7 +18,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dynamics.errors import DynamicsError, MissingError
-from probes.model.optimizers import optimizer_parameters
+from probes.optimizers.nesting import optimizer_parameters
 from probes.relora.config import TrainConfig
 from probes.relora.data.sequences import TokenBlocks
 from probes.relora.data.text import TextData

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dynamics.errors import DynamicsError
-from probes.model.optimizers import innermost_optimizer
+from probes.optimizers.nesting import innermost_optimizer
 from probes.relora.config import RESET_MODES
 
 

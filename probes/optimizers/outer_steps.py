@@ -1,0 +1,90 @@
+"""When the step of a wrapping optimizer is over, whose class knows nothing of torch's hooks."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+Done = Callable[[Any], None]
+
+
+class Handle(Protocol):
+    """What ends a watch."""
+
+    def remove(self) -> None:
+        """End it."""
+        ...
+
+
+def watch_outer_step(optimizer: Any, done: Done) -> Handle:
+    """Call done(optimizer) at the end of each of its steps.
+
+    torch runs hooks around the steps of its own optimizers. Other wrappers have `step` replaced in
+    their class, as torch does it, while one of their instances is watched; the instances stay as
+    they are, for copies and pickles. A class that cannot be changed is not watched.
+    """
+    if hasattr(optimizer, "_optimizer_step_post_hooks") and getattr(
+        type(optimizer).step, "hooked", False
+    ):
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer.register_step_post_hook(lambda each, *_: done(each))
+    return _Watch(optimizer, done)
+
+
+# Class -> what the steps of its instances call, by the id of the instance.
+_of_classes: weakref.WeakKeyDictionary[type, dict[int, list[Done]]] = weakref.WeakKeyDictionary()
+
+
+class _Watch:
+    def __init__(self, optimizer: Any, done: Done):
+        self._optimizer, self._done = optimizer, done
+        kind = type(optimizer)
+        if not callable(getattr(kind, "step", None)):
+            return
+        watched = _of_classes.setdefault(kind, {})
+        if not watched:
+            try:
+                _replace_step(kind, watched)
+            except TypeError:  # a built-in class
+                return
+        watched.setdefault(id(optimizer), []).append(done)
+
+    def remove(self) -> None:
+        """Call nothing any more; the class gets its own step back after the last one."""
+        kind = type(self._optimizer)
+        watched = _of_classes.get(kind, {})
+        calls = watched.get(id(self._optimizer), [])
+        if self._done in calls:
+            calls.remove(self._done)
+        if not calls:
+            watched.pop(id(self._optimizer), None)
+        if not watched:
+            _give_step_back(kind)
+
+
+def _replace_step(kind: type, watched: dict[int, list[Done]]) -> None:
+    kind.step = _watched_step(kind.step, watched)  # type: ignore[attr-defined]
+
+
+def _give_step_back(kind: type) -> None:
+    step = vars(kind).get("step")
+    if getattr(step, "__code__", None) is not CALL_OF_OUTER_STEP:
+        return  # somebody has replaced it in turn; without watchers it does nothing more
+    kind.step = step.__wrapped__  # type: ignore[attr-defined, union-attr]
+
+
+def _watched_step(original: Callable[..., Any], watched: dict[int, list[Done]]) -> Any:
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        for done in tuple(watched.get(id(self), ())):
+            done(self)
+        return result
+
+    return step
+
+
+# Frames of this code are steps that run.
+CALL_OF_OUTER_STEP = _watched_step(len, {}).__code__
