@@ -45,6 +45,6 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def after_backward(call: Callable[[], object]) -> None:
+def after_backward(call: Callable[[], None]) -> None:
     """Call something when the backward pass that runs now is over."""
     Variable._execution_engine.queue_callback(call)

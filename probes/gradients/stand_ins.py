@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ class _Places:
         self.collect: Collect | None = collect
         self._places = list(_places(model, weights))
         self._made: dict[str, torch.Tensor] = {}
-        self._taken: list[tuple[_Place, torch.Tensor]] = []
+        self._taken: list[tuple[_Place, Any]] = []
 
     def take(self) -> None:
         """Put stand-ins where weights are that are frozen now."""
@@ -163,7 +164,7 @@ class _Places:
         ]
         self._put(frozen)
 
-    def _put(self, places: list[tuple[_Place, torch.Tensor]]) -> None:
+    def _put(self, places: list[tuple[_Place, Any]]) -> None:
         for place, stand_in in places:
             found = _at(place)
             if found is place.parameter:
@@ -183,12 +184,15 @@ class _Places:
         def again(gradients: Any) -> None:
             if taken and not self._taken:
                 self._put(taken)
-                after_backward(self.leave)
+                after_backward(self._leave)
 
         return again
 
-    def _stand_in(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
-        stand_in = self._made.get(name)
+    def _leave(self) -> None:
+        self.leave()
+
+    def _stand_in(self, name: str, parameter: nn.Parameter) -> Any:
+        stand_in: Any = self._made.get(name)
         if stand_in is None or not _same_memory(stand_in, parameter):
             with torch.inference_mode(False), torch.no_grad():
                 # A view: autocast keeps the casts of other leaves that require a gradient.
@@ -249,7 +253,8 @@ def _same_memory(stand_in: torch.Tensor, parameter: nn.Parameter) -> bool:
 
 
 def _is_called_within_itself(module: nn.Module) -> bool:
-    calls, frame = 0, sys._getframe(1)
+    calls = 0
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
             calls += 1

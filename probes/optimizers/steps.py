@@ -11,7 +11,7 @@ import torch
 
 from probes.contexts import after_backward, in_backward
 from probes.optimizers.nesting import innermost_optimizers, optimizer_layers
-from probes.optimizers.outer_steps import CALL_OF_OUTER_STEP, watch_outer_step
+from probes.optimizers.outer_steps import CALL_OF_OUTER_STEP, Handle, watch_outer_step
 
 # Frames of these codes are steps of torch's optimizers, and backward passes of Python functions.
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
@@ -62,7 +62,7 @@ class OptimizerSteps:
         self._outer = [
             layer for each in given for layer in optimizer_layers(each) if id(layer) not in own
         ]
-        self._handles = [
+        self._handles: list[Handle] = [
             handle
             for optimizer in optimizers
             for handle in (
