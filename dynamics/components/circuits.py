@@ -28,7 +28,8 @@ added to their product.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -41,11 +42,12 @@ from dynamics.runs.fused import Part, kept_whole
 from dynamics.runs.parameter_names import QKV, attention_path, stack_of
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
-from dynamics.spectra.rounding import ulp
+from dynamics.spectra.noise import noise_norm_bound
+from dynamics.spectra.rounding import rounding_variance, ulp
 
 Read = Callable[[str, int, str], Matrix | None]
 # (weight of a projection, architecture, query head) -> the slice of it in that head's circuit
-Slice = Callable[[np.ndarray, Architecture, int], np.ndarray]
+Slice = Callable[..., np.ndarray]
 # (step, kind) -> the factors (d_model, head_dim) and (head_dim, d_model), None if not recorded
 Factors = Callable[[int, str], tuple[Dense, Dense] | None]
 
@@ -177,7 +179,7 @@ def _factors(
             if weight is None:
                 return None
             slices.append(
-                Dense(slice_of(weight.values, attention.architecture, head), weight.dtype)
+                weight.part(partial(slice_of, architecture=attention.architecture, head=head))
             )
         return slices[0], slices[1]
 
@@ -212,14 +214,21 @@ def _reference_step(run: Run, attention: Attention, step: int, kind: str) -> int
 
 def _product(pair: tuple[Dense, Dense]) -> Factored:
     left, right = pair
-    return Factored(left.values, right.values, 1.0, coarsest(left.dtype, right.dtype))
+    noise = noise_of_factors([left], [right])
+    return Factored(left.values, right.values, 1.0, coarsest(left.dtype, right.dtype), noise=noise)
 
 
 def _difference(now: tuple[Dense, Dense], before: tuple[Dense, Dense]) -> Factored:
     # Of the stored numbers themselves, not of their differences: their rounding is the noise.
+    # Where both are of one quantised base, its errors cancel.
+    pairs = list(zip(now, before, strict=True))
+    if all(one.errors is not None and one.errors.are_of(other.errors) for one, other in pairs):
+        now, before = ((replace(o, errors=None), replace(v, errors=None)) for o, v in (now, before))
     left = np.hstack([now[0].values.astype(np.float64), -before[0].values.astype(np.float64)])
     right = np.vstack([each[1].values.astype(np.float64) for each in (now, before)])
-    return Factored(left, right, 1.0, coarsest(*(each.dtype for each in (*now, *before))))
+    noise = noise_of_factors([now[0], before[0]], [now[1], before[1]])
+    dtype = coarsest(*(each.dtype for each in (*now, *before)))
+    return Factored(left, right, 1.0, dtype, noise=noise)
 
 
 def _first_order_change(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> Factored:
@@ -232,7 +241,26 @@ def _first_order_change(weights: tuple[Dense, Dense], gradients: tuple[Dense, De
     )
     left = np.hstack([np.ldexp(g_left, c), w_left])
     right = np.vstack([np.ldexp(w_right, -c), g_right])
-    return Factored(left, right, 1.0, coarsest(*(each.dtype for each in (*weights, *gradients))))
+    (w_o, w_v), (g_o, g_v) = weights, gradients
+    noise = noise_of_factors([_scaled(g_o, c), w_o], [_scaled(w_v, -c), g_v])
+    dtype = coarsest(*(each.dtype for each in (*weights, *gradients)))
+    return Factored(left, right, 1.0, dtype, noise=noise)
+
+
+def _scaled(factor: Dense, exponent: int) -> Dense:
+    errors = factor.errors and factor.errors.scaled(2.0**exponent)
+    return Dense(np.ldexp(factor.values.astype(np.float64), exponent), factor.dtype, errors)
+
+
+def noise_of_factors(left: list[Dense], right: list[Dense]) -> tuple[float, float] | None:
+    """Bounds on the norms of the errors of [left] side by side and of [right] above each other.
+
+    None where nothing was quantised: then the dtype of the product decides them.
+    """
+    if all(each.errors is None for each in (*left, *right)):
+        return None
+    variances = [[rounding_variance(*each.stored[0]) for each in side] for side in (left, right)]
+    return noise_norm_bound(np.hstack(variances[0])), noise_norm_bound(np.vstack(variances[1]))
 
 
 def _balance(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> int:

@@ -27,6 +27,8 @@ from dynamics.components.parameters import Measurable
 from dynamics.runs.attention_config import Architecture
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
+from dynamics.spectra.noise import noise_norm_bound
+from dynamics.spectra.rounding import rounding_variance
 
 
 def pico_ov_circuit(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
@@ -68,9 +70,18 @@ def side_by_side(v: Dense, o: Dense, architecture: Architecture) -> Factored:
         architecture.hidden_size,
         architecture.head_dim,
     )
-    left = v.values.reshape(groups, size, width).transpose(1, 0, 2).reshape(size, groups * width)
-    right = np.zeros((groups * width, architecture.num_heads * size), dtype=o.values.dtype)
-    for head in range(architecture.num_heads):
-        first, columns = architecture.kv_head(head) * width, slice(head * size, (head + 1) * size)
-        right[first : first + width, columns] = o.values[:, columns]
-    return Factored(left, right, 1.0, coarsest(v.dtype, o.dtype))
+
+    def placed(v: np.ndarray, o: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        left = v.reshape(groups, size, width).transpose(1, 0, 2).reshape(size, groups * width)
+        right = np.zeros((groups * width, architecture.num_heads * size), dtype=o.dtype)
+        for head in range(architecture.num_heads):
+            first = architecture.kv_head(head) * width
+            columns = slice(head * size, (head + 1) * size)
+            right[first : first + width, columns] = o[:, columns]
+        return left, right
+
+    noise = None
+    if v.errors is not None or o.errors is not None:
+        variances = placed(*(rounding_variance(*each.stored[0]) for each in (v, o)))
+        noise = noise_norm_bound(variances[0]), noise_norm_bound(variances[1])
+    return Factored(*placed(v.values, o.values), 1.0, coarsest(v.dtype, o.dtype), noise=noise)

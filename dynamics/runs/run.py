@@ -109,6 +109,8 @@ class Factored:
         scale: the LoRA scaling s.
         dtype: the dtype that the factors were stored in.
         transposed: whether left is LoRA's Aᵀ and right its Bᵀ, not B and A.
+        noise: the norms of the errors of left and of right, where other than their dtype decides
+            them: they were quantised.
     """
 
     left: np.ndarray
@@ -116,6 +118,7 @@ class Factored:
     scale: float
     dtype: str
     transposed: bool = False
+    noise: tuple[float, float] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -225,7 +225,10 @@ def product_noise_norm(left: Stored, right: Stored) -> float:
 
 
 def product_noise_bound(
-    left: Stored, right: Stored, norms: tuple[float, float] | None = None
+    left: Stored,
+    right: Stored,
+    norms: tuple[float, float] | None = None,
+    noise: tuple[float, float] | None = None,
 ) -> float:
     """‖δL‖‖R‖ + ‖L‖‖δR‖ + ‖δL‖‖δR‖, with `noise_floor` for ‖δL‖ and ‖δR‖.
 
@@ -236,6 +239,7 @@ def product_noise_bound(
         left: L (m, r), its dtype, and for int8 its scale.
         right: R (r, n), likewise.
         norms: ‖L‖ and ‖R‖, if they are known.
+        noise: ‖δL‖ and ‖δR‖, if they are known.
 
     Example:
         >>> left, right = (np.array([[1.5]]), "float32"), (np.array([[1.5]]), "float32")
@@ -244,7 +248,7 @@ def product_noise_bound(
         True
     """
     norm_left, norm_right = norms or (_norm(left[0]), _norm(right[0]))
-    d_left, d_right = noise_floor(left), noise_floor(right)
+    d_left, d_right = noise or (noise_floor(left), noise_floor(right))
     return float(d_left * norm_right + norm_left * d_right + d_left * d_right)
 
 

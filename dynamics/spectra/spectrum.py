@@ -147,4 +147,4 @@ def noise_of(matrix: Dense | Factored | Difference, backend: Backend | None = No
 
 def _product_noise(matrix: Factored, norms: tuple[float, float] | None = None) -> float:
     left, right = (matrix.left, matrix.dtype), (matrix.right, matrix.dtype)
-    return abs(matrix.scale) * product_noise_bound(left, right, norms)
+    return abs(matrix.scale) * product_noise_bound(left, right, norms, matrix.noise)
