@@ -18,7 +18,13 @@ from dynamics.formats.pico import PicoFormat
 from dynamics.formats.plain_files import PlainFilesFormat
 from dynamics.formats.recording import RecordingFormat, RecordingRun
 from dynamics.formats.relora import ReLoRAFormat
-from dynamics.formats.storage.files import children, is_remote, located, reporting_unreadable
+from dynamics.formats.storage.files import (
+    entries,
+    is_remote,
+    keeping_listings,
+    located,
+    reporting_unreadable,
+)
 from dynamics.recordings import StoreLike, is_repository
 from dynamics.runs import fused
 from dynamics.runs.run import Run
@@ -83,7 +89,8 @@ def open_run(
         run = RecordingRun(path)
     else:
         path = located(path)
-        with reporting_unreadable(path) if is_remote(path) else nullcontext():
+        reporting = reporting_unreadable(path) if is_remote(path) else nullcontext()
+        with reporting, keeping_listings():
             options = OpenOptions(base=None if base is None else located(base), adapter=adapter)
             run = _open(path, format, options)
     return fused.split_fused(run) if split_fused else run
@@ -109,8 +116,8 @@ def _format_called(name: str) -> Format:
 
 def _detected_format(path: Path) -> Format:
     is_file = not path.is_dir()
-    entries = [] if is_file else [child.name + "/" * child.is_dir() for child in children(path)]
-    if not entries and not is_file:
+    listed = [] if is_file else entries(path)
+    if not listed and not is_file:
         raise FormatError(f"{path} is empty.")
     candidates = [format for format in FORMATS if format.single_files or not is_file]
     for format in candidates:
@@ -122,7 +129,8 @@ def _detected_format(path: Path) -> Format:
             f"{path} is a file, but not a checkpoint that can be read; give the directory of the "
             f"run, or one file of: {recognised}."
         )
-    listed = ", ".join(entries[:8]) + f", ... ({len(entries)} entries)" * (len(entries) > 8)
+    names = ", ".join(each.name + "/" * each.is_dir for each in listed[:8])
+    names += f", ... ({len(listed)} entries)" * (len(listed) > 8)
     raise FormatError(
-        f"{path} holds no run of a known format; found {listed}. Known formats: {recognised}."
+        f"{path} holds no run of a known format; found {names}. Known formats: {recognised}."
     )

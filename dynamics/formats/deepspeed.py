@@ -1,95 +1,81 @@
 """DeepSpeed checkpoints: global_stepN/ with model states, and with ZeRO the float32 masters."""
 
-import re
 from functools import partial
 from pathlib import Path
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesFormat
 from dynamics.formats.shared.hugging_face_files import logged_scalars, model_attrs
-from dynamics.formats.shared.steps import by_step, step_inside
+from dynamics.formats.shared.series import Look
+from dynamics.formats.shared.steps import named_step, step_inside
 from dynamics.formats.storage.deepspeed_tensors import (
     deepspeed_tensors,
     has_model_states,
     model_states,
 )
-from dynamics.formats.storage.files import children
-
-_STEP = re.compile(r"global_step(\d{1,15})")
-_TRAINER = re.compile(r"checkpoint-(\d{1,15})")
+from dynamics.formats.storage.files import entries, read_range, size_of
 
 
-class DeepSpeedFormat(FullCheckpointsFormat):
+class DeepSpeedFormat(SeriesFormat):
     """A directory of global_stepN/, one of them, or a Trainer's checkpoint-N/ that hold one."""
 
     name = "deepspeed"
-    description = "global_stepN/ with mp_rank_00_model_states.pt or ZeRO partitions (DeepSpeed)"
-
-    def recognises(self, path: Path) -> bool:
-        """Whether there is a directory with model states at or below `path`."""
-        return bool(_directories(path))
-
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
-        """See `FullCheckpointsFormat.checkpoints`."""
-        numbered = [
-            (_step_inside(directory, root) if step is None else step, directory)
-            for step, directory in _directories(path)
-        ]
-        return {
-            step: _checkpoint(step, directory, root, is_run=directory == path)
-            for step, directory in by_step(numbered, path).items()
-        }
-
-
-def _checkpoint(step: int, directory: Path, root: Path, is_run: bool) -> FullCheckpoint:
-    tensors = partial(deepspeed_tensors, directory, root)
-    if is_run:  # what lies beside the opened directory is not part of the run
-        return FullCheckpoint(directory, tensors)
-    above = directory.parent
-    return FullCheckpoint(
-        directory,
-        tensors,
-        partial(model_attrs, above, root),
-        partial(logged_scalars, above, root, step),
+    description = (
+        "a directory with mp_rank_00_model_states.pt or ZeRO partitions for each step (DeepSpeed: "
+        "global_stepN/)"
     )
 
+    def holds(self, path: Path) -> bool:
+        """Whether there are model states in a directory, or in the one that its `latest` names."""
+        return _states_at(path) is not None
 
-def _directories(path: Path) -> list[tuple[int | None, Path]]:
-    """(step, directory with model states) at or below `path`; step None: only the files know it."""
+    def look(self) -> Look:
+        """See `SeriesFormat.look`. Beside several, the one that `latest` names is one of them."""
+        return Look(self.holds, own_step=self.own_step, beside=has_model_states)
+
+    def checkpoint(self, path: Path, root: Path, step: int) -> FullCheckpoint:
+        """See `SeriesFormat.checkpoint`."""
+        at = _states_at(path) or path
+        tensors = partial(deepspeed_tensors, at, root)
+        if at == root:  # what lies beside the opened directory is not part of the run
+            return FullCheckpoint(at, tensors)
+        above = at.parent
+        return FullCheckpoint(
+            at,
+            tensors,
+            partial(model_attrs, above, root),
+            partial(logged_scalars, above, root, step),
+        )
+
+    def own_step(self, path: Path) -> int | None:
+        """The step in the tag, or the `global_steps` that the engine counted."""
+        at = _states_at(path)
+        if at is None:
+            return None
+        named = named_step(at.name)
+        if named is not None and named.level == 0:
+            return named.step
+        file, states = model_states(at, at)
+        step = step_inside(states.get("global_steps"))
+        if step is None:
+            raise FormatError(
+                f"{file} has no number global_steps; name its directory global_stepN."
+            )
+        return step
+
+
+def _states_at(path: Path) -> Path | None:
+    """The directory with model states: the path, or the one in it that `latest` names."""
     if not path.is_dir():
-        return []
+        return None
     if has_model_states(path):
-        numbered = _STEP.fullmatch(path.name)
-        return [(int(numbered[1]) if numbered else None, path)]
-    if numbered := _TRAINER.fullmatch(path.name):
-        inside = _latest(path)
-        return [] if inside is None else [(int(numbered[1]), inside)]
-    directories: list[tuple[int | None, Path]] = []
-    for child in children(path):
-        if (numbered := _STEP.fullmatch(child.name)) and has_model_states(child):
-            directories.append((int(numbered[1]), child))
-        elif (numbered := _TRAINER.fullmatch(child.name)) and child.is_dir():
-            inside = _latest(child)
-            directories += [] if inside is None else [(int(numbered[1]), inside)]
-    latest = None if directories else _latest(path)  # the user chose another tag
-    return [(None, latest)] if latest is not None else directories
-
-
-def _latest(path: Path) -> Path | None:
-    """The directory with model states that the file `latest` names, or else the only one."""
-    named = path / "latest"
-    if named.is_file():
-        tag = named.read_bytes()[:256].decode("utf-8", "replace").strip()
+        return path
+    listed = {each.name: each for each in entries(path)}
+    if "latest" in listed and not listed["latest"].is_dir:
+        named = path / "latest"
+        tag = read_range(named, 0, min(size_of(named), 256)).decode("utf-8", "replace").strip()
         if tag and not set(tag) & set("/\\\0") and tag not in (".", ".."):
             return path / tag if has_model_states(path / tag) else None
-    inside = [each for each in children(path) if _STEP.fullmatch(each.name)]
+    inside = [each.path for each in listed.values() if each.name.startswith("global_step")]
     inside = [each for each in inside if has_model_states(each)]
     return inside[0] if len(inside) == 1 else None
-
-
-def _step_inside(directory: Path, root: Path) -> int:
-    file, states = model_states(directory, root)
-    step = step_inside(states.get("global_steps"))
-    if step is None:
-        raise FormatError(f"{file} has no number global_steps; name its directory global_stepN.")
-    return step

@@ -1,29 +1,33 @@
-"""Hugging Face checkpoints: checkpoint-N/ of the Trainer, or one directory with a model.
+"""Hugging Face checkpoints: a directory with model.safetensors or pytorch_model.bin for each step.
 
 At the end, the Trainer saves one more model beside the checkpoints. Only a trainer_state.json
-beside it says which step it belongs to. Without that file the final model is left out.
+beside it says which step it belongs to. Without that file the final model is passed over.
 """
 
 from pathlib import Path
 
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
-from dynamics.formats.shared.hugging_face_files import checkpoint_directories, model_checkpoint
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesFormat
+from dynamics.formats.shared.hugging_face_files import model_checkpoint, trainer_step
 from dynamics.formats.storage.model_files import has_model
 
 
-class HuggingFaceFormat(FullCheckpointsFormat):
-    """The output directory of a `Trainer`, or a directory with one model."""
+class HuggingFaceFormat(SeriesFormat):
+    """The output directory of a `Trainer` or of another script, or a directory with one model."""
 
     name = "checkpoints"
-    description = "checkpoint-N/ or one directory with model.safetensors or pytorch_model.bin, sharded or not (Hugging Face)"  # noqa: E501
+    description = (
+        "a directory with model.safetensors or pytorch_model.bin, sharded or not, for each step "
+        "(Hugging Face: checkpoint-N/)"
+    )
 
-    def recognises(self, path: Path) -> bool:
-        """Whether a checkpoint below (or at) `path` holds a model."""
-        return any(has_model(each) for each in checkpoint_directories(path).values())
+    def holds(self, path: Path) -> bool:
+        """Whether a directory holds a model."""
+        return has_model(path)
 
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
-        """See `FullCheckpointsFormat.checkpoints`."""
-        return {
-            step: model_checkpoint(directory, root, step)
-            for step, directory in checkpoint_directories(path).items()
-        }
+    def checkpoint(self, path: Path, root: Path, step: int) -> FullCheckpoint:
+        """See `SeriesFormat.checkpoint`."""
+        return model_checkpoint(path, root, step)
+
+    def own_step(self, path: Path) -> int | None:
+        """The global_step in trainer_state.json."""
+        return trainer_step(path)

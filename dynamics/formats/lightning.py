@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
-from dynamics.formats.shared.steps import by_step, step_in_name, step_inside
+from dynamics.formats.shared.full_checkpoints import (
+    Found,
+    FullCheckpoint,
+    FullCheckpointsFormat,
+    OtherKindError,
+    found_in_files,
+)
+from dynamics.formats.shared.steps import step_inside
 from dynamics.formats.storage.dcp_tensors import dcp_tensors, has_shards
 from dynamics.formats.storage.deepspeed_tensors import deepspeed_tensors, has_model_states
-from dynamics.formats.storage.files import children
+from dynamics.formats.storage.files import Entry, children, entries, is_remote
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import json_like
@@ -26,7 +32,7 @@ _VERSION = "pytorch-lightning_version"
 _META = "meta.pt"
 _DEEPSPEED = "checkpoint"
 # lightning_logs/version_N/checkpoints, or project/run/checkpoints of its loggers.
-_DEEPEST, _MOST_DIRECTORIES = 3, 100
+_DEEPEST, _MOST_DIRECTORIES, _MOST_REMOTE = 3, 100, 2
 
 
 class LightningFormat(FullCheckpointsFormat):
@@ -50,7 +56,7 @@ class LightningFormat(FullCheckpointsFormat):
             return True
         return isinstance(saved, Mapping) and "state_dict" in saved
 
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
+    def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""
         holders = _holders(path)
         if len(holders) != 1:
@@ -59,36 +65,23 @@ class LightningFormat(FullCheckpointsFormat):
                 f"{path} holds {len(holders)} directories with {_SUFFIX} files"
                 + (f" ({listed}); give one of them." if holders else ".")
             )
-        opened: dict[Path, FullCheckpoint] = {}
-        steps: dict[int, list[Path]] = {}
-        for file in _checkpoints_in(holders[0]):
-            step, opened[file] = _checkpoint(file, root)
-            steps.setdefault(step, []).append(file)
-        # Lightning's save_last writes the newest checkpoint a second time.
-        chosen = [
-            (step, file)
-            for step, files in steps.items()
-            for file in ([each for each in files if not _is_last(each)] or files[:1])
-        ]
-        return {step: opened[file] for step, file in by_step(chosen, holders[0]).items()}
+        files = _checkpoints_in(holders[0])
+        return found_in_files(files, partial(_opened, root=root), holders[0])
 
 
-def _is_last(file: Path) -> bool:
-    return file.stem == "last" or file.stem.startswith("last-v")
-
-
-def _is_checkpoint(path: Path) -> bool:
-    if path.suffix != _SUFFIX or not path.is_dir():
-        return path.suffix == _SUFFIX
+def _is_checkpoint(entry: Entry) -> bool:
+    if not entry.name.endswith(_SUFFIX) or not entry.is_dir:
+        return entry.name.endswith(_SUFFIX)
     # Shards without .metadata count too: their save did not finish, a problem of that step.
-    return has_shards(path) or has_model_states(path / _DEEPSPEED)
+    return has_shards(entry.path) or has_model_states(entry.path / _DEEPSPEED)
 
 
 def _checkpoints_in(path: Path) -> list[Path]:
     """The .ckpt in a directory, or the path itself if it is one."""
-    if _is_checkpoint(path):
+    is_dir = path.is_dir()
+    if _is_checkpoint(Entry(path.name, path.parent, is_dir)):
         return [path]
-    return [each for each in children(path) if _is_checkpoint(each)] if path.is_dir() else []
+    return [each.path for each in entries(path) if _is_checkpoint(each)] if is_dir else []
 
 
 def _holders(path: Path) -> list[Path]:
@@ -96,41 +89,40 @@ def _holders(path: Path) -> list[Path]:
 
     The search goes no further below such a directory, and no deeper than loggers put them.
     """
+    if _checkpoints_in(path):
+        return [path]
     holders: list[Path] = []
-    level = [path]
-    for _ in range(1 + _DEEPEST):
+    level = [path] if path.is_dir() else []
+    for _ in range(_DEEPEST):
         below: list[Path] = []
-        for directory in level[:_MOST_DIRECTORIES]:
-            if _checkpoints_in(directory):
-                holders.append(directory)
-            elif directory.is_dir():
-                inside = (each for each in children(directory) if not each.name.startswith("."))
-                below += [each for each in inside if each.is_dir()]
+        for directory in level[: _MOST_REMOTE if is_remote(path) else _MOST_DIRECTORIES]:
+            for each in entries(directory):
+                if each.name.startswith(".") or not each.is_dir:
+                    continue
+                try:
+                    found = _checkpoints_in(each.path)
+                except FormatError:  # a directory that may not be listed
+                    continue
+                (holders if found else below).append(each.path)
         level = below
     return holders
 
 
-def _checkpoint(path: Path, root: Path) -> tuple[int, FullCheckpoint]:
+def _opened(path: Path, root: Path) -> tuple[int, FullCheckpoint]:
     tensors: Any
-    try:
-        if not path.is_dir():
-            saved = torch_file(path, root)
-            tensors = partial(_state_dict, saved, path)
-        elif has_shards(path):
-            saved = torch_file(path / _META, root)
-            tensors = partial(dcp_tensors, path, root)
-        else:
-            states = (each for each in children(path / _DEEPSPEED) if "model_states" in each.name)
-            saved = torch_file(next(states), root)
-            tensors = partial(deepspeed_tensors, path / _DEEPSPEED, root)
-    except FormatError as problem:
-        step = step_in_name(path.stem)
-        if step is None:
-            raise
-        return step, FullCheckpoint.unreadable(path, problem)
+    if not path.is_dir():
+        saved = torch_file(path, root)
+        tensors = partial(_state_dict, saved, path)
+    elif has_shards(path):
+        saved = torch_file(path / _META, root)
+        tensors = partial(dcp_tensors, path, root)
+    else:
+        states = (each for each in children(path / _DEEPSPEED) if "model_states" in each.name)
+        saved = torch_file(next(states), root)
+        tensors = partial(deepspeed_tensors, path / _DEEPSPEED, root)
     step = step_inside(saved.get("global_step")) if isinstance(saved, Mapping) else None
     if step is None:
-        raise FormatError(
+        raise OtherKindError(
             f"{path} has no number global_step, so it is not a checkpoint of Lightning; move it "
             "elsewhere, or give its format (--format)."
         )

@@ -11,14 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
-from dynamics.formats.shared.steps import by_step, step_in_name, step_inside
-from dynamics.formats.storage.files import children
+from dynamics.formats.shared.full_checkpoints import (
+    Found,
+    FullCheckpoint,
+    FullCheckpointsFormat,
+    OtherKindError,
+    found_in_files,
+)
+from dynamics.formats.shared.steps import step_inside
+from dynamics.formats.storage.files import entries
 from dynamics.formats.storage.tensors import StoredTensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import json_like
 
 _OWN = "ckpt.pt"
+_MOST_LOOKED_AT = 3
 _KEYS = {"model", "model_args", "iter_num"}
 
 
@@ -30,50 +37,40 @@ class NanoGPTFormat(FullCheckpointsFormat):
     single_files = True
 
     def recognises(self, path: Path) -> bool:
-        """Whether ckpt.pt, or the first .pt, has what nanoGPT's train.py saves."""
-        files = _files(path)
-        if not files:
-            return False
-        likely = next((each for each in files if each.name == _OWN), files[0])
-        try:
-            return _is_nanogpt(torch_file(likely, likely))
-        except FormatError:
-            return False
-
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
-        """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""
-        opened: dict[Path, FullCheckpoint] = {}
-        steps: list[tuple[int, Path]] = []
-        for file in _files(path):
+        """Whether ckpt.pt, or the first .pt that can be read, has what nanoGPT's train.py saves."""
+        for file in sorted(_files(path), key=lambda each: each.name != _OWN)[:_MOST_LOOKED_AT]:
             try:
-                saved = torch_file(file, root)
-            except FormatError as problem:
-                step = step_in_name(file.stem)
-                if step is None:
-                    raise
-                opened[file] = FullCheckpoint.unreadable(file, problem)
-            else:
-                step = step_inside(saved["iter_num"]) if _is_nanogpt(saved) else None
-                if step is None:
-                    raise FormatError(
-                        f"{file} is not a checkpoint of nanoGPT, which has the keys "
-                        f"{sorted(_KEYS)}; move it elsewhere."
-                    )
-                opened[file] = FullCheckpoint(
-                    file,
-                    partial(tensors_of, saved["model"], f"{file}: 'model'"),
-                    partial(_attrs, saved),
-                    partial(_scalars, saved),
-                )
-            steps.append((step, file))
-        return {step: opened[file] for step, file in by_step(steps, path).items()}
+                return _is_nanogpt(torch_file(file, file))
+            except FormatError:
+                continue
+        return False
+
+    def checkpoints(self, path: Path, root: Path) -> Found:
+        """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""
+        return found_in_files(_files(path), partial(_opened, root=root), path)
+
+
+def _opened(file: Path, root: Path) -> tuple[int, FullCheckpoint]:
+    saved = torch_file(file, root)
+    step = step_inside(saved["iter_num"]) if _is_nanogpt(saved) else None
+    if step is None:
+        raise OtherKindError(
+            f"{file} is not a checkpoint of nanoGPT, which has the keys {sorted(_KEYS)}; move it "
+            "elsewhere."
+        )
+    return step, FullCheckpoint(
+        file,
+        partial(tensors_of, saved["model"], f"{file}: 'model'"),
+        partial(_attrs, saved),
+        partial(_scalars, saved),
+    )
 
 
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path] if path.suffix == ".pt" else []
-    files = (each for each in children(path) if each.suffix == ".pt")
-    return [each for each in files if not each.name.startswith(".") and each.is_file()]
+    files = [each for each in entries(path) if each.name.endswith(".pt") and not each.is_dir]
+    return [each.path for each in files if not each.name.startswith(".")]
 
 
 def _is_nanogpt(saved: Any) -> bool:

@@ -24,13 +24,13 @@ from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
-from dynamics.formats.shared.steps import numbered_directories
+from dynamics.formats.shared.series import Look, find_series
+from dynamics.formats.shared.steps import named_step
 from dynamics.formats.storage.files import contained, one_line, read_range, root_of, size_of
 from dynamics.formats.storage.model_files import has_model, model_tensors, pickled_tensors
 from dynamics.formats.storage.tensors import Tensor, floats
 from dynamics.runs.run import Run
 
-_NAME = re.compile(r"step_(\d+)")
 _CHECKPOINTS, _CONFIG, _DYNAMICS = "checkpoints", "training_config.yaml", "learning_dynamics"
 # The batches that gradients are taken on; that of the training data is preferred.
 _SPLITS = ("train", "val")
@@ -51,53 +51,61 @@ class PicoFormat(Format):
 
     def recognises(self, path: Path) -> bool:
         """Whether there are step_N/, and what only pico-train puts in or beside them."""
-        directories = _step_directories(path)
-        if not directories:
-            return False
-        return _config_file(path) is not None or any(
-            (directory / own).is_dir()
-            for directory in directories.values()
-            for own in (_DYNAMICS, "fabric_state")
-        )
+        return find_series(path, _look(path)) is not None
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""
-        directories = _step_directories(path)
-        if not directories:
+        series = find_series(path, _look(path))
+        if series is None:
             raise FormatError(f"{path} holds neither step_N/ nor a {_CHECKPOINTS}/ with step_N/.")
-        config = _model_section(path)
+        config, unread = _config_of(path)
         with_gradients = (
             split
             for split in _SPLITS
-            for directory in directories.values()
+            for directory in series.steps.values()
             if (directory / _DYNAMICS / f"{split}_gradients.pt").is_file()
         )
         split = next(with_gradients, None)
         root = root_of(path)
-        return CheckpointsRun(
+        run = CheckpointsRun(
             path,
             self.name,
             {
-                step: partial(_open, directory, root, config, split)
-                for step, directory in directories.items()
+                step: series.unless_claimed_twice(
+                    step, partial(_open, directory, root, config, split, unread.get(_CONFIG))
+                )
+                for step, directory in series.steps.items()
             },
         )
+        run.places = {step: str(each) for step, each in series.steps.items()}
+        run.passed_over = {**series.passed_over, **unread}
+        return run
 
 
-def _step_directories(path: Path) -> dict[int, Path]:
-    if not path.is_dir():
-        return {}
-    directories = numbered_directories(path, _NAME)
-    if not directories and (path / _CHECKPOINTS).is_dir():
-        return numbered_directories(path / _CHECKPOINTS, _NAME)
-    return directories
+def _look(path: Path) -> Look:
+    """What only pico-train puts into a checkpoint; a model, where its config lies beside."""
+    beside = path.is_dir() and _config_file(path) is not None
+
+    def holds(directory: Path) -> bool:
+        own = any((directory / each).is_dir() for each in (_DYNAMICS, "fabric_state"))
+        return own or (beside and has_model(directory))
+
+    return Look(holds)
 
 
 def _config_file(path: Path) -> Path | None:
     """training_config.yaml of the run; `path` is the run, its checkpoints/, or a step_N/."""
     candidates = [path, path.parent]
-    candidates += [path.parent.parent] if _NAME.fullmatch(path.name) else []
+    candidates += [path.parent.parent] if named_step(path.name) else []
     return next((each / _CONFIG for each in candidates if (each / _CONFIG).is_file()), None)
+
+
+def _config_of(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(The section `model` of the config, name -> reason of a config that cannot be read)."""
+    try:
+        return _model_section(path), {}
+    except FormatError as problem:
+        return {}, {_CONFIG: str(problem)}
 
 
 def _model_section(path: Path) -> dict[str, Any]:
@@ -138,13 +146,20 @@ def _plain_entries(section: Mapping[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _open(directory: Path, root: Path, config: Mapping[str, Any], split: str | None) -> Checkpoint:
+def _open(
+    directory: Path,
+    root: Path,
+    config: Mapping[str, Any],
+    split: str | None,
+    unread: str | None,
+) -> Checkpoint:
     attrs: dict[str, Any] = {"config": dict(config)} if config else model_attrs(directory, root)
     parts, weights = pair_factors(_weights(directory, root), _PART, directory)
     relora = attrs.get("config", {}).get("relora")
     if parts and not isinstance(relora, Mapping):
         raise FormatError(
-            f"{directory} holds LoRA factors, but neither {_CONFIG} nor its config.json has a "
+            unread
+            or f"{directory} holds LoRA factors, but neither {_CONFIG} nor its config.json has a "
             "section 'relora' with their lora_alpha; copy the config there."
         )
     relora = relora or {}

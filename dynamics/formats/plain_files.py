@@ -1,4 +1,8 @@
-"""State dicts in single files: .pt, .pth, .bin, .safetensors or .npz, the step in their names."""
+"""State dicts in single files: .pt, .pth, .bin, .safetensors or .npz, and directories with one.
+
+nanochat saves model_N.pt, litgpt step-N/lit_model.pth, OLMo stepN-unsharded/model.pt, Megatron
+iter_N/mp_rank_00/model_optim_rng.pt. The step is in the name, else in the file.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
-from dynamics.formats.shared.steps import by_step, step_in_name
-from dynamics.formats.storage.files import children
+from dynamics.formats.shared.full_checkpoints import Found, FullCheckpoint, SeriesFormat
+from dynamics.formats.shared.series import Look
+from dynamics.formats.shared.steps import step_in_name, step_inside
+from dynamics.formats.storage.files import entries
 from dynamics.formats.storage.npz_files import npz_tensors
 from dynamics.formats.storage.safetensors_files import safetensors_tensors
 from dynamics.formats.storage.tensors import StoredTensor, Tensor
@@ -20,64 +25,124 @@ _PICKLED = (".pt", ".pth", ".bin")
 _SUFFIXES = (*_PICKLED, ".safetensors", ".npz")
 # Trainers save these files beside a model.
 _NO_MODEL = re.compile(
-    r"(?:^|[-_.])(?:optimizer|optim|scheduler|sampler|scaler|rng|random_states|training_args)"
-    r"(?:[-_.\d]|$)",
+    r"(?:^|[-_.])(?:optimizer|optim|opt|scheduler|sampler|scaler|rng|random_states|training_args"
+    r"|dataloader|recipe_state|train(?:er|ing)?_state)(?:[-_.\d]|$)|^train(?:er)?$",
     re.IGNORECASE,
 )
+# What the file of the model is called, beside others; OLMo's state of its trainer; Megatron's file,
+# one in the directory of each rank.
+_USUAL = ("model", "lit_model", "weights", "state_dict", "model_state_dict", "checkpoint", "ckpt")
+_TRAIN = "train.pt"
+_RANK, _MEGATRON = re.compile(r"mp_rank_\d\d.*"), "model_optim_rng.pt"
+_MOST_FILES = 1000
+# Keys of the count of steps in a checkpoint, those that count optimizer steps first.
+_STEPS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter")
 # Parts of one model: Hugging Face's shards, and those of Llama as Meta released it.
 _PART = re.compile(r".*-\d{5}-of-\d{5}|consolidated\.\d\d")
 _MODELS = ("model", "state_dict", "model_state_dict", "module")
 
 
-class PlainFilesFormat(FullCheckpointsFormat):
-    """A directory of state dicts with a step in their names, or one of them."""
+class PlainFilesFormat(SeriesFormat):
+    """State dicts with a step in their names or in that of their directories, or one of them."""
 
     name = "files"
-    description = "files like model_step100.safetensors, .pt, .pth, .bin or .npz with a state dict"
+    description = (
+        "files like model_step100.safetensors, .pt, .pth, .bin or .npz with a state dict, or a "
+        "directory with one of them for each step (litgpt, OLMo, Megatron)"
+    )
     single_files = True
+    suffixes = _SUFFIXES
+
+    def look(self) -> Look:
+        """See `SeriesFormat.look`. A lone file beside a series of files belongs to it."""
+        return Look(self.holds, self.suffixes, self.own_step, beside=lambda _: False)
 
     def recognises(self, path: Path) -> bool:
         """Whether there are files whose names are those of state dicts."""
-        return bool(_files(path))
+        return path.suffix in _SUFFIXES if not path.is_dir() else super().recognises(path)
 
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
+    def holds(self, path: Path) -> bool:
+        """Whether a file has such a name, or a directory holds one model in such files."""
+        if path.is_dir():
+            return bool(_files(path))
+        return _may_hold_a_model(path.name) and not _PART.fullmatch(path.stem)
+
+    def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`."""
-        files = _files(path)
-        if not files:
-            raise FormatError(
-                f"{path} holds no file with a model; its name would end in {', '.join(_SUFFIXES)}."
-            )
-        parts = [file for file in files if _PART.fullmatch(file.stem)]
-        if parts and len(files) > 1:
-            raise FormatError(
-                f"{path} holds {parts[0].name}, a part of a model, but not the index that puts "
-                "the parts together; copy the index there, or save the model in one file."
-            )
-        steps = []
-        for file in files:
-            step = None if _PART.fullmatch(file.stem) else step_in_name(file.stem)
-            if step is None and len(files) > 1:
-                raise FormatError(
-                    f"{path} holds {len(files)} files, and the name {file.name} contains no step; "
-                    "rename it like model_step100, move it elsewhere, or give it alone."
-                )
-            steps.append((step or 0, file))
-        return {
-            step: FullCheckpoint(file, partial(file_tensors, file, root))
-            for step, file in by_step(steps, path).items()
-        }
+        if path.is_dir():
+            return super().checkpoints(path, root)
+        named = None if _PART.fullmatch(path.stem) else step_in_name(path.stem)
+        step = self.own_step(path) if named is None else named
+        checkpoint = self.checkpoint(path, root, step or 0)
+        return Found({step or 0: checkpoint}, is_guess=step is None)
+
+    def checkpoint(self, path: Path, root: Path, step: int) -> FullCheckpoint:
+        """See `SeriesFormat.checkpoint`."""
+        return FullCheckpoint(path, partial(_tensors_at, path, root))
+
+    def own_step(self, path: Path) -> int | None:
+        """The step that stands beside the state dict, or in the trainer's state beside its file."""
+        if path.is_dir():
+            train = path / _TRAIN
+            path = train if train.is_file() else _model_file(path)
+        if path.suffix not in _PICKLED:
+            return None
+        saved = torch_file(path, path)
+        steps = (
+            [step_inside(saved.get(key)) for key in _STEPS] if isinstance(saved, Mapping) else []
+        )
+        return next((step for step in steps if step is not None), None)
 
 
-def _files(path: Path) -> list[Path]:
-    candidates = children(path) if path.is_dir() else [path]
-    return [
-        each
-        for each in candidates
-        if each.suffix in _SUFFIXES
-        and not each.name.startswith(".")
-        and (each == path or not _NO_MODEL.search(each.stem))
-        and each.is_file()
-    ]
+def _may_hold_a_model(name: str) -> bool:
+    stem, dot, suffix = name.rpartition(".")
+    return bool(stem) and dot + suffix in _SUFFIXES and not _NO_MODEL.search(stem)
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files of a directory that may hold its model, or a part of it."""
+    listed = [each for each in entries(directory) if not each.name.startswith(".")]
+    named = [each for each in listed if not each.is_dir and _may_hold_a_model(each.name)]
+    if len(named) > _MOST_FILES:  # a folder of many checkpoints
+        return []
+    files = [each.path for each in named]
+    if not files:  # Megatron's ranks have directories of their own
+        ranks = [each for each in listed if _RANK.fullmatch(each.name) and each.is_dir]
+        files = [each.path / _MEGATRON for each in ranks if (each.path / _MEGATRON).is_file()]
+    if len(files) > 1:
+        usual = [each for each in files if each.stem in _USUAL]
+        parts = [each for each in files if _PART.fullmatch(each.stem) or each.name == _MEGATRON]
+        return usual if len(usual) == 1 else parts
+    return files
+
+
+def _model_file(directory: Path) -> Path:
+    """The one file of a directory that holds its model.
+
+    Raises:
+        FormatError: there is none, or there are several.
+    """
+    files = _files(directory)
+    if not files:
+        raise FormatError(
+            f"{directory} holds no file with a model; its name would end in {', '.join(_SUFFIXES)}."
+        )
+    if len(files) > 1 and files[0].name == _MEGATRON:
+        raise FormatError(
+            f"{directory} holds the parts of a model that was spread over {len(files)} ranks "
+            f"({files[0].parent.name}, ...); such parts are not put together here. Convert them to "
+            "one model first."
+        )
+    if len(files) > 1:
+        raise FormatError(
+            f"{directory} holds {files[0].name}, a part of a model, but not the index that puts "
+            "the parts together; copy the index there, or save the model in one file."
+        )
+    return files[0]
+
+
+def _tensors_at(path: Path, root: Path) -> Mapping[str, Tensor]:
+    return file_tensors(_model_file(path) if path.is_dir() else path, root)
 
 
 def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:

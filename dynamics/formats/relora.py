@@ -22,16 +22,16 @@ from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
-from dynamics.formats.shared.steps import numbered_directories
+from dynamics.formats.shared.series import Look, find_series
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.runs.run import Run
 
 _CONFIG = "relora_config.json"
 _STATE = "training_state.json"
-_NAME = re.compile(r"model_(\d+)")
 _PART = re.compile(r"(?P<path>.+)\.(?:lora_(?P<part>[AB])\.weight|scaling)")
 _RENAMED = {"tokens_seen": "tokens"}
+_LOOK = Look(lambda directory: any((directory / each).is_file() for each in (_CONFIG, _STATE)))
 
 
 class ReLoRAFormat(Format):
@@ -42,21 +42,25 @@ class ReLoRAFormat(Format):
 
     def recognises(self, path: Path) -> bool:
         """Whether a model_N/ below (or at) `path` has what its trainer saves beside a model."""
-        return any(
-            (directory / file).is_file()
-            for directory in numbered_directories(path, _NAME).values()
-            for file in (_CONFIG, _STATE)
-        )
+        return find_series(path, _LOOK) is not None
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""
-        directories = numbered_directories(path, _NAME)
-        if not directories:
+        series = find_series(path, _LOOK)
+        if series is None:
             raise FormatError(f"{path} holds no directory model_N/ of the original ReLoRA.")
         root = root_of(path)
-        return ReLoRARun(
-            path, self.name, {step: partial(_open, at, root) for step, at in directories.items()}
+        run = ReLoRARun(
+            path,
+            self.name,
+            {
+                step: series.unless_claimed_twice(step, partial(_open, at, root))
+                for step, at in series.steps.items()
+            },
         )
+        run.places = {step: str(at) for step, at in series.steps.items()}
+        run.passed_over = series.passed_over
+        return run
 
 
 class ReLoRARun(CheckpointsRun):

@@ -192,6 +192,9 @@ class Run(ABC):
         matrices: clean name -> MatrixInfo, every two-dimensional parameter.
         attrs: configuration, versions and definitions, JSON-like.
         problems: step -> why nothing can be read there (a damaged checkpoint).
+        places: step -> the file or directory that it is read from; empty where one store has all.
+        passed_over: name -> why it is not part of the run, for files and directories beside it that
+            look like a part.
         account: which tensors of the model are measured, and why the others are not; None where the
             run does not tell.
         absent_kinds: kind -> why a run of this format usually has it and this one does not.
@@ -212,6 +215,8 @@ class Run(ABC):
     matrices: dict[str, MatrixInfo]
     attrs: Mapping[str, Any]
     problems: Mapping[int, str] = {}
+    places: Mapping[int, str] = {}
+    passed_over: Mapping[str, str] = {}
     account: Account | None = None
     absent_kinds: Mapping[str, str] = {}
     merges_told_by_events: bool = False

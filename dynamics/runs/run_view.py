@@ -30,6 +30,8 @@ class RunView(Run):
     matrices = _forwarded("matrices")
     attrs = _forwarded("attrs")
     problems = _forwarded("problems")
+    places = _forwarded("places")
+    passed_over = _forwarded("passed_over")
     account = _forwarded("account")
     absent_kinds = _forwarded("absent_kinds")
     merges_told_by_events = _forwarded("merges_told_by_events")

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.storage.files import children
+from dynamics.formats.shared.steps import BARE, named_step
+from dynamics.formats.storage.files import entries
 
 CONFIG = "adapter_config.json"
+_MOST_ADAPTERS = 16  # each costs a look, or a request
 # The name of the adapter that PEFT saves without a sub-directory.
 _DEFAULT = "default"
 # With one of these fields in adapter_config.json, a model computes something else than W + s·B·A.
@@ -121,8 +123,13 @@ def check_is_plain(config: Mapping[str, Any], directory: Path) -> None:
 def _named_adapters(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         return {}
-    return {
-        each.name: each
-        for each in children(directory)
-        if each.is_dir() and (each / CONFIG).is_file()
-    }
+    inside = [each for each in entries(directory) if each.is_dir and not _is_checkpoint(each.name)]
+    if len(inside) > _MOST_ADAPTERS:  # not a checkpoint, but a folder of many
+        return {}
+    return {each.name: each.path for each in inside if (each.path / CONFIG).is_file()}
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a sub-directory is one checkpoint of a run, and not one adapter of a checkpoint."""
+    named = named_step(name)
+    return named is not None and named.level < 2 and named.word != BARE

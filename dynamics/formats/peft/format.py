@@ -22,8 +22,9 @@ from dynamics.formats.peft.config import (
 )
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names
-from dynamics.formats.shared.hugging_face_files import checkpoint_directories, logged_scalars
+from dynamics.formats.shared.hugging_face_files import logged_scalars, trainer_step
 from dynamics.formats.shared.lora_factors import Adapter, check_fits, pair_factors
+from dynamics.formats.shared.series import Look, Series, find_series
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor, floats
@@ -43,20 +44,30 @@ class PeftFormat(Format):
 
     def recognises(self, path: Path) -> bool:
         """Whether a checkpoint below (or at) `path` has an adapter_config.json."""
-        return any(map(has_adapter, checkpoint_directories(path, has_adapter).values()))
+        return _series(path) is not None
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""
-        directories = checkpoint_directories(path, has_adapter)
-        bases = BaseModels(path, directories, options.base)
-        return CheckpointsRun(
+        series = _series(path) or Series({0: path})
+        bases = BaseModels(path, series.steps, options.base)
+        run = CheckpointsRun(
             path,
             self.name,
             {
-                step: partial(_open, step, directory, root_of(path), bases, options.adapter)
-                for step, directory in directories.items()
+                step: series.unless_claimed_twice(
+                    step, partial(_open, step, directory, root_of(path), bases, options.adapter)
+                )
+                for step, directory in series.steps.items()
             },
         )
+        run.places = {step: str(each) for step, each in series.steps.items()}
+        run.passed_over = series.passed_over
+        return run
+
+
+def _series(path: Path) -> Series | None:
+    look = Look(has_adapter, own_step=trainer_step, beside=lambda at: (at / CONFIG).is_file())
+    return find_series(path, look)
 
 
 def _open(

@@ -1,24 +1,30 @@
 """Formats whose checkpoints are complete: every step has the weights of the whole model, by name.
 
-Such a format only says which checkpoints there are (`FullCheckpointsFormat.checkpoints`). The rest
-is here: names lose the prefixes of wrappers, and a tied weight is measured once.
+Such a format only says how one checkpoint looks (`SeriesFormat`), or, where a run is more than a
+series of them, which checkpoints there are (`FullCheckpointsFormat`). The rest is here: names lose
+the prefixes of wrappers, and a tied weight is measured once.
 """
 
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
 from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
-from dynamics.formats.storage.files import root_of
+from dynamics.formats.shared.series import Look, Series, find_series
+from dynamics.formats.shared.steps import step_in_name
+from dynamics.formats.storage.files import reporting_unreadable, root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
 from dynamics.runs.attention_config import tied_aliases
 from dynamics.runs.run import Run
+
+_LAST = re.compile(r"last(?:-v\d+)?")
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,18 @@ class FullCheckpoint:
 
     def open(self) -> Checkpoint:
         """The checkpoint: dequantised, with clean names, each tied weight under one name only."""
-        attrs = self.attrs()
-        stored, left_out = dequantised(self.tensors(), attrs.get("config"))
-        tensors = with_clean_names(stored, self.where)
-        return Checkpoint(
-            without_tied_names(tensors, attrs),
-            left_out=tuple(
-                replace(each, name=parameter_names.clean_name(each.name)) for each in left_out
-            ),
-            attrs=attrs,
-            scalars=self.scalars(),
-        )
+        with reporting_unreadable(self.where):
+            attrs = self.attrs()
+            stored, left_out = dequantised(self.tensors(), attrs.get("config"))
+            tensors = with_clean_names(stored, self.where)
+            return Checkpoint(
+                without_tied_names(tensors, attrs),
+                left_out=tuple(
+                    replace(each, name=parameter_names.clean_name(each.name)) for each in left_out
+                ),
+                attrs=attrs,
+                scalars=self.scalars(),
+            )
 
     @classmethod
     def unreadable(cls, where: Path, problem: FormatError) -> "FullCheckpoint":
@@ -61,25 +68,155 @@ class FullCheckpoint:
         return cls(where, fail)
 
 
+@dataclass(frozen=True)
+class Found:
+    """The checkpoints of a run, none of them opened.
+
+    Attributes:
+        checkpoints: step -> checkpoint.
+        passed_over: name -> why it is no checkpoint of the run, for what looks like one.
+        is_guess: whether there is one checkpoint, and nothing tells its step.
+    """
+
+    checkpoints: Mapping[int, FullCheckpoint]
+    passed_over: Mapping[str, str] = field(default_factory=dict)
+    is_guess: bool = False
+
+
 class FullCheckpointsFormat(Format):
     """A format whose checkpoints are complete; it says which there are."""
 
     @abstractmethod
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
-        """Step -> checkpoint, none of them opened.
+    def checkpoints(self, path: Path, root: Path) -> Found | dict[int, FullCheckpoint]:
+        """The checkpoints of a run, or step -> checkpoint, none of them opened.
 
         Args:
             path: where the run lies.
             root: the directory that no file may lead out of.
 
         Raises:
-            FormatError: two checkpoints claim the same step.
+            FormatError: it is not clear which the checkpoints are.
         """
+
+    def found(self, path: Path) -> Found:
+        """The checkpoints at a path."""
+        found = self.checkpoints(path, root_of(path))
+        return found if isinstance(found, Found) else Found(found)
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""
-        checkpoints = self.checkpoints(path, root_of(path))
-        return CheckpointsRun(path, self.name, {s: each.open for s, each in checkpoints.items()})
+        return run_of(path, self.name, self.found(path))
+
+
+class SeriesFormat(FullCheckpointsFormat):
+    """A format that says how one checkpoint looks; a run is a series of them (`shared.series`).
+
+    Attributes:
+        suffixes: how the names of files end that are a checkpoint by themselves.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def holds(self, path: Path) -> bool:
+        """Whether there is a checkpoint at a path: a directory, or a file with such a suffix."""
+
+    @abstractmethod
+    def checkpoint(self, path: Path, root: Path, step: int) -> FullCheckpoint:
+        """The checkpoint at a path, not opened.
+
+        Args:
+            path: where one is, or should be.
+            root: the directory that no file may lead out of.
+            step: the step that it belongs to.
+        """
+
+    def own_step(self, path: Path) -> int | None:
+        """The step that the files of a checkpoint tell; None where they tell none.
+
+        Raises:
+            FormatError: they are damaged.
+        """
+        return None
+
+    def look(self) -> Look:
+        """How one checkpoint looks."""
+        return Look(self.holds, self.suffixes, self.own_step)
+
+    def recognises(self, path: Path) -> bool:
+        """Whether there is a checkpoint at a path, or a series of them below it."""
+        return find_series(path, self.look()) is not None
+
+    def checkpoints(self, path: Path, root: Path) -> Found:
+        """See `FullCheckpointsFormat.checkpoints`."""
+        series = find_series(path, self.look()) or Series(
+            {0: path}
+        )  # reading it says what is missing
+        found = {step: self.checkpoint(at, root, step) for step, at in series.steps.items()}
+        for step, clash in series.clashes.items():
+            found[step] = FullCheckpoint.unreadable(series.steps[step], FormatError(clash))
+        return Found(found, series.passed_over, series.is_guess)
+
+
+class OtherKindError(FormatError):
+    """A file is no checkpoint of a format."""
+
+
+def found_in_files(
+    files: Iterable[Path], opened: Callable[[Path], tuple[int, FullCheckpoint]], where: Path
+) -> Found:
+    """The checkpoints of files that tell their steps themselves.
+
+    Of two with one step, the one that is not called last (Lightning writes the newest one twice),
+    or the one that can be read.
+
+    Args:
+        files: in order.
+        opened: returns the step in a file, and its checkpoint. FormatError: it is damaged;
+            OtherKindError: it is no checkpoint.
+        where: for messages.
+
+    Raises:
+        FormatError: none has a step.
+    """
+    claims: dict[int, list[tuple[Path, FullCheckpoint, bool]]] = {}
+    passed_over: dict[str, str] = {}
+    for file in files:
+        try:
+            step, checkpoint = opened(file)
+        except FormatError as problem:
+            named = None if isinstance(problem, OtherKindError) else step_in_name(file.stem)
+            if named is None:
+                passed_over[file.name] = str(problem)
+                continue
+            claims.setdefault(named, []).append(
+                (file, FullCheckpoint.unreadable(file, problem), False)
+            )
+        else:
+            claims.setdefault(step, []).append((file, checkpoint, True))
+    if not claims:
+        raise FormatError(next(iter(passed_over.values()), f"{where} holds no checkpoint."))
+    checkpoints: dict[int, FullCheckpoint] = {}
+    for step, claim in sorted(claims.items()):
+        sound = [each for each in claim if each[2]] or claim
+        chosen = [each for each in sound if not _LAST.fullmatch(each[0].stem)] or sound[:1]
+        checkpoints[step] = chosen[0][1]
+        if len(chosen) > 1:
+            one, other = sorted(each[0].name for each in chosen)[:2]
+            clash = f"{where} holds {one} and {other}, both of step {step}; remove one of the two."
+            checkpoints[step] = FullCheckpoint.unreadable(chosen[0][0], FormatError(clash))
+        for file, *_ in claim:
+            if file not in [each[0] for each in chosen]:
+                passed_over[file.name] = f"{chosen[0][0].name} is of step {step} too"
+    return Found(checkpoints, passed_over)
+
+
+def run_of(path: Path, format: str, found: Found) -> Run:
+    """The run of the checkpoints that a format found."""
+    run = CheckpointsRun(path, format, {s: each.open for s, each in found.checkpoints.items()})
+    run.passed_over = found.passed_over
+    run.places = {step: str(each.where) for step, each in found.checkpoints.items()}
+    return run
 
 
 def with_clean_names(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:

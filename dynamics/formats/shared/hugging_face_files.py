@@ -1,16 +1,13 @@
-"""What Hugging Face's libraries put on disk: checkpoint-N/, config.json, trainer_state.json."""
+"""What Hugging Face's libraries put into a checkpoint: a model, config.json, trainer_state.json."""
 
-import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynamics.formats.shared.full_checkpoints import FullCheckpoint
-from dynamics.formats.shared.steps import numbered_directories
 from dynamics.formats.shared.trainer_state import STATE, global_step, last_logged, read_state
 from dynamics.formats.storage.files import contained, read_json
-from dynamics.formats.storage.model_files import MODEL, has_model, model_tensors
+from dynamics.formats.storage.model_files import MODEL, model_tensors
 
 # Where tools describe how weights are quantised, if not in config.json -> its quant_method
 _QUANTISED_BY = {
@@ -18,35 +15,15 @@ _QUANTISED_BY = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def checkpoint_directories(
-    path: Path, holds: Callable[[Path], bool] = has_model
-) -> dict[int, Path]:
-    """Step -> directory of each `checkpoint-N` below `path`, or of `path` itself if it is one.
-
-    The Trainer saves the final model into `path` itself, beside the checkpoints. It belongs to the
-    step in its trainer_state.json. It is left out where that file is missing, or where one of the
-    checkpoints has the same step. A directory with a model but without such a name or file is one
-    checkpoint at step 0.
-
-    Args:
-        path: where the run lies.
-        holds: whether a directory holds what is looked for: a model, or an adapter.
+def trainer_step(directory: Path) -> int | None:
+    """The global_step in the trainer_state.json of a directory; None where it tells none.
 
     Raises:
-        FormatError: two directories have the same step, or trainer_state.json is damaged.
+        FormatError: the file is damaged.
     """
-    steps = numbered_directories(path, _CHECKPOINT)
-    if path in steps.values() or not holds(path):
-        return steps or {0: path}
-    final = global_step(read_state(path / STATE))
-    if not steps:
-        return {final or 0: path}
-    if final is None or final in steps:
-        return steps
-    return dict(sorted((steps | {final: path}).items()))
+    return global_step(read_state(directory / STATE))
 
 
 def model_checkpoint(directory: Path, root: Path, step: int | None = None) -> FullCheckpoint:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
+from dynamics.formats.shared.steps import step_inside
 from dynamics.formats.storage.files import read_json
 
 STATE = "trainer_state.json"
@@ -50,9 +51,7 @@ def last_logged(state: Mapping[str, Any], step: int | None) -> dict[str, float]:
 
 def global_step(state: Mapping[str, Any]) -> int | None:
     """Count of optimizer steps done; None where the state has none."""
-    step = state.get("global_step")
-    sound = isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63
-    return step if sound else None
+    return step_inside(state.get("global_step"))
 
 
 def _is_number(value: Any) -> bool:

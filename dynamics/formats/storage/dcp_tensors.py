@@ -18,8 +18,8 @@ import numpy as np
 
 from dynamics.errors import FormatError
 from dynamics.formats.storage.files import (
-    children,
     contained,
+    entries,
     one_line,
     origin_of,
     plain_name,
@@ -48,7 +48,8 @@ def has_shards(directory: Path) -> bool:
 
     `.metadata` is written last; without it only .distcp files are there.
     """
-    return any(each.name == METADATA or each.suffix == ".distcp" for each in children(directory))
+    names = (each.name for each in entries(directory))
+    return any(name == METADATA or name.endswith(".distcp") for name in names)
 
 
 def dcp_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
@@ -60,6 +61,8 @@ def dcp_tensors(directory: Path, root: Path) -> dict[str, Tensor]:
     """
     path = directory / METADATA
     if not path.is_file():
+        if not has_shards(directory):
+            raise FormatError(f"{directory} holds no matrices: it has no {METADATA}.")
         raise FormatError(
             f"{directory} has .distcp files but no .metadata: its save did not finish; remove it."
         )

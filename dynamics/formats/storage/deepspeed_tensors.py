@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.storage.files import children
+from dynamics.formats.storage.files import children, entries
 from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, Tensor, checked_shape
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import Inert
@@ -31,7 +31,7 @@ _PARTS = re.compile(r"layer_\d+.*\.pt|expp_rank_\d+_.*\.pt")
 
 def has_model_states(directory: Path) -> bool:
     """Whether DeepSpeed saved a model into the directory itself."""
-    return directory.is_dir() and any(_MODEL.fullmatch(each.name) for each in children(directory))
+    return directory.is_dir() and any(_MODEL.fullmatch(each.name) for each in entries(directory))
 
 
 def model_states(directory: Path, root: Path) -> tuple[Path, Mapping[str, Any]]:

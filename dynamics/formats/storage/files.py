@@ -6,14 +6,17 @@ have. They read the bytes of tensors with `read_range`, so that only the needed 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from dynamics.errors import DynamicsError, FormatError, one_line, require_extra
 from dynamics.runs.origins import file_origin
 
+_LISTINGS: ContextVar[dict[Path, list["Entry"]] | None] = ContextVar("listings", default=None)
 # A local file system raises these where a file is missing, forbidden, or not text.
 _UNREADABLE = (OSError, ValueError)
 
@@ -178,6 +181,79 @@ def children(path: Path) -> list[Path]:
     """
     with reporting_unreadable(path):
         return sorted(path.iterdir(), key=lambda child: child.name)
+
+
+class Entry(NamedTuple):
+    """An entry of a directory.
+
+    Attributes:
+        name: its name.
+        place: the directory.
+        listed_as_dir: whether the listing says that it is a directory; None: it does not say.
+        is_link: whether it is a link.
+    """
+
+    name: str
+    place: Path
+    listed_as_dir: bool | None
+    is_link: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.place / self.name
+
+    @property
+    def is_dir(self) -> bool:
+        """Whether it is a directory, or a link to one."""
+        return self.path.is_dir() if self.listed_as_dir is None else self.listed_as_dir
+
+
+@contextmanager
+def keeping_listings() -> Iterator[None]:
+    """Within the block, `entries` lists each directory once: many formats look at the same ones."""
+    kept = _LISTINGS.set({})
+    try:
+        yield
+    finally:
+        _LISTINGS.reset(kept)
+
+
+def entries(path: Path) -> list[Entry]:
+    """The entries of a directory, sorted by name: one request for many of them, and no file opened.
+
+    Raises:
+        FormatError: the directory cannot be listed.
+    """
+    kept = _LISTINGS.get()
+    if kept is None:
+        return _listed(path)
+    if path not in kept:
+        kept[path] = _listed(path)
+    return kept[path]
+
+
+def _listed(path: Path) -> list[Entry]:
+    with reporting_unreadable(path):
+        if not is_remote(path):
+            with os.scandir(path) as found:
+                return sorted(Entry(e.name, path, _is_dir(e), e.is_symlink()) for e in found)
+        infos = path.fs.ls(path.path, detail=True)  # type: ignore[attr-defined]
+    named: dict[str, bool | None] = {}
+    for info in infos:
+        name = str(info["name"]).rstrip("/").rpartition("/")[2]
+        # A web server lists links; only trying tells whether one leads to a directory.
+        told = info["type"] == "directory" if "://" not in str(info["name"]) else None
+        if name and str(info["name"]).rstrip("/") != path.path.rstrip("/"):  # type: ignore[attr-defined]
+            named[name] = told
+    return [Entry(name, path, told) for name, told in sorted(named.items())]
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False
 
 
 def unreadable_error(path: Path, error: Exception) -> FormatError:

@@ -146,9 +146,9 @@ def test_the_format_may_be_forced(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_directories_of_one_step_are_refused(copied):
+def test_two_directories_of_one_step_are_its_problem(copied):
     shutil.copytree(copied / "step-2", copied / "step_2")
-    assert_refused(copied, "step-2 and step_2, both of step 2")
+    assert_problem(dy.open_run(copied), 2, "step-2 and step_2, both of step 2")
 
 
 @pytest.mark.slow

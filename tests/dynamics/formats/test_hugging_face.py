@@ -225,10 +225,12 @@ def test_a_damaged_config_makes_its_checkpoint_a_problem(llama_checkpoints, tmp_
     assert_problem(opened, 4, r"checkpoint-4/config\.json")
 
 
-def test_two_checkpoints_of_one_step_are_refused(llama_checkpoints, tmp_path):
+def test_two_checkpoints_of_one_step_are_its_problem(llama_checkpoints, tmp_path):
     run = shutil.copytree(llama_checkpoints, tmp_path / "run")
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-02")
-    assert_refused(run, "holds both checkpoint-02 and checkpoint-2; remove one")
+    opened = dy.open_run(run)
+    assert opened.steps.tolist() == [2, 4, 6]
+    assert_problem(opened, 2, "holds checkpoint-02 and checkpoint-2, both of step 2; remove one")
 
 
 def test_a_config_that_leads_out_of_the_run_is_refused(tiny_llama, tmp_path):

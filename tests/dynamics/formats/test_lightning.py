@@ -143,9 +143,10 @@ def test_of_two_files_of_a_step_the_one_called_last_is_left_out(copied):
     assert_bits(dy.open_run(copied), 8, named(saved["state_dict"]))
 
 
-def test_two_other_files_of_a_step_are_refused(copied):
+def test_two_other_files_of_a_step_are_its_problem(copied):
     shutil.copy(copied / "epoch=1-step=8.ckpt", copied / "epoch=1-step=8-v1.ckpt")
-    assert_refused(copied, r"epoch=1-step=8-v1\.ckpt and epoch=1-step=8\.ckpt, both of step 8")
+    match = r"epoch=1-step=8-v1\.ckpt and epoch=1-step=8\.ckpt, both of step 8"
+    assert_problem(dy.open_run(copied), 8, match)
 
 
 def test_several_versions_are_named(trained, tmp_path):
@@ -165,9 +166,20 @@ def test_a_damaged_file_is_the_problem_of_the_step_in_its_name(copied, garbage):
     assert_refused(file, r"not a readable file of torch\.save")
 
 
-def test_a_damaged_file_whose_name_has_no_step_is_named(copied):
-    (copied / "last.ckpt").write_bytes(b"garbage")
-    assert_refused(copied, r"last\.ckpt .*not a readable file")
+@pytest.mark.parametrize("garbage", [b"", b"garbage", None])
+def test_a_damaged_file_whose_name_has_no_step_is_passed_over_by_name(copied, garbage):
+    (copied / "last.ckpt").unlink()
+    if garbage is None:
+        (copied / "last.ckpt").symlink_to(copied / "gone.ckpt")
+    else:
+        (copied / "last.ckpt").write_bytes(garbage)
+    run = dy.open_run(copied)
+    assert (run.steps.tolist(), dict(run.problems)) == ([2, 4, 6, 8], {})
+    assert list(run.passed_over) == ["last.ckpt"]
+    assert str(copied / "last.ckpt") in run.passed_over["last.ckpt"]
+    for file in copied.glob("epoch*"):
+        file.unlink()
+    assert_refused(copied, r"last\.ckpt")
 
 
 def test_ckpt_files_that_are_not_lightnings_are_not_recognised(tmp_path):

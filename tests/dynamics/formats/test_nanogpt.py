@@ -126,9 +126,9 @@ def test_analyze_knows_the_layers_and_modules(several):
     )
 
 
-def test_two_files_of_an_iteration_are_refused(several):
+def test_two_files_of_an_iteration_are_its_problem(several):
     shutil.copy(several[0] / "best.pt", several[0] / "copy.pt")
-    assert_refused(several[0], r"best\.pt and copy\.pt, both of step 600")
+    assert_problem(dy.open_run(several[0]), 600, r"best\.pt and copy\.pt, both of step 600")
 
 
 @pytest.mark.parametrize("garbage", [b"", b"garbage", None])
@@ -136,13 +136,18 @@ def test_a_damaged_file_is_the_problem_of_the_step_in_its_name(several, garbage)
     file = several[0] / "ckpt_1000.pt"
     file.write_bytes(file.read_bytes()[:1000] if garbage is None else garbage)
     assert_problem(dy.open_run(several[0]), 1000, r"ckpt_1000\.pt .*not a readable file")
-    (several[0] / "best.pt").write_bytes(b"garbage")
-    assert_refused(several[0], r"best\.pt .*not a readable file", format="nanogpt")
+    (several[0] / "best.pt").write_bytes(garbage or b"garbage")
+    run = dy.open_run(several[0])
+    assert (run.format, run.steps.tolist(), list(run.problems)) == ("nanogpt", [200, 1000], [1000])
+    assert "not a readable file" in run.passed_over["best.pt"]
 
 
-def test_a_file_of_another_kind_among_them_is_refused(several):
+def test_a_file_of_another_kind_among_them_is_passed_over_by_name(several):
     torch.save({"model": {"a": torch.ones(3, 3)}}, several[0] / "other_7.pt")
-    assert_refused(several[0], r"other_7\.pt is not a checkpoint of nanoGPT")
+    run = dy.open_run(several[0])
+    assert (run.steps.tolist(), dict(run.problems)) == ([200, 600, 1000], {})
+    assert "is not a checkpoint of nanoGPT" in run.passed_over["other_7.pt"]
+    assert_refused(several[0] / "other_7.pt", "is not a checkpoint of nanoGPT", format="nanogpt")
 
 
 def test_another_kind_of_checkpoint_is_not_recognised(tmp_path):

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -255,9 +256,16 @@ def test_a_step_with_nothing_to_read_is_a_problem(trained):
     ],
     ids=["cut", "python", "deep", "other", "large"],
 )
-def test_a_damaged_config_is_named(trained, content, match):
+def test_a_damaged_config_is_named_and_the_weights_are_measured(trained, relora, content, match):
     (trained[0] / "training_config.yaml").write_text(content)
-    assert_refused(trained[0], match)
+    run = dy.open_run(trained[0])
+    assert (run.steps.tolist(), dict(run.problems)) == ([0, 5], {})
+    assert re.search(match, run.passed_over["training_config.yaml"])
+    with_factors, _ = relora()
+    (with_factors / "training_config.yaml").write_text(content)
+    assert dict(dy.open_run(with_factors).problems) == {}  # its config.json has the scaling, too
+    (with_factors / "checkpoints/step_5/config.json").unlink()
+    assert_refused(with_factors, match)
 
 
 def test_a_config_that_would_explode_is_kept_small(trained):

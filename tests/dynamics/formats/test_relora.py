@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -183,10 +184,13 @@ def test_factors_that_do_not_fit_are_named(model, tmp_path, part, shape, match):
     assert_refused(tmp_path, match)
 
 
-def test_two_checkpoints_of_one_step_are_refused(model, tmp_path):
-    save_relora(model(), tmp_path, 10)
+def test_two_checkpoints_of_one_step_are_its_problem(model, tmp_path):
+    for step in (5, 10):
+        save_relora(model(), tmp_path, step)
     (tmp_path / "model_010").mkdir()
-    assert_refused(tmp_path, "holds both model_010 and model_10")
+    assert list(dy.open_run(tmp_path).problems) == []  # the empty one is none
+    shutil.copytree(tmp_path / "model_10", tmp_path / "model_010", dirs_exist_ok=True)
+    assert_problem(dy.open_run(tmp_path), 10, "holds model_010 and model_10, both of step 10")
 
 
 def test_a_trained_scaling_of_zero_makes_a_dead_adapter(model, tmp_path):

@@ -41,6 +41,8 @@ class Distinct(RecordingRun):
         super().__init__(path)
         self.problems = {99: "step 99 is damaged"}
         self.absent_kinds = {"adapter": "there is none"}
+        self.places = {0: "step 0 is here"}
+        self.passed_over = {"last": "it tells no step"}
         self.merges_told_by_events = True
 
     @property
