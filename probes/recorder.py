@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dynamics import schema
-from dynamics.errors import DynamicsError
+from dynamics.errors import DynamicsError, UnmeasuredWarning
 from dynamics.recordings import Compression, Recording, RecordingWriter, StoreLike
 from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
@@ -20,6 +20,7 @@ from probes.model.account import announce
 from probes.model.parameters import Selection, track
 from probes.model.provenance import model_config, package_versions
 from probes.model.sharding import is_rank_0, refuse_unreadable, wait_for_ranks
+from probes.model.weights import weight_wrappers
 from probes.optimizers.changes import WeightVersions, warn_of_changes, warn_of_no_step
 from probes.optimizers.learning_rates import learning_rates
 from probes.optimizers.nesting import given_optimizers, optimizers_of
@@ -167,7 +168,9 @@ class Recorder:
         refuse_unreadable(model, given)
         self._optimizers = optimizers_of(model, given)
         scalers = (getattr(each, "scaler", None) for each in given)
-        self._tracked, self.account = track(model, select)
+        with outside_of_contexts():  # weights that adapters or parametrisations make are computed
+            self._tracked, self.account = track(model, select)
+        self._model, self._wrappers = model, weight_wrappers(model)
         self._due: Schedule = every if callable(every) else every_n(every)
         self._writes = is_rank_0() if write is None else write
         words = frozenset(record)
@@ -384,11 +387,25 @@ class Recorder:
         record.logged |= self._logged
         self._contents.fill(record, self._gradients.pop())
         self._may_change = False
+        self._warn_of_other_wrappers()
         if self._writes and keep:
             self._pending = record
             self._since_record.note()
         else:
             self._contents.release(record)
+
+    def _warn_of_other_wrappers(self) -> None:
+        """Say once that adapters came or went, so that weights are no longer what was attached."""
+        if "wrappers" in self._warned_of or weight_wrappers(self._model) == self._wrappers:
+            return
+        self._warned_of.add("wrappers")
+        warnings.warn(
+            f"Step {self._step}: adapters or parametrisations of the model came or went since the "
+            "recorder was made, and weights are recorded as it found them then. Close it, and "
+            "continue the recording with a new Recorder(resume_at=step).",
+            UnmeasuredWarning,
+            stacklevel=2,
+        )
 
     def _finish_record(self, *, wait: bool = False) -> None:
         if self._pending is not None:

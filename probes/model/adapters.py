@@ -224,7 +224,8 @@ def _merge_unpacked(copied: Any) -> None:
 
 def _if_read(layer: Any, weight: Weight) -> Weight | NotRead:
     """The weight with its dtype; left out by name if PEFT fails to merge it."""
-    if lora.peft_class(layer).__name__ == "Linear" and lora.is_plain_lora(layer):
+    is_linear = lora.peft_class(layer).__name__ == "Linear" and lora.is_plain_lora(layer)
+    if is_linear and weight.dtype.itemsize > 1:
         return weight  # the common case, which never fails, is not worth a merge of the model
     try:
         return replace(weight, dtype=weight.read().dtype)

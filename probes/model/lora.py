@@ -45,7 +45,7 @@ def added(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """The base weight of a plain LoRA layer with its adapters, rounded where merging rounds.
 
     The sum has the dtype of the base weight, as for a merge. A quantised base is unpacked, and the
-    sum is not packed again: it is what the layer computes with.
+    sum is not packed again: it is what the layer computes with. On float8 numbers it is float32.
 
     Args:
         layer: the layer, whose adapters are added unless they are merged or disabled.
@@ -55,7 +55,8 @@ def added(layer: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight
     # A layer that is merged and disabled takes the adapters out again when it computes.
     adapters = layer.merged_adapters[::-1] if layer.merged else active_adapters(layer)
-    weight = weight.clone() if adapters else weight
+    if adapters:
+        weight = weight.float() if weight.dtype.itemsize == 1 else weight.clone()  # float8
     for adapter in adapters:
         weight.add_(_delta(layer, adapter, weight.dtype), alpha=-1 if layer.merged else 1)
     return weight

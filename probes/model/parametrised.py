@@ -89,6 +89,11 @@ class ComputedSource:
         return None
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Whether the module computes a weight of its own from other parameters."""
+    return parametrize.is_parametrized(module) or any(_hooked(module))
+
+
 def _parametrisations(module: nn.Module) -> Mapping[str, nn.Module]:
     if not parametrize.is_parametrized(module):
         return {}

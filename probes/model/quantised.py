@@ -63,7 +63,8 @@ def weight_of_parameter(
     """The weight behind a parameter that is no plain tensor of real numbers; None for plain ones.
 
     What a library packed is unpacked by that library (bitsandbytes, torchao and other tensor
-    classes with a `dequantize`); float8 codes are multiplied by the scales beside them.
+    classes with a `dequantize`); float8 codes are multiplied by the scales beside them. Without
+    scales they are numbers.
 
     Args:
         module: the module that owns the parameter.
@@ -81,7 +82,7 @@ def weight_of_parameter(
     codes = _codes(module, name)
     if codes is not None:
         return not_read(full, parameter, "scales of packed weights", recorded_elsewhere=True)
-    if _is_packed(parameter):
+    if _is_packed(parameter) or (parameter.dtype in _FLOAT8 and _scales(module, name) is not None):
         reason = f"packed weights ({type(parameter).__name__}, {_name(parameter.dtype)})"
         return _unpacked(full, parameter, module, _unpacker(module, name, parameter), reason)
     if not parameter.is_floating_point():
@@ -179,8 +180,8 @@ def _unpacker(module: nn.Module, name: str, parameter: Any) -> Callable[[], torc
         return unpack
     if _dequantises(parameter):
         return parameter.dequantize
-    if parameter.dtype in _FLOAT8:
-        scales = _scales(module, name)
+    scales = _scales(module, name)
+    if parameter.dtype in _FLOAT8 and scales is not None:
         return lambda: _scaled(parameter, scales, getattr(module, "block_size", None))
     return None
 
@@ -191,18 +192,16 @@ def _is_packed(parameter: Any) -> bool:
         return parameter.quant_state is not None
     if kind == "Int8Params":
         return parameter.dtype == torch.int8
-    return _dequantises(parameter) or parameter.dtype in _FLOAT8
+    return _dequantises(parameter)
 
 
 def _dequantises(parameter: Any) -> bool:
     return parameter.is_quantized or type(parameter).dequantize is not torch.Tensor.dequantize
 
 
-def _scaled(codes: torch.Tensor, scales: torch.Tensor | None, blocks: Any) -> torch.Tensor:
-    """float8 codes times their scales, in float32; codes without scales are numbers already."""
+def _scaled(codes: torch.Tensor, scales: torch.Tensor, blocks: Any) -> torch.Tensor:
+    """float8 codes times their scales, in float32."""
     values = codes.detach().float()
-    if scales is None:
-        return values
     factors = scales.detach().float()
     if blocks is not None:
         for axis, size in zip((-2, -1), blocks, strict=True):

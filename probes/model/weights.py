@@ -9,7 +9,7 @@ from torch import nn
 
 from dynamics.runs import parameter_names
 from probes.model.adapters import weights_of_saved_module, weights_of_tuner_layer
-from probes.model.parametrised import computed_weights
+from probes.model.parametrised import computed_weights, is_computed
 from probes.model.quantised import (
     is_packed_module,
     weight_of_parameter,
@@ -17,7 +17,7 @@ from probes.model.quantised import (
 )
 from probes.model.weight import Factors, NotRead, PlainSource, Weight, not_read
 
-__all__ = ["Factors", "NotRead", "Weight", "find_weights"]
+__all__ = ["Factors", "NotRead", "Weight", "find_weights", "weight_wrappers"]
 
 
 def find_weights(model: nn.Module) -> tuple[list[Weight], list[NotRead]]:
@@ -57,6 +57,31 @@ def find_weights(model: nn.Module) -> tuple[list[Weight], list[NotRead]]:
         for found in before:
             found.add(computation)
     return weights, others
+
+
+def weight_wrappers(model: nn.Module) -> frozenset[int]:
+    """The identities of all modules that make weights of others: of PEFT, and parametrised ones.
+
+    They tell whether adapters came or went since `find_weights`.
+
+    Example:
+        >>> layer = nn.Linear(3, 3)
+        >>> before = weight_wrappers(layer)
+        >>> _ = nn.utils.parametrizations.spectral_norm(layer)
+        >>> weight_wrappers(layer) == before
+        False
+    """
+    found: set[int] = set()
+    rest, seen = [model], {id(model)}
+    while rest:
+        module = rest.pop()
+        if _peft_wrapper(module) is not None or is_computed(module):
+            found.add(id(module))
+        for child in module._modules.values():  # `modules()` changes attention layers with LoRA
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                rest.append(child)
+    return frozenset(found)
 
 
 class _Walk:

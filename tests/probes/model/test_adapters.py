@@ -49,7 +49,8 @@ OPTIONS = {
     "ROAD": {"group_size": 16},
 }
 MERGED = [
-    *("ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA"),
+    pytest.param("ADAMSS", marks=pytest.mark.slow),
+    *("ADALORA", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA"),
     *("GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT"),
     *("PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "UNILORA"),
     *("VBLORA", "VERA", "WAVEFT"),
@@ -263,6 +264,7 @@ def test_the_attention_inside_of_an_adaption_prompt_keeps_its_names():
     assert all("adaption" in name for name in set(values) - names)
 
 
+@pytest.mark.slow
 def test_the_names_survive_other_wrappers():
     model = torch.compile(nn.Sequential(_llama(modules_to_save=["lm_head"])))
     names = {name.removeprefix("0.") for name in read_all(model)}

@@ -105,7 +105,8 @@ def test_the_weight_is_what_the_layer_multiplies_with(case):
     values = read_all(model)
     assert set(values) - {"0.bias"} == {"0.weight", "2.weight", "2.bias"}  # it may be no parameter
     weight = by_name(model)[0]["0.weight"]
-    assert (weight.shape, weight.parameter) == ((64, 128), None)
+    assert weight.shape == (64, 128)
+    assert (weight.parameter is None) == (case != "float8")  # which are numbers without scales
     assert values["0.weight"].is_floating_point()
     if case not in ("float8", "float8_in_blocks"):  # no product on a CPU
         x = torch.eye(128, dtype=next(model[2].parameters()).dtype)
@@ -128,10 +129,10 @@ def test_the_factors_are_recorded_and_the_weight_is_the_unpacked_base_with_the_a
     model = _adapted(READABLE[case]())
     weight = by_name(model)[0]["0.weight"]
     layer = model.base_model.model[0]
-    assert torch.equal(weight.base(), base)
-    assert torch.equal(
-        read_all(model)["0.weight"], base.clone().add_(layer.get_delta_weight("default"))
-    )
+    assert torch.equal(weight.base().float(), base.float())
+    expected = base.clone() if base.dtype.itemsize > 1 else base.float()
+    expected += layer.get_delta_weight("default")
+    assert torch.equal(read_all(model)["0.weight"], expected)
     a, b, scaling, transposed = weight.factors()
     assert (tuple(a.shape), tuple(b.shape), scaling, transposed) == ((2, 128), (64, 2), 3.0, False)
 

@@ -1,11 +1,15 @@
 """Which weights a model has: one for each parameter, under the names of the unwrapped model."""
 
+import warnings
+
 import peft
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+import dynamics as dy
+from probes import Recorder
 from probes.model.weights import find_weights
 from tests.probes.model.reading import by_name, randomised, read_all, untouched
 
@@ -59,7 +63,13 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        pytest.param(each, marks=pytest.mark.slow) if "compile" in each else each
+        for each in WRAPPERS
+    ],
+)
 def test_names_are_those_of_the_unwrapped_model(wrapper):
     expected = set(read_all(_layers()))
     assert set(read_all(WRAPPERS[wrapper](_layers()))) == expected
@@ -105,3 +115,38 @@ def test_finding_and_reading_in_a_training_model_changes_nothing():
     with untouched(model):
         for weight in find_weights(model)[0]:
             weight.read()
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "none"])
+def test_a_recorder_says_once_that_adapters_came_or_went(tmp_path, change):
+    model = nn.Sequential(nn.Linear(4, 4))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))
+    if change == "added":
+        adapted.unload()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with Recorder(model, optimizer, tmp_path / "run.zarr", every=1):
+            if change == "added":
+                peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model)
+            elif change == "removed":
+                adapted.unload()
+            for _ in range(2):
+                model(torch.ones(3, 4)).sum().backward()
+                optimizer.step()
+    said = [each for each in caught if "came or went" in str(each.message)]
+    assert len(said) == (change != "none")
+
+
+@pytest.mark.slow
+def test_weights_are_found_the_same_inside_of_autocast(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.utils.parametrizations.weight_norm(model[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recorder = Recorder(model, optimizer, tmp_path / "run.zarr", every=1)
+        recorder.attach()
+        recorder.close()
+    read = dy.open_run(tmp_path / "run.zarr").read("0.weight", 0, "weight")
+    assert read.dtype == "float32"
+    assert (read.values == model[0].weight.detach().numpy()).all()
