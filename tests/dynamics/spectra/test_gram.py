@@ -1,6 +1,7 @@
 """Singular values from the Gram matrix: the bound on their error holds, and what falls back."""
 
 import tracemalloc
+import warnings
 from dataclasses import replace
 
 import mpmath
@@ -98,6 +99,14 @@ def test_what_the_gram_matrix_cannot_tell_is_measured_by_a_dense_svd(name):
     computed = spectrum(Dense(matrix, "float64"))
     np.testing.assert_array_equal(computed.s, singular_values(matrix))
     assert computed.error == 384 * EPS * computed.s[0]
+
+
+def test_squares_that_overflow_in_several_blocks_are_measured_without_a_warning():
+    matrix = np.random.default_rng(0).standard_normal((6000, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measured = spectrum(Dense(1e200 * matrix, "float64"))
+    np.testing.assert_allclose(measured.s, 1e200 * reference(matrix), rtol=1e-12)
 
 
 def test_the_numerical_rank_of_a_rank_deficient_matrix_is_its_rank():
