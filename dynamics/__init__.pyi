@@ -8,7 +8,7 @@ from .analysis.storage import load, save
 from .auditing import audit
 from .directions.expressibility import gradient_expressibility
 from .directions.subspaces import run_alignment, subspace_overlaps
-from .errors import DynamicsError, LeftOutWarning, UnmeasuredWarning
+from .errors import DynamicsError, IntervalWarning, LeftOutWarning, UnmeasuredWarning
 from .examples import load_example
 from .formats import open_run
 from .metrics import METRICS
@@ -21,6 +21,7 @@ __all__ = [
     "METRICS",
     "DynamicsError",
     "Execution",
+    "IntervalWarning",
     "LeftOutWarning",
     "Run",
     "Spectrum",

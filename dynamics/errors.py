@@ -55,6 +55,17 @@ class LeftOutWarning(UnmeasuredWarning):
     """
 
 
+class IntervalWarning(UserWarning):
+    """Runs are compared whose updates or displacements are over different intervals.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", dy.IntervalWarning)  # rather stop than compare these
+        ...     both = dy.compare({"full": "full/run.zarr", "relora": "relora/run.zarr"})
+    """
+
+
 def one_line(error: Exception) -> str:
     r"""An exception's text without line breaks and full stop, or its type where it has none.
 

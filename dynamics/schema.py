@@ -63,6 +63,9 @@ SINGULAR_VALUE = "singular_value"
 SINGULAR_VALUE_ERROR = "singular_value_error"
 NOISE_FLOOR = "noise_floor"
 STATUS = "status"
+REFERENCE_STEP = "reference_step"
+LAG = "lag"  # an attribute: the optimizer steps that updates are over, where that was asked for
+NO_STEP = -1  # the `reference_step` of what is no difference, or has nothing to subtract
 
 
 class Status(IntEnum):

@@ -45,6 +45,7 @@ def analyze(
     kinds: Iterable[str] | None = None,
     steps: Steps | None = None,
     select: str | Sequence[str] | None = None,
+    lag: int | None = None,
     progress: Progress | None = None,
     execution: Execution | None = None,
     **options: Unpack[ExecutionOptions],
@@ -60,6 +61,8 @@ def analyze(
             `update` and `displacement` refer to the run's previous and first step, whether these
             are selected or not.
         select: globs over parameter names ("*_proj" matches with or without ".weight").
+        lag: measure `update` as W_t - W_(t - lag) at each step t, where both are recorded; from
+            the previous record by default, so that updates depend on how often a run was recorded.
         progress: called as progress(done, total, matrix name) while it works; done and total count
             matrices at a step, in a kind.
         execution: how it is carried out, see `Execution`.
@@ -70,11 +73,13 @@ def analyze(
         one variable per metric, `singular_value` padded with NaN, `singular_value_error`,
         `noise_floor`, `status` (see `schema.Status`), and the run's scalars along `step`, as
         `logged_<name>` where the name is one of those above ("train/loss" is `train.loss`). NaN
-        means "not measured", and `status` says why. `attrs["problems"]` lists as JSON what could
-        not be measured; each problem is also an UnmeasuredWarning.
+        means "not measured", and `status` says why. `reference_step` (kind, step) int64 is the step
+        of the weight that a difference subtracts, -1 where there is none. `attrs["problems"]` lists
+        as JSON what could not be measured; each problem is also an UnmeasuredWarning.
 
     Raises:
-        MissingError: an unknown metric, component, kind or step, or nothing is selected.
+        MissingError: an unknown metric, component, kind or step, or nothing is selected; or no two
+            records are `lag` steps apart.
         FormatError: `run` cannot be opened, or with `strict` not read.
         DynamicsError: `cache` is damaged, or is something else; with `strict`, a matrix holds NaN
             or Inf; there are no workers, or they died too often.
@@ -83,10 +88,19 @@ def analyze(
         >>> ranks = dy.analyze("run.zarr", kinds=["weight"], metrics=["effective_rank"])
         >>> ranks["effective_rank"].dims
         ('kind', 'step', 'matrix')
+        >>> over_four_steps = dy.analyze("run.zarr", kinds=["update"], lag=4)
+        >>> over_four_steps["reference_step"].sel(kind="update").values.tolist()
+        [-1, -1, 0, 2, 4]
     """
     run = run if isinstance(run, Run) else open_run(run)
     chosen = selection_of(
-        run, metrics=metrics, components=components, kinds=kinds, steps=steps, select=select
+        run,
+        metrics=metrics,
+        components=components,
+        kinds=kinds,
+        steps=steps,
+        select=select,
+        lag=lag,
     )
     return measure(chosen, execution_with(execution, options), progress=progress)
 

@@ -1,7 +1,8 @@
 """compare() and difference(): several runs in one Dataset, along the dimension `run`."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,9 +14,11 @@ from dynamics.analysis.analyze import Progress, measure
 from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
 from dynamics.analysis.selection import Selection, SelectionOptions, Steps, selection_of
 from dynamics.analysis.storage import is_analysis, load
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError, IntervalWarning, MissingError
 from dynamics.formats import open_run
+from dynamics.runs.intervals import IntervalRun, References, common_references, own_references
 from dynamics.runs.run import Run
+from dynamics.schema import Status
 
 # Attributes that become JSON objects by run -> what a run without them has.
 _OF_RUNS = {"events": "[]", "problems": "[]", "account": "null", "left_out": "{}"}
@@ -31,9 +34,14 @@ def compare(
     kinds: Iterable[str] | None = None,
     steps: Steps | None = None,
     select: str | Sequence[str] | None = None,
+    lag: int | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> xr.Dataset:
     """Several analyses side by side.
+
+    An `update` is over the same interval in all runs that have its step: from the last record
+    before it that all of them have. Without such a record, in saved analyses and in recordings of
+    spectra, intervals stay what they are. `reference_step` says where each begins.
 
     Args:
         runs: label -> an analysis, or a run, or the path of one of the two. Runs are measured.
@@ -44,6 +52,7 @@ def compare(
         kinds: see `analyze`.
         steps: see `analyze`.
         select: see `analyze`.
+        lag: see `analyze`.
         options: fields of `Execution`.
 
     Returns:
@@ -51,6 +60,9 @@ def compare(
         run lacks what another one has, values are NaN and `status` is "not_recorded". `rows` and
         `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`,
         `problems`, `account` and `left_out` become JSON objects by run.
+
+    Warns:
+        IntervalWarning: updates or displacements of one step are over different intervals.
 
     Raises:
         DynamicsError: fewer than two runs, or an analysis that already compares runs.
@@ -70,9 +82,16 @@ def compare(
         "kinds": None if kinds is None else list(kinds),
         "steps": steps if steps is None or isinstance(steps, str) else list(steps),
         "select": select,
+        "lag": lag,
     }
+    opened = {label: _opened(label, each) for label, each in runs.items()}
+    if lag is None:
+        opened = _on_common_intervals(opened, choice["kinds"])
     # All of them before the work begins: what cannot be served is refused at once.
-    planned = {label: _planned(label, each, choice) for label, each in runs.items()}
+    planned = {
+        label: each if isinstance(each, xr.Dataset) else selection_of(each, **choice)
+        for label, each in opened.items()
+    }
     analyses = {
         label: each
         if isinstance(each, xr.Dataset)
@@ -101,7 +120,10 @@ def compare(
                 schema.MATRIX: matrices,
                 schema.INDEX: np.arange(width),
             },
-            fill_value={schema.STATUS: np.int8(schema.Status.NOT_RECORDED)},
+            fill_value={
+                schema.STATUS: np.int8(Status.NOT_RECORDED),
+                schema.REFERENCE_STEP: np.int64(schema.NO_STEP),
+            },
         )
         for each in analyses.values()
     ]
@@ -116,20 +138,113 @@ def compare(
     for name, none in _OF_RUNS.items():
         by_run = {label: json.loads(each.attrs.get(name, none)) for label, each in analyses.items()}
         both.attrs[name] = json.dumps(by_run)
-    return both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
+    both = both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
+    for line in (*_unavailable(planned), *_differing_intervals(both)):
+        warnings.warn(line, IntervalWarning, stacklevel=2)
+    return both
 
 
-def _planned(
-    label: str, run: xr.Dataset | Run | str | Path, choice: SelectionOptions
-) -> xr.Dataset | Selection:
-    """The analysis of a run, if it is one, or what will be measured of it."""
-    if not isinstance(run, xr.Dataset | Run) and is_analysis(run):
-        run = load(run)
+def _opened(label: str, run: xr.Dataset | Run | str | Path) -> xr.Dataset | Run:
+    """The analysis of a run, if it is one, or the run."""
+    if not isinstance(run, xr.Dataset | Run):
+        run = load(run) if is_analysis(run) else open_run(run)
     if not isinstance(run, xr.Dataset):
-        return selection_of(run if isinstance(run, Run) else open_run(run), **choice)
+        return run
     if schema.RUN in run.dims:
         raise DynamicsError(f"{label!r} compares runs already; give single-run analyses.")
-    return run
+    if schema.REFERENCE_STEP in run:
+        return run
+    unknown = np.full((run.sizes[schema.KIND], run.sizes[schema.STEP]), schema.NO_STEP)
+    return run.assign({schema.REFERENCE_STEP: ((schema.KIND, schema.STEP), unknown)})
+
+
+def _on_common_intervals(
+    opened: dict[str, xr.Dataset | Run], kinds: Iterable[str] | None
+) -> dict[str, xr.Dataset | Run]:
+    """The runs with updates over common intervals, see `common_references`."""
+    own: dict[str, References] = {}
+    for label, each in opened.items():
+        if isinstance(each, xr.Dataset):
+            own[label] = _known_references(each)
+        elif schema.UPDATE in each.kinds and (kinds is None or schema.UPDATE in kinds):
+            own[label] = own_references(each)
+    fixed = {
+        label
+        for label, each in opened.items()
+        if isinstance(each, xr.Dataset) or schema.UPDATE in each.spectrum_kinds
+    }
+    common = common_references(own, fixed)
+    return {
+        label: IntervalRun(each, common[label])
+        if isinstance(each, Run) and label in own and common[label] != own[label]
+        else each
+        for label, each in opened.items()
+    }
+
+
+def _known_references(analysis: xr.Dataset) -> References:
+    """Where the updates of an analysis begin, for all records of its run that it tells of."""
+    if schema.UPDATE not in analysis[schema.KIND]:
+        return {}
+    starts = analysis[schema.REFERENCE_STEP].sel({schema.KIND: schema.UPDATE}).values.tolist()
+    known = {
+        step: None if start == schema.NO_STEP else start
+        for step, start in zip(analysis[schema.STEP].values.tolist(), starts, strict=True)
+    }
+    return {start: None for start in starts if start != schema.NO_STEP} | known
+
+
+def _unavailable(planned: Mapping[str, xr.Dataset | Selection]) -> Iterator[str]:
+    """A line for each run whose recorded updates are not over the intervals that are compared."""
+    for label, each in planned.items():
+        view = None if isinstance(each, xr.Dataset) else each.run.untraced
+        if not isinstance(view, IntervalRun) or schema.UPDATE not in view.spectrum_kinds:
+            continue
+        asked = {step: view.update_reference(step) for step in each.steps}
+        lost = [
+            step for step in each.steps if asked[step] is not None and not view.is_recorded(step)
+        ]
+        if lost:
+            recorded = view.inner.update_reference(lost[0])
+            yield (
+                f"{label!r} holds the singular values of its update {_interval(recorded, lost[0])}"
+                f"{_and_more(lost)}, and not of {_interval(asked[lost[0]], lost[0])}: not recorded."
+            )
+
+
+def _differing_intervals(both: xr.Dataset) -> Iterator[str]:
+    """A line for each kind whose values at a step are over different intervals in two runs."""
+    measured = (both[schema.STATUS] == Status.MEASURED).any(schema.MATRIX)
+    starts = both[schema.REFERENCE_STEP].where(measured, schema.NO_STEP)
+    # Cycles differ where runs are merged at different steps: that is what they are.
+    for kind in (schema.UPDATE, schema.DISPLACEMENT):
+        if kind not in both[schema.KIND]:
+            continue
+        of_kind = starts.sel({schema.KIND: kind})
+        known = of_kind.where(of_kind != schema.NO_STEP)
+        differ = (known.min(schema.RUN) < known.max(schema.RUN)).values
+        steps = both[schema.STEP].values[differ].tolist()
+        if steps:
+            first = of_kind.sel({schema.STEP: steps[0]})
+            labels = both[schema.RUN].values.tolist()
+            runs = [
+                f"{label!r} {_interval(start, steps[0])}"
+                for label, start in zip(labels, first.values.tolist(), strict=True)
+                if start != schema.NO_STEP
+            ]
+            yield (
+                f"The {kind} of these runs is over different intervals{_and_more(steps)}: "
+                f"{', '.join(runs)}; measure all of them with one lag, or compare the "
+                "runs themselves in place of their analyses."
+            )
+
+
+def _interval(start: int | None, end: int) -> str:
+    return f"from step {start} to {end}"
+
+
+def _and_more(steps: Sequence[int]) -> str:
+    return f" (and at {len(steps) - 1} more steps)" if len(steps) > 1 else ""
 
 
 def _labelled(progress: Progress | None, label: str) -> Progress | None:
@@ -140,7 +255,8 @@ def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
     """Every other run minus the baseline run, value by value.
 
     NaN where either was not measured. The variables `status`, `singular_value_error` and
-    `noise_floor` describe single runs and are left out.
+    `noise_floor` describe single runs and are left out. `reference_step` is -1 where those of the
+    two runs differ.
 
     Raises:
         DynamicsError: `comparison` has no dimension `run`.
@@ -157,11 +273,22 @@ def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
     labels = comparison[schema.RUN].values.tolist()
     if baseline not in labels:
         raise MissingError(f"No run {baseline!r} in this comparison; it has {', '.join(labels)}.")
-    described = (schema.STATUS, schema.SINGULAR_VALUE_ERROR, schema.NOISE_FLOOR)
-    values = comparison.drop_vars([name for name in described if name in comparison])
-    others = values.sel({schema.RUN: [label for label in labels if label != baseline]})
+    described = (
+        schema.STATUS,
+        schema.SINGULAR_VALUE_ERROR,
+        schema.NOISE_FLOOR,
+        schema.REFERENCE_STEP,
+    )
+    values = comparison.drop_vars(described, errors="ignore")
+    other = [label for label in labels if label != baseline]
     with xr.set_options(keep_attrs=True):
-        result = others - values.sel({schema.RUN: baseline}, drop=True)
+        result = values.sel({schema.RUN: other}) - values.sel({schema.RUN: baseline}, drop=True)
+        if schema.REFERENCE_STEP in comparison:
+            starts = comparison[schema.REFERENCE_STEP]
+            ours, theirs = starts.sel({schema.RUN: other}), starts.sel({schema.RUN: baseline})
+            result[schema.REFERENCE_STEP] = ours.where(
+                ours == theirs.drop_vars(schema.RUN), schema.NO_STEP
+            )
     return result.assign_attrs(comparison.attrs, baseline=baseline)
 
 

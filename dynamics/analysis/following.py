@@ -33,6 +33,7 @@ def follow(
     kinds: Iterable[str] | None = None,
     steps: Steps | None = None,
     select: str | Sequence[str] | None = None,
+    lag: int | None = None,
     execution: Execution | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> Iterator[xr.Dataset]:
@@ -56,6 +57,7 @@ def follow(
         kinds: see `analyze`.
         steps: see `analyze`; those that the run has by now are measured.
         select: see `analyze`.
+        lag: see `analyze`; two records that are so far apart are waited for.
         execution: see `analyze`. Without a cache, everything is measured again when anything is
             new. With `strict`, a checkpoint that cannot be read is still waited for. Processes
             start anew for each analysis.
@@ -85,7 +87,7 @@ def follow(
         if ending and not unreadable:
             return
         try:
-            chosen = _selection(opened(), metrics, components, kinds, steps, select)
+            chosen = _selection(opened(), metrics, components, kinds, steps, select, lag)
             present = _state(chosen)
             if present != state or unreadable:
                 before(chosen)
@@ -123,6 +125,7 @@ def _selection(
     kinds: list[str] | None,
     steps: Steps | None,
     select: str | Sequence[str] | None,
+    lag: int | None,
 ) -> Selection:
     present = steps_so_far(run, steps)
     if not run.steps.size or present == []:
@@ -130,8 +133,16 @@ def _selection(
     for kind in kinds or ():
         if kind in schema.KINDS and kind not in (*run.kinds, *run.absent_kinds):
             raise _NotYetError(f"{run.path} has no {kind} matrices yet.")
+    if lag is not None and run.steps[-1] - run.steps[0] < lag:
+        raise _NotYetError(f"{run.path} has no two records that are lag={lag} steps apart yet.")
     return selection_of(
-        run, metrics=metrics, components=components, kinds=kinds, steps=present, select=select
+        run,
+        metrics=metrics,
+        components=components,
+        kinds=kinds,
+        steps=present,
+        select=select,
+        lag=lag,
     )
 
 

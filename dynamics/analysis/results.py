@@ -15,7 +15,9 @@ import xarray as xr
 from dynamics import schema
 from dynamics.analysis.selection import Selection
 from dynamics.analysis.tasks import Outcome
+from dynamics.errors import FormatError
 from dynamics.metrics import METRICS, Metric
+from dynamics.runs.differences import cycle_start, reference_step
 from dynamics.runs.run import MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
 
@@ -84,6 +86,14 @@ class ResultBuilder:
         )
         steps = np.array(chosen.steps, dtype=np.int64)
         dataset = dataset.assign_coords(kind=chosen.kinds, step=steps)
+        dataset[schema.REFERENCE_STEP] = (
+            (schema.KIND, schema.STEP),
+            [[self._reference_step(kind, step) for step in chosen.steps] for kind in chosen.kinds],
+            {
+                "long_name": f"step of the weight that is subtracted, {schema.NO_STEP} for none",
+                "units": "optimizer steps",
+            },
+        )
         positions = np.searchsorted(run.steps, steps)
         for name, series in run.scalars.items():
             variable = name.replace("/", ".")  # a slash is a group to Zarr
@@ -93,9 +103,40 @@ class ResultBuilder:
                 series[positions],
                 {"long_name": name.replace("_", " ")},
             )
+        if chosen.lag is not None:
+            dataset.attrs[schema.LAG] = chosen.lag
         return dataset.assign_attrs(
             _provenance(run, self._backend), problems=json.dumps(self.problems)
         )
+
+    def _reference_step(self, kind: str, step: int) -> int:
+        """Where the interval of a difference begins. Cycles are those of one measured matrix."""
+        if kind not in schema.DIFFERENCES:
+            return schema.NO_STEP
+        try:
+            found = (
+                self._cycle_start(step)
+                if kind == schema.CYCLE_UPDATE
+                else reference_step(self._chosen.run, "", step, kind)
+            )
+        except FormatError:  # the base of a checkpoint was removed since
+            found = None
+        return schema.NO_STEP if found is None else found
+
+    def _cycle_start(self, step: int) -> int | None:
+        run, matrices = self._chosen.run, self._chosen.matrices
+        status = self._status[self._kind[schema.CYCLE_UPDATE], self._step[step]]
+        measured = [matrices[m].info for m in np.flatnonzero(status == Status.MEASURED)]
+        stored = [each for each in measured if each.name in run.matrices]
+        if stored:  # the smallest, because bases of checkpoints are compared
+            return cycle_start(run, min(stored, key=lambda info: info.rows * info.cols).name, step)
+        of_circuits = [
+            name
+            for name, info in run.matrices.items()
+            if any(info.layer == each.layer for each in measured[:1])
+        ]
+        starts = (reference_step(run, name, step, schema.CYCLE_UPDATE) for name in of_circuits)
+        return next((each for each in starts if each is not None), None)
 
     def _metrics(self) -> dict[str, np.ndarray]:
         """Of many cells of a matrix at once: for one at a time, a call costs more than its sums."""

@@ -206,6 +206,10 @@ def _loss(old: xr.Dataset, planned: Selection, *, rewound: bool) -> str | None:
     if _place(source) != _place(planned.run.path):
         return f"and is an analysis of {source}, not of {planned.run.path}"
     steps = old[schema.STEP].values.tolist()
+    lags = [old.attrs.get(schema.LAG), planned.lag]
+    if lags[0] != lags[1] and schema.UPDATE in old[schema.KIND]:
+        was, now = ("the previous record" if each is None else f"{each} steps" for each in lags)
+        return f"and has updates since {was} before, which those since {now} before would replace"
     if rewound:
         passed = [each for each in steps if each < planned.steps[-1] and each not in planned.steps]
         return f"and this would lose {schema.STEP} {_list(passed)}" if passed else None

@@ -10,6 +10,7 @@ from dynamics.components.parameters import Measurable
 from dynamics.errors import DynamicsError, MissingError
 from dynamics.metrics import Metric, select_metrics
 from dynamics.runs.dependencies import TracedRun
+from dynamics.runs.intervals import lagged
 from dynamics.runs.parameter_names import matches
 from dynamics.runs.run import MatrixInfo, Run, abridged
 
@@ -36,6 +37,7 @@ class Selection:
         kinds: in the order of the result.
         steps: ascending.
         matrices: in the order of the result.
+        lag: the optimizer steps that an update is over, None for those between its records.
     """
 
     run: TracedRun
@@ -43,6 +45,7 @@ class Selection:
     kinds: list[str]
     steps: list[int]
     matrices: list[ChosenMatrix]
+    lag: int | None = None
 
 
 class SelectionOptions(TypedDict, total=False):
@@ -53,6 +56,7 @@ class SelectionOptions(TypedDict, total=False):
     kinds: Iterable[str] | None
     steps: Steps | None
     select: str | Sequence[str] | None
+    lag: int | None
 
 
 def selection_of(
@@ -63,12 +67,15 @@ def selection_of(
     kinds: Iterable[str] | None = None,
     steps: Steps | None = None,
     select: str | Sequence[str] | None = None,
+    lag: int | None = None,
 ) -> Selection:
     """What `analyze` measures of a run when it is called with these arguments.
 
     Raises:
-        MissingError: an unknown metric, component, kind or step, or nothing is selected.
-        DynamicsError: a text of `steps` holds something else than steps and ranges.
+        MissingError: an unknown metric, component, kind or step, or nothing is selected; or no two
+            records are `lag` steps apart.
+        DynamicsError: a text of `steps` holds something else than steps and ranges; or `lag` is
+            less than one.
     """
     table = select_metrics(metrics)
     names = check_components(_listed("components", components) or list(DEFAULT_COMPONENTS))
@@ -76,6 +83,8 @@ def selection_of(
     chosen_steps = run.steps.tolist() if steps is None else sorted(set(_steps(run, steps)))
     if not chosen_steps:
         raise MissingError(f"{run.path} has no records yet; there is nothing to measure.")
+    if lag is not None:
+        run = _lagged(run, lag, chosen_kinds)
     for component in names:
         if component not in DEFAULT_COMPONENTS:
             run.require_matrices(f"Component {component}")
@@ -91,7 +100,16 @@ def selection_of(
             f"No matrix of {run.path} matches {select!r}; "
             f"it has {', '.join(each.info.name for each in offered[:4])}, ..."
         )
-    return Selection(traced, table, chosen_kinds, chosen_steps, chosen)
+    return Selection(traced, table, chosen_kinds, chosen_steps, chosen, lag)
+
+
+def _lagged(run: Run, lag: int, kinds: list[str]) -> Run:
+    if schema.UPDATE not in kinds:
+        raise MissingError(
+            f"lag={lag} says which updates to measure, and {schema.UPDATE} is not among the kinds "
+            f"({', '.join(kinds)}); add it, or leave lag out."
+        )
+    return lagged(run, lag)
 
 
 class StepRange(NamedTuple):

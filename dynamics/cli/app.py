@@ -20,6 +20,7 @@ from dynamics.cli.options import (
     FormatOption,
     FusedOption,
     KindsOption,
+    LagOption,
     Listing,
     MetricsOption,
     NoCacheOption,
@@ -77,6 +78,7 @@ def analyze(
     kinds: KindsOption = None,
     steps: StepsOption = None,
     select: SelectOption = None,
+    lag: LagOption = None,
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
@@ -103,7 +105,7 @@ def analyze(
 
     output = output or Path(f"{run_name(run)}.analysis.zarr")
     execution = execution_of(output, no_cache, strict, workers, scheduler, device)
-    choice = choice_of(metrics, components, kinds, steps, select)
+    choice = choice_of(metrics, components, kinds, steps, select, lag)
     opened = partial(
         open_run, run, format=format, base=base, adapter=adapter, split_fused=not keep_fused
     )
@@ -155,6 +157,7 @@ def compare(
     kinds: KindsOption = None,
     steps: StepsOption = None,
     select: SelectOption = None,
+    lag: LagOption = None,
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
@@ -180,7 +183,7 @@ def compare(
         for name, path in named_paths(runs).items()
     }
     execution = execution_of(output, no_cache, strict, workers, scheduler, device)
-    choice = choice_of(metrics, components, kinds, steps, select)
+    choice = choice_of(metrics, components, kinds, steps, select, lag)
     with progress_bar(", ".join(given)) as progress:
         both = compare_and_save(
             given,

@@ -54,6 +54,15 @@ SelectOption = Annotated[
         "--select", help='Only matrices with such names, e.g. "*_proj"; may be given several times.'
     ),
 ]
+LagOption = Annotated[
+    int | None,
+    typer.Option(
+        "--lag",
+        min=1,
+        help="Measure updates over so many optimizer steps, between recorded steps; by default "
+        "from the previous record.",
+    ),
+]
 StrictOption = Annotated[
     bool,
     typer.Option(

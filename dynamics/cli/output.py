@@ -3,12 +3,13 @@
 import json
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(name: str) -> "Iterator[Progress]":
-    """A progress bar for `analyze`, whose warnings are printed at the end instead."""
+    """A progress bar for `analyze`, whose warnings are printed at the end instead.
+
+    An IntervalWarning is printed like an own warning of the command.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -32,7 +36,7 @@ def progress_bar(name: str) -> "Iterator[Progress]":
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.1f} spectra/s")
 
-    from dynamics.errors import UnmeasuredWarning
+    from dynamics.errors import IntervalWarning, UnmeasuredWarning
 
     columns = (
         TextColumn("{task.description}"),
@@ -47,7 +51,22 @@ def progress_bar(name: str) -> "Iterator[Progress]":
         task = bar.add_task(f"measuring {name}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnmeasuredWarning)
+            warnings.simplefilter("always", IntervalWarning)
+            warnings.showwarning = partial(_printed, warnings.showwarning, IntervalWarning)
             yield lambda done, total, _: bar.update(task, completed=done, total=total)
+
+
+def _printed(
+    others: "Callable[..., object]",
+    own: type[Warning],
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+) -> None:
+    if issubclass(category, own):
+        print_warning(str(message))
+    else:
+        others(message, category, *where)
 
 
 def report_problems(problems: list[str]) -> None:

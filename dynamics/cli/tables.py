@@ -33,7 +33,8 @@ def summary_table(dataset: xr.Dataset) -> Table:
 
     One run has a row for each kind and module. A comparison has one for each kind, averaged over
     the matrices inside the stack of layers, and its runs side by side. A "-" stands where nothing
-    was measured.
+    was measured. The title names the steps, and the caption those of the kinds and runs that have
+    others.
     """
     several = schema.RUN in dataset.dims
     runs = dataset[schema.RUN].values.tolist() if several else [None]
@@ -41,7 +42,12 @@ def summary_table(dataset: xr.Dataset) -> Table:
     wanted = ["effective_rank", "numerical_rank"] if several else list(_COLUMNS)
     metrics = [name for name in wanted if name in dataset] or _first_metrics(dataset)
     over = "the matrices of the layers" if several else "layers"
-    table = Table(title=f"First → last measured step, mean over {over}", box=box.SIMPLE_HEAD)
+    first_to_last, others = _measured_steps(dataset)
+    table = Table(
+        title=f"First → last measured step: {first_to_last}, mean over {over}",
+        caption=others,
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("kind", no_wrap=True)
     if not several:
         table.add_column("module", no_wrap=True)
@@ -136,6 +142,38 @@ def _groups(dataset: xr.Dataset, several: bool) -> list[tuple[str, xr.Dataset]]:
         return [("", inside if inside.sizes[schema.MATRIX] else dataset)]
     modules = dict.fromkeys(dataset["module"].values.tolist())
     return [(m, dataset.sel({schema.MATRIX: dataset["module"] == m})) for m in modules]
+
+
+def _measured_steps(dataset: xr.Dataset) -> tuple[str, str | None]:
+    """(first → last measured step, those of the kinds and runs that have others)."""
+    measured = (dataset[schema.STATUS] == Status.MEASURED).any(schema.MATRIX)
+    steps = dataset[schema.STEP].values
+    of_all = _range(steps[measured.any([d for d in measured.dims if d != schema.STEP]).values])
+    others: dict[str, list[str]] = {}
+    for kind in dataset[schema.KIND].values.tolist():
+        of_kind = measured.sel({schema.KIND: kind})
+        runs = (
+            [each.item() for each in of_kind.coords[schema.RUN]]
+            if schema.RUN in of_kind.dims
+            else [None]
+        )
+        ranges = [
+            _range(steps[(of_kind if run is None else of_kind.sel({schema.RUN: run})).values])
+            for run in runs
+        ]
+        if len(set(ranges)) == 1:
+            others.setdefault(ranges[0], []).append(kind)
+        else:
+            for run, each in zip(runs, ranges, strict=True):
+                others.setdefault(each, []).append(f"{kind} of {run}")
+    named = [
+        f"{', '.join(who)}: {each}" for each, who in others.items() if each not in ("", of_all)
+    ]
+    return of_all, escape("; ".join(named)) or None
+
+
+def _range(steps: np.ndarray) -> str:
+    return f"{steps[0]} → {steps[-1]}" if steps.size else ""
 
 
 def _first_metrics(dataset: xr.Dataset) -> list[str]:

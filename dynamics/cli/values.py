@@ -16,6 +16,7 @@ def choice_of(
     kinds: str | None,
     steps: str | None,
     select: list[str] | None,
+    lag: int | None,
 ) -> "SelectionOptions":
     """What to measure."""
     return {
@@ -24,6 +25,7 @@ def choice_of(
         "kinds": _split(kinds),
         "steps": steps,
         "select": select or None,
+        "lag": lag,
     }
 
 

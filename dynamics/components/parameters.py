@@ -24,9 +24,9 @@ def parameters(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
 def _reader(run: Run, name: str) -> Measurable:
     def matrix(step: int, kind: str) -> Matrix | Difference | Spectrum | Status:
         if kind in run.spectrum_kinds:
-            is_first = kind in schema.DIFFERENCES and step == run.steps[0]
-            nothing = Status.UNDEFINED if is_first else Status.NOT_RECORDED
-            return run.read_spectrum(name, step, kind) or nothing
+            nothing = _is_undefined(run, step, kind)
+            found = run.read_spectrum(name, step, kind)
+            return found or (Status.UNDEFINED if nothing else Status.NOT_RECORDED)
         if kind == schema.ACCUMULATED_ADAPTER:
             return accumulated_adapter(run, name, step) or Status.NOT_RECORDED
         if kind not in schema.DIFFERENCES:
@@ -47,3 +47,10 @@ def _reader(run: Run, name: str) -> Measurable:
         return Difference(now, before, merges, bound, adapter)
 
     return matrix
+
+
+def _is_undefined(run: Run, step: int, kind: str) -> bool:
+    """Whether a difference whose spectrum would be recorded has nothing to subtract."""
+    if kind == schema.UPDATE:
+        return run.update_reference(step) is None
+    return kind in schema.DIFFERENCES and step == run.steps[0]

@@ -102,6 +102,11 @@ class TracedRun(RunView):
 
         A record that comes in between two others changes the key. One that is appended does not.
         """
+        named: list[str | int | None] = [component, name, step, kind]
+        if kind == schema.UPDATE:
+            reference = self.update_reference(step)
+            if reference != Run.update_reference(self, step):
+                named.append(reference)  # left out elsewhere: caches of earlier releases hold
         if step not in self._digests:
             visible = {
                 "format": self.format,
@@ -113,7 +118,7 @@ class TracedRun(RunView):
                 "steps": self.steps[self.steps <= step].tolist(),
             }
             self._digests[step] = _digest(json.dumps(visible, sort_keys=True, default=str).encode())
-        return _digest(json.dumps([component, name, step, kind]).encode(), self._digests[step])
+        return _digest(json.dumps(named).encode(), self._digests[step])
 
     def _merges(self, name: str, before: int, now: int) -> Dependency | None:
         """What the number of merges depends on; None if only on events, which `cell_key` has."""

@@ -84,8 +84,9 @@ def is_finite(
 def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:
     """The step whose weight a derived kind subtracts, None where there is no such step.
 
-    - `update`: the run's previous record. It is the same whichever steps an analysis selects, so
-      that the value does not depend on the selection.
+    - `update`: the run's previous record, or what a view of the run puts in its place
+      (`Run.update_reference`). It is the same whichever steps an analysis selects, so that the
+      value does not depend on the selection.
     - `displacement`: the first record.
     - `optimizer_update`: the step before, if that is recorded.
     - `cycle_update`: the latest record at or before the last merge; the first record where there
@@ -95,15 +96,23 @@ def reference_step(run: Run, name: str, step: int, kind: str) -> int | None:
     position = int(np.searchsorted(steps, step))
     if position == 0:
         return None
+    if kind == schema.UPDATE:
+        return run.update_reference(step)
     if kind == schema.OPTIMIZER_UPDATE:
         return step - 1 if steps[position - 1] == step - 1 else None
-    before = 0 if kind == schema.DISPLACEMENT else position - 1
     if kind == schema.CYCLE_UPDATE:
         if run.read(name, step, schema.ADAPTER) is None:
             return None  # nothing is ever merged into this weight
-        while before > 0 and not run.merges_between(name, int(steps[before]), step):
-            before -= 1
-    return int(steps[before])
+        return cycle_start(run, name, step)
+    return int(steps[0])
+
+
+def cycle_start(run: Run, name: str, step: int) -> int:
+    """The latest record at or before the last merge into a weight, else the first record."""
+    before = max(int(np.searchsorted(run.steps, step)) - 1, 0)
+    while before > 0 and not run.merges_between(name, int(run.steps[before]), step):
+        before -= 1
+    return int(run.steps[before])
 
 
 def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:

@@ -292,6 +292,11 @@ class Run(ABC):
         """
         return 0
 
+    def update_reference(self, step: int) -> int | None:
+        """The step whose weight an `update` subtracts: the previous record, None at the first."""
+        position = int(np.searchsorted(self.steps, step))
+        return int(self.steps[position - 1]) if position else None
+
     def require_matrices(self, purpose: str) -> None:
         """Refuse what needs the matrices themselves where only their spectra were recorded.
 

@@ -40,6 +40,7 @@ class RunView(Run):
     read_spectrum = _forwarded("read_spectrum")
     origin = _forwarded("origin")
     merges_between = _forwarded("merges_between")
+    update_reference = _forwarded("update_reference")
     require_matrices = _forwarded("require_matrices")
     check_step = _forwarded("check_step")
 

@@ -11,6 +11,7 @@ import dynamics as dy
 from dynamics.formats.recording import RecordingRun
 from dynamics.runs.dependencies import TracedRun
 from dynamics.runs.fused import SplitRun, kept_whole, split_fused
+from dynamics.runs.intervals import IntervalRun
 from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.run import Dense, Run
 from dynamics.runs.run_view import RunView
@@ -29,6 +30,7 @@ ARGUMENTS = {
     "origin": (PLAIN, 10, "weight"),
     "group_of": (PLAIN,),
     "merges_between": (PLAIN, 0, 20),
+    "update_reference": (10,),
     "require_matrices": ("A test",),
     "check_step": (10,),
 }
@@ -64,6 +66,9 @@ class Distinct(RecordingRun):
     def merges_between(self, name, before, now):
         return 7
 
+    def update_reference(self, step):
+        return step - 7
+
     def require_matrices(self, purpose):
         raise dy.DynamicsError(f"{purpose} is refused")
 
@@ -87,6 +92,7 @@ VIEWS = {
     "SplitRun": lambda run: SplitRun(run, split_fused(Distinct(run.path))._parts),
     "CachedRun": CachedRun,
     "TracedRun": TracedRun,
+    "IntervalRun": lambda run: IntervalRun(run, {10: run.update_reference(10), 20: 0}),
 }
 # What a view changes on purpose, or may answer from `read` instead of passing on.
 CHANGED = {
@@ -94,6 +100,7 @@ CHANGED = {
     "SplitRun": {"matrices", "group_of", "read_group"},
     "CachedRun": {"group_of", "read_group"},
     "TracedRun": {"group_of", "read_group"},
+    "IntervalRun": set(),
 }
 
 
