@@ -163,7 +163,9 @@ def weights_of_tuner_layer(layer: Any, path: str, walk: Walk) -> Found:
             yield each
             continue
         source = AdaptedSource(merging, each.name.removeprefix(path), bases)
-        parameter = each.parameter if is_plain else None
+        # PEFT moves parameters of `target_parameters` around in each forward pass, where nothing
+        # can stand in for them to take their gradient.
+        parameter = each.parameter if is_plain and not hasattr(layer, "parameter_name") else None
         read = _if_read(layer, replace(each, source=source, parameter=parameter))
         is_found |= is_adapted
         is_merged |= isinstance(read, Weight)

@@ -65,7 +65,7 @@ class Weight:
         name: as the unwrapped model without adapters spells it, e.g. `lm_head.weight`.
         parameter: the parameter whose gradient is recorded as that of this weight, or None where
             there is none: quantised weights, weights made of several parameters, adapters that
-            do not add to the weight.
+            do not add to the weight, and those of `target_parameters`.
         shape: of the weight itself, not of packed bytes.
         dtype: of what `read` gives.
         module: the module that computes with it, e.g. the `nn.Linear` inside of a LoRA layer.

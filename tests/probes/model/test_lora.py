@@ -1,5 +1,7 @@
 """LoRA in each kind of layer: weights have the bits that PEFT merges, and the factors make them."""
 
+import contextlib
+
 import peft
 import pytest
 import torch
@@ -19,6 +21,8 @@ from transformers import (
     Qwen3MoeModel,
 )
 
+import dynamics as dy
+from probes import Recorder
 from tests.probes.model.reading import (
     Mixed,
     assert_as_merged,
@@ -186,7 +190,7 @@ def test_experts_have_factors_of_each_expert():
     weights, _ = by_name(CASES["gpt_oss"]())
     weight = weights["layers.0.mlp.experts.gate_up_proj"]
     assert weight.shape == (3, 16, 24)
-    assert weight.parameter is not None
+    assert weight.parameter is None
     a, b, _, transposed = weight.factors()
     assert (tuple(a.shape), tuple(b.shape), transposed) == ((3, 2, 16), (3, 24, 2), True)
 
@@ -271,3 +275,49 @@ def test_reading_leaves_a_training_model_alone():
             weight.read()
             weight.base()
             weight.factors()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["mixtral", "attention", "layers_bfloat16"])
+def test_a_recorded_training_is_the_same_and_leaves_the_parameters_as_they_were(case, tmp_path):
+    inputs = {"mixtral": torch.arange(8)[None], "attention": torch.ones(2, 3, 16)}
+
+    def trained(store=None):
+        torch.manual_seed(0)
+        model = CASES[case]()
+        before = _flags(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        with Recorder(model, optimizer, store, every=1) if store else contextlib.nullcontext():
+            for _ in range(2):
+                _loss(model, inputs.get(case)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert _flags(model) == before
+        return model
+
+    model, other = trained(tmp_path / "run.zarr"), trained()
+    expected = dict(other.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    run = dy.open_run(tmp_path / "run.zarr")
+    recorded = 0
+    for name, weight in by_name(model)[0].items():
+        if name in run.matrices and len(weight.shape) == 2:
+            values = torch.from_numpy(run.read(name, 2, "weight").values)
+            assert torch.equal(values, weight.read().float()), name
+            recorded += 1
+    assert recorded > 1
+
+
+def _flags(model):
+    return {name: (type(each), each.requires_grad) for name, each in model.named_parameters()}
+
+
+def _loss(model, inputs):
+    if inputs is None:
+        layers = model.base_model.model
+        output = layers.linear(layers.embed(torch.arange(6)))
+    else:
+        output = model(inputs)
+    output = output[0] if isinstance(output, tuple) or hasattr(output, "keys") else output
+    return output.square().mean()
