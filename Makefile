@@ -56,6 +56,8 @@ bench: $(STAMP)  ## what analysing and recording cost, and memory over a checkpo
 	$(BIN)/python -m tests.benchmarks.recording --model small
 	$(BIN)/python -m tests.benchmarks.killed_writers
 	$(BIN)/python tests/benchmarks/large_checkpoint.py
+	$(BIN)/python tests/benchmarks/large_checkpoint.py --stored fp8
+	$(BIN)/python tests/benchmarks/large_checkpoint.py --stored nf4
 
 MUTANTS ?= 60
 SEED    ?= 0

@@ -133,7 +133,7 @@ def interval_errors(book: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
 
 def expanded(scale: np.ndarray, groups: tuple[np.ndarray, ...]) -> np.ndarray:
     """The number of `scale` that belongs to each entry, by the groups along each axis."""
-    for axis in reversed(range(len(groups))):  # the last axis has the most groups
+    for axis in range(len(groups)):  # the rows first: often they are a block of all rows
         if scale.shape[axis] > 1 or groups[axis].size != 1:
             scale = scale.take(groups[axis], axis=axis)
     return scale

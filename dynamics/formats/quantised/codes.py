@@ -6,7 +6,6 @@ from functools import cache
 
 import numpy as np
 
-from dynamics.formats.storage.tensors import decoded
 from dynamics.runs.code_errors import CodeErrors, expanded, interval_errors
 
 _BLOCK = 2**18  # entries worked on at a time
@@ -85,12 +84,6 @@ def blocks(shape: Sequence[int], block: Sequence[int]) -> tuple[np.ndarray, ...]
     return tuple(
         np.arange(size) // max(length, 1) for size, length in zip(shape, block, strict=True)
     )
-
-
-@cache
-def float_book(dtype: str) -> np.ndarray:
-    """The values of the 256 codes of an 8-bit float, float32."""
-    return decoded(bytes(range(256)), dtype)
 
 
 @cache

@@ -15,7 +15,6 @@ from dynamics.formats.quantised.codes import (
     E2M1,
     Codes,
     blocks,
-    float_book,
     nibbles,
     powers_of_two,
     signed_book,
@@ -28,6 +27,7 @@ from dynamics.formats.quantised.tensor import (
     QuantisedTensor,
     damage,
 )
+from dynamics.formats.storage.tensors import float8_values
 
 _BLOCK = (128, 128)  # DeepSeek's, and the default of transformers
 _MULTIPLIED = ("", "fp8", "fbgemm_fp8", "compressed-tensors", "mxfp8", "modelopt")
@@ -103,7 +103,7 @@ def _decode(
 ) -> Codes:
     codes = nibbles(arrays["codes"]) if dtype == "fp4" else arrays["codes"]
     book = {"fp4": E2M1, "int8": signed_book()}.get(dtype)
-    book = float_book(dtype) if book is None else book
+    book = float8_values(dtype) if book is None else book
     scale, groups = placed(name, codes.shape, arrays["scale"], block, along_last=along_last)
     zero = arrays.get("zero")
     if zero is not None and zero.any():

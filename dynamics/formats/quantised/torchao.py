@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from dynamics.formats.quantised.codes import Codes, float_book, signed_book
+from dynamics.formats.quantised.codes import Codes, signed_book
 from dynamics.formats.quantised.parts import FLOAT8, Parts
 from dynamics.formats.quantised.scaled import placed
 from dynamics.formats.quantised.tensor import Arrays, NotDequantised, QuantisedTensor, damage
 from dynamics.formats.storage.safetensors_files import safetensors_metadata
-from dynamics.formats.storage.tensors import StoredTensor
+from dynamics.formats.storage.tensors import StoredTensor, float8_values
 
 _DTYPES = {
     "Int8Tensor": ("int8",),
@@ -69,7 +69,7 @@ def _described(parts: Parts, codes: Any) -> tuple[str, tuple[int, int]]:
 
 def _decode(name: str, dtype: str, block: tuple[int, int], arrays: Arrays) -> Codes:
     codes = arrays["codes"]
-    book = signed_book() if dtype == "int8" else float_book(dtype)
+    book = signed_book() if dtype == "int8" else float8_values(dtype)
     scale, groups = placed(name, codes.shape, arrays["scale"], block, exponents=False)
     zero = arrays.get("zero")
     if zero is not None and zero.any():

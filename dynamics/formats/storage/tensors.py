@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -173,10 +174,30 @@ def decoded(raw: bytes, dtype: str) -> np.ndarray:
         return np.frombuffer(raw, dtype=np.dtype(dtype).newbyteorder("<"))
     if dtype == "bfloat16":  # the upper half of a float32
         return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
-    import torch
+    return float8_values(dtype)[np.frombuffer(raw, np.uint8)]
 
-    numbers = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype))
-    return numbers.to(torch.float32).numpy()
+
+@cache
+def float8_values(dtype: str) -> np.ndarray:
+    """The value of each of the 256 codes of an 8-bit float, float32.
+
+    Example:
+        >>> float8_values("float8_e4m3fn")[[0x38, 0x7E, 0xB8]]
+        array([  1., 448.,  -1.], dtype=float32)
+    """
+    codes = np.arange(256)
+    if dtype == "float8_e5m2":  # the upper half of a float16
+        return (codes.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    if dtype == "float8_e8m0fnu":
+        return np.where(codes == 255, np.nan, np.exp2(codes - 127.0)).astype(np.float32)
+    exponent, significand = codes >> 3 & 15, codes & 7
+    size = np.where(
+        exponent == 0,
+        np.ldexp(significand / 8, -6),
+        np.ldexp(1 + significand / 8, exponent - 7),
+    )
+    size[codes & 127 == 127] = np.nan
+    return np.where(codes < 128, size, -size).astype(np.float32)
 
 
 def checked_shape(shape: object, where: str) -> tuple[int, ...]:
