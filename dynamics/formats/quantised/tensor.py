@@ -3,16 +3,33 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from dynamics.errors import FormatError, one_line
-from dynamics.formats.quantised.codes import Codes
 from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, Tensor
+from dynamics.runs.code_errors import CodeErrors
 from dynamics.runs.run import Dense
 
 Arrays = Mapping[str, np.ndarray]
+
+
+class Numbers(Protocol):
+    """What a decoder makes of the parts of a quantised tensor: `Codes`, or likewise."""
+
+    @property
+    def codes(self) -> np.ndarray:
+        """An array of the shape of the numbers."""
+
+    def values(self) -> np.ndarray:
+        """The numbers, float32."""
+
+    def errors(self) -> CodeErrors:
+        """What is known of their errors."""
+
+    def part(self, index: tuple[int | slice, ...]) -> Self:
+        """A part of them; an integer drops its axis."""
 
 
 class NotDequantised(Exception):
@@ -39,7 +56,7 @@ class QuantisedTensor:
     dtype: str
     stored: Mapping[str, Tensor] = field(hash=False)
     scheme: str
-    decode: Callable[[Arrays], Codes] = field(compare=False)
+    decode: Callable[[Arrays], Numbers] = field(compare=False)
     index: tuple[int | slice, ...] = field(default=(), hash=False)
 
     @property
@@ -76,7 +93,7 @@ class QuantisedTensor:
         shape = np.broadcast_to(0, self.shape)[index].shape
         return replace(self, shape=shape, index=index)
 
-    def _codes(self) -> Codes:
+    def _codes(self) -> Numbers:
         stored, index = self.stored, self.index
         if len(index) > 2 and isinstance(index[0], int):  # one expert of many
             stored = {role: _layer(each, index[0]) for role, each in stored.items()}
