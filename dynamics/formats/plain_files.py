@@ -1,4 +1,4 @@
-"""State dicts in single files: .pt, .pth, .bin, .safetensors or .npz, and directories with one.
+"""Models in single files: .pt, .pth, .bin, .safetensors, .npz or .gguf, and directories with one.
 
 nanochat saves model_N.pt, litgpt step-N/lit_model.pth, OLMo stepN-unsharded/model.pt, Megatron
 iter_N/mp_rank_00/model_optim_rng.pt. The step is in the name, else in the file.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
+from dynamics.formats.quantised.gguf import gguf_tensors
 from dynamics.formats.shared.full_checkpoints import Found, FullCheckpoint, SeriesFormat
 from dynamics.formats.shared.series import Look
 from dynamics.formats.shared.steps import step_in_name, step_inside
@@ -22,7 +23,7 @@ from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import Inert
 
 _PICKLED = (".pt", ".pth", ".bin")
-_SUFFIXES = (*_PICKLED, ".safetensors", ".npz")
+_SUFFIXES = (*_PICKLED, ".safetensors", ".npz", ".gguf")
 # Trainers save these files beside a model.
 _NO_MODEL = re.compile(
     r"(?:^|[-_.])(?:optimizer|optim|opt|scheduler|sampler|scaler|rng|random_states|training_args"
@@ -47,7 +48,7 @@ class PlainFilesFormat(SeriesFormat):
 
     name = "files"
     description = (
-        "files like model_step100.safetensors, .pt, .pth, .bin or .npz with a state dict, or a "
+        "files like model_step100.safetensors, .pt, .pth, .bin, .npz or .gguf with a model, or a "
         "directory with one of them for each step (litgpt, OLMo, Megatron)"
     )
     single_files = True
@@ -150,9 +151,12 @@ def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
 
     Raises:
         FormatError: it is damaged, or it is not clear which of its entries is the model.
+        DynamicsError: it needs a package that is not installed.
     """
     if path.suffix == ".npz":
         return npz_tensors(path, root)
+    if path.suffix == ".gguf":
+        return gguf_tensors(path, root)
     if path.suffix == ".safetensors":
         return safetensors_tensors(path, root)
     saved = torch_file(path, root)

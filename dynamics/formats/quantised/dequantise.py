@@ -117,7 +117,9 @@ def dequantised(
             if path not in unknown:
                 unknown.add(path)
                 weight = path if path == name or path.endswith(".weight") else f"{path}.weight"
-                why = f"quantised by {said.name}, not dequantised"
+                known = tensor.dtype in CODE_BYTES or tensor.dtype in ITEM_BYTES
+                how = f"by {said.name}" if known or said.method else f"as {tensor.dtype}"
+                why = f"quantised {how}, not dequantised"
                 left_out.append(LeftOut(weight, tensor.shape, why))
     for name in tensors.keys() - used:
         # Scales and codebooks are parts of a weight that is named above.

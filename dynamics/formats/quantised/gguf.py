@@ -16,8 +16,7 @@ import numpy as np
 from dynamics.errors import require_extra
 from dynamics.formats.quantised.tensor import Arrays, QuantisedTensor
 from dynamics.formats.storage.gguf_files import BLOCKS, gguf_file
-from dynamics.formats.storage.tensors import Tensor
-from dynamics.runs.account import LeftOut
+from dynamics.formats.storage.tensors import StoredTensor, Tensor
 from dynamics.runs.code_errors import CodeErrors, interval_errors
 
 _PLAIN = {
@@ -89,8 +88,8 @@ _TOP_NAMES = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def gguf_tensors(path: Path, root: Path) -> tuple[dict[str, Tensor], tuple[LeftOut, ...]]:
-    """(Name -> tensor of a GGUF file, what cannot be read of it).
+def gguf_tensors(path: Path, root: Path) -> dict[str, Tensor]:
+    """Name -> tensor of a GGUF file; those of unknown types have a dtype like "GGUF type 99".
 
     Raises:
         FormatError: the file is missing, truncated or damaged.
@@ -98,7 +97,6 @@ def gguf_tensors(path: Path, root: Path) -> tuple[dict[str, Tensor], tuple[LeftO
     """
     described, _ = gguf_file(path, root)
     tensors: dict[str, Tensor] = {}
-    left_out: list[LeftOut] = []
     for stored_name, each in described.items():
         name = hugging_face_name(stored_name)
         if each.data is not None and each.type in _PLAIN:
@@ -111,9 +109,8 @@ def gguf_tensors(path: Path, root: Path) -> tuple[dict[str, Tensor], tuple[LeftO
                 where, each.shape, "float32", stored, f"gguf {each.type}", decode
             )
         else:
-            why = f"quantised by GGUF, not dequantised: {each.type} is not known"
-            left_out.append(LeftOut(name, each.shape, why))
-    return tensors, tuple(left_out)
+            tensors[name] = StoredTensor(path, 0, f"GGUF {each.type}", each.shape)
+    return tensors
 
 
 def hugging_face_name(name: str) -> str:
@@ -190,7 +187,10 @@ class _Numbers:
         scale = self._by_rows(self._scales).astype(np.float64)
         numbers, size = BLOCKS[self.type]
         cols = self.data.shape[-1] // size * numbers
-        groups = (*map(np.arange, self.data.shape[:-1]), np.arange(cols) // (cols // scale.shape[-1]))
+        groups = (
+            *map(np.arange, self.data.shape[:-1]),
+            np.arange(cols) // (cols // scale.shape[-1]),
+        )
         if self.book is None:
             return CodeErrors(scale, groups, *interval_errors(None))[self.index]
         book = np.unique(self.book)

@@ -14,7 +14,8 @@ _NUMBER = re.compile(
     r"(?P<rest>[a-z]*)",
     re.IGNORECASE,
 )
-# Numbers that count nothing: dates, with a time or without; hashes; "00001-of-00002" of shards.
+# Numbers that count nothing: dates, with a time or without; hashes; "00001-of-00002" of shards;
+# "Q4_K_M" of GGUF.
 _NO_COUNT = re.compile(
     r"(?<![a-z\d])(?:"
     r"(?:19|20)\d\d[-_.](?:0\d|1[0-2])[-_.][0-3]\d(?:[-_ t]*\d\d[-_:.]?\d\d(?:[-_:.]?\d\d)?)?"
@@ -22,6 +23,7 @@ _NO_COUNT = re.compile(
     r"|[\da-f]{8}(?:-[\da-f]{4}){3}-[\da-f]{12}"
     r"|(?=\d*[a-f])(?=[a-f]*\d)[\da-f]{7,}"
     r"|\d{4,}-of-\d{4,}"
+    r"|[it]?q\d_[a-z\d]+(?:_[sml])?"
     r")(?![a-z\d])",
     re.IGNORECASE,
 )

@@ -38,7 +38,9 @@ _DTYPES = {
 
 
 def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
-    """Stored name -> tensor of every tensor of a safetensors file with numbers of whole bytes.
+    """Stored name -> tensor of every tensor of a safetensors file.
+
+    A dtype that is not known here keeps the name that it has in the file: "F4", "C64".
 
     Args:
         path: the file.
@@ -57,15 +59,14 @@ def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
             continue
         first, last = _offsets(path, name, entry, size - data_start)
         stretches.append((first, last))
-        dtype = _DTYPES.get(str(entry.get("dtype")))
+        stored_dtype = str(entry.get("dtype"))[:40]
+        dtype = _DTYPES.get(stored_dtype)
         shape = checked_shape(entry.get("shape"), f"{path}: {name}")
-        if dtype is None:
-            continue
-        if prod(shape) * (ITEM_BYTES | CODE_BYTES)[dtype] != last - first:
+        if dtype is not None and prod(shape) * (ITEM_BYTES | CODE_BYTES)[dtype] != last - first:
             raise _damage_error(
                 path, size, f"{name} is {dtype} {shape}, which does not take {last - first} bytes"
             )
-        tensors[name] = StoredTensor(path, data_start + first, dtype, shape)
+        tensors[name] = StoredTensor(path, data_start + first, dtype or stored_dtype, shape)
     _check_covered(path, size, stretches, size - data_start)
     return tensors
 
