@@ -23,14 +23,23 @@ class OpenOptions:
     Attributes:
         base: the directory of the base model that adapters belong to.
         adapter: the name of one of several adapters in each checkpoint.
+        lora_alpha: the alpha of LoRA, where checkpoints hold its factors and not its config.
+        expert_blocks: whether an expert's columns of lora_B lie together, which PEFT's do not.
     """
 
     base: Path | None = None
     adapter: str | None = None
+    lora_alpha: float | None = None
+    expert_blocks: bool | None = None
 
 
 # Option -> what it is called in messages.
-_OPTION_NAMES = {"base": "base model", "adapter": "name of an adapter"}
+_OPTION_NAMES = {
+    "base": "base model",
+    "adapter": "name of an adapter",
+    "lora_alpha": "alpha of LoRA",
+    "expert_blocks": "order of the factors of experts",
+}
 
 
 class Format(ABC):
@@ -84,5 +93,5 @@ class Format(ABC):
             if value is not None and option not in self.options:
                 raise DynamicsError(
                     f"{path} is of format {self.name!r}, which takes no {_OPTION_NAMES[option]}; "
-                    f"leave {option}= (--{option}) out."
+                    f"leave {option}= (--{option.replace('_', '-')}) out."
                 )

@@ -106,6 +106,15 @@ def parts_of(
     return f"tensors of {len(shape)} dimensions that are neither experts nor convolutions"
 
 
+def stores_in_out(config: Mapping[str, Any]) -> bool:
+    """Whether a family stores its experts in one tensor as (E, in, out), not (E, out, in).
+
+    >>> stores_in_out({"model_type": "gpt_oss"}), stores_in_out({"model_type": "mixtral"})
+    (True, False)
+    """
+    return str(language_config(config).get("model_type") or "") in _IN_OUT
+
+
 def _flattened(name: str, shape: tuple[int, ...]) -> Part:
     view = f"{shape[0]} x ({' * '.join(map(str, shape[1:]))})"
     return Part(name, shape[0], int(np.prod(shape[1:])), attrs={"view": view})

@@ -3,19 +3,22 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.peft.config import CONFIG
 from dynamics.formats.quantised.dequantise import dequantised
+from dynamics.formats.shared.adapters.adapt import names_of
+from dynamics.formats.shared.adapters.stored import stored_adapters
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
 from dynamics.formats.storage.files import is_remote, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
+from dynamics.runs.account import LeftOut
 
 # The model inside a Hugging Face model with a head (`base_model_prefix`). The names of a model that
 # was saved without its head lack this prefix.
@@ -23,7 +26,9 @@ _PREFIXES = ("model.", "transformer.", "gpt_neox.", "bert.", "roberta.", "model.
 # axolotl's ReLoRA, in a checkpoint: the weights without adapters, and the adapter just merged.
 _RELORA, _MERGED = "relora", "adapter"
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-_FACTOR = re.compile(r".+\.lora_(?:embedding_)?[AB](?:\..+)?")
+
+
+ADAPTER_ALONE = "Measure the adapter alone with kinds=['adapter'] (--kinds adapter)."
 
 
 @dataclass(frozen=True)
@@ -158,41 +163,46 @@ class BaseModels:
 
 def base_tensors(
     base: BaseModel, root: Path, with_adapter: set[str], config: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """Clean name -> tensor of a base model; names are spelled as those of the adapters.
+) -> tuple[dict[str, Tensor], tuple[LeftOut, ...]]:
+    """(Clean name -> tensor of a base model, what is left out of it).
+
+    Names are spelled as those of the adapters.
 
     Args:
         base: where it lies.
         root: the directory that its files may not lead out of.
-        with_adapter: clean names of the parameters that have an adapter.
+        with_adapter: clean names of the parameters, or of matrices in them, that have an adapter.
         config: the config.json of the model.
 
     Raises:
         FormatError: the model is damaged, or lacks a weight that has an adapter.
     """
-    stored, left_out = dequantised(model_tensors(base.directory, root), config)
-    weights = with_clean_names(
-        {name: each for name, each in stored.items() if not _FACTOR.fullmatch(name)},
-        base.directory,
-    )
-    weights = _spelled_like(with_adapter, weights)
+    stored, not_dequantised = dequantised(model_tensors(base.directory, root), config)
+    weights = with_clean_names(stored_adapters(stored, in_model=True).others, base.directory)
+    weights = _spelled_like(with_adapter, weights, config)
     tensors = without_tied_names(weights, {"config": config})
-    for name in with_adapter - set(tensors):
+    own = names_of(tensors, config)
+    attention = {f"{each.removesuffix('.in_proj_weight')}.weight" for each in own}
+    missing = with_adapter - own - attention
+    left_out = tuple(
+        replace(each, name=parameter_names.clean_name(each.name)) for each in not_dequantised
+    )
+    for name in sorted(missing):
         weight = weights.get(name) or _output_embedding(name, tensors, config)
         if weight is None:
             for each in left_out:
-                if parameter_names.clean_name(each.name) == name:
+                if each.name == name:
                     raise FormatError(
                         f"{base.directory} holds {name}, which is {each.reason}; give a base that "
-                        "is not quantised with base= (--base DIR), or measure the adapter alone "
-                        "with kinds=['adapter'] (--kinds adapter)."
+                        "is not quantised with base= (--base DIR)."
                     )
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
             raise FormatError(
-                f"{base.directory} has no {name}, so it is not the base of this adapter; give "
-                "another with base= (--base)."
+                f"The base model {base.directory} has no {name}{more}, so it is not the base of "
+                "this adapter, or names its weights otherwise; give another with base= (--base)."
             )
         tensors[name] = weight
-    return tensors
+    return tensors, left_out
 
 
 def _output_embedding(
@@ -207,17 +217,21 @@ def _output_embedding(
     return None
 
 
-def _spelled_like(with_adapter: set[str], base: dict[str, Tensor]) -> dict[str, Tensor]:
+def _spelled_like(
+    with_adapter: set[str], base: dict[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """`base`, with the one known prefix added or removed that makes all names of adapters match."""
     # The output embedding has no prefix.
     wanted = {name for name in with_adapter if parameter_names.module_of(name) != "lm_head"}
-    if wanted <= set(base):
+    if wanted <= set(base) or wanted <= names_of(base, config):
         return base
     spellings = [{prefix + name: each for name, each in base.items()} for prefix in _PREFIXES]
     spellings += [
         {name.removeprefix(prefix): each for name, each in base.items()} for prefix in _PREFIXES
     ]
-    matching = [each for each in spellings if wanted <= set(each) and len(each) == len(base)]
+    matching = [
+        each for each in spellings if len(each) == len(base) and wanted <= names_of(each, config)
+    ]
     return matching[0] if len(matching) == 1 else base
 
 

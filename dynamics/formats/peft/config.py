@@ -1,33 +1,17 @@
-"""adapter_config.json: where an adapter lies, its scaling, and whether W is W_base + s·B·A."""
+"""Where an adapter lies: the directory of its adapter_config.json."""
 
-import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dynamics.errors import FormatError
+from dynamics.formats.shared.adapters.scaling import CONFIG
 from dynamics.formats.shared.steps import BARE, named_step
 from dynamics.formats.storage.files import entries
 
-CONFIG = "adapter_config.json"
+__all__ = ["CONFIG", "adapter_directory", "has_adapter"]
+
 _MOST_ADAPTERS = 16  # each costs a look, or a request
 # The name of the adapter that PEFT saves without a sub-directory.
 _DEFAULT = "default"
-# With one of these fields in adapter_config.json, a model computes something else than W + s·B·A.
-_VARIANTS = {
-    "use_dora": "DoRA",
-    "kasa_config": "KaSA",
-    "arrow_config": "Arrow",
-    "monteclora_config": "MonteCLoRA",
-    "use_bdlora": "BD-LoRA",
-    "alora_invocation_tokens": "aLoRA",
-    "target_parameters": "LoRA (target_parameters)",
-    "layer_replication": "LoRA (layer_replication)",
-    "trainable_token_indices": "LoRA (trainable_token_indices)",
-}
-# With an `init_lora_weights` that begins so, the base weight changes before training.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def has_adapter(directory: Path) -> bool:
@@ -63,61 +47,6 @@ def adapter_directory(directory: Path, adapter: str | None) -> Path:
         f"{directory} holds several adapters: {listed}; choose one with adapter= "
         f"(adapter={min(adapters)!r}), or open its directory."
     )
-
-
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The LoRA scaling s of a module: alpha/r, or alpha/sqrt(r) where `use_rslora` is set.
-
-    Args:
-        config: adapter_config.json. Its `alpha_pattern` replaces `lora_alpha` for modules whose
-            path ends in one of its keys (regular expressions), as in PEFT's `get_pattern_key`.
-        module: the module's path.
-        rank: r of the stored factors; `rank_pattern` had its effect when they were made.
-
-    Raises:
-        FormatError: the config has no usable alpha.
-    """
-    alpha = config.get("lora_alpha")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise FormatError(f"{CONFIG} has alpha_pattern {patterns!r}, expected an object.")
-    for pattern, value in patterns.items():
-        try:
-            match = re.match(rf"(?:.*\.)?(?:{pattern})$", module)
-        except re.error as error:
-            raise FormatError(
-                f"{CONFIG} has the alpha_pattern {pattern!r}, not a regular expression: {error}."
-            ) from error
-        if match:
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
-        raise FormatError(f"{CONFIG} has lora_alpha {alpha!r} for {module}, expected a number.")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def check_is_plain(config: Mapping[str, Any], directory: Path) -> None:
-    """Check that the effective weight is W_base + s·B·A.
-
-    Raises:
-        FormatError: it is not (another adapter than LoRA, a variant of LoRA), or there is no alpha;
-            the message names what it is.
-    """
-    variants = [name for field, name in _VARIANTS.items() if config.get(field)]
-    if config.get("peft_type") != "LORA" or variants:
-        kind = variants[0] if variants else config.get("peft_type")
-        raise FormatError(f"{directory} holds a {kind} adapter; only LoRA's s·B·A can be measured.")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise FormatError(
-            f"{directory / CONFIG} has lora_alpha {config.get('lora_alpha')!r}, expected a number."
-        )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise FormatError(
-            f"{directory} was initialised with {init!r}, which changed the base weights too: "
-            "W_base + s·B·A is not its effective weight. Save it converted "
-            "(save_pretrained(..., path_initial_model_for_weight_conversion=...))."
-        )
 
 
 def _named_adapters(directory: Path) -> dict[str, Path]:

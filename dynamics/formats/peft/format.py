@@ -1,46 +1,41 @@
-"""PEFT LoRA checkpoints: checkpoint-N/ with adapter_config.json, and the base model beside them.
+"""PEFT checkpoints: checkpoint-N/ with adapter_config.json, and the base model beside them.
 
-The effective weight is W_base + s·B·A with s = alpha/r, or alpha/sqrt(r) for rsLoRA. PEFT writes
-the adapter only. `base_model` says where the base model is looked for. `config` says which adapters
-cannot be read because they are more than s·B·A.
+PEFT writes the adapter only. `base_model` says where the base model is looked for, and
+`shared.adapters` what the adapter makes of its weights: for LoRA W_base + s·B·A, with
+s = alpha/r, or alpha/sqrt(r) for rsLoRA. A base model that does not fit never hides the adapter.
 """
 
-import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
-from dynamics.formats.peft.base_model import BaseModels, base_tensors
-from dynamics.formats.peft.config import (
-    CONFIG,
-    adapter_directory,
-    check_is_plain,
-    has_adapter,
-    scaling,
-)
+from dynamics.formats.peft.base_model import ADAPTER_ALONE, BaseModel, BaseModels, base_tensors
+from dynamics.formats.peft.config import CONFIG, adapter_directory, has_adapter
+from dynamics.formats.shared.adapters.adapt import Adapted, Settings, adapt
+from dynamics.formats.shared.adapters.scaling import is_number
+from dynamics.formats.shared.adapters.stored import AdapterLayer, stored_adapters
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names
 from dynamics.formats.shared.hugging_face_files import logged_scalars, trainer_step
-from dynamics.formats.shared.lora_factors import Adapter, check_fits, pair_factors
 from dynamics.formats.shared.series import Look, Series, find_series
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor, floats
+from dynamics.runs.account import LeftOut
 from dynamics.runs.run import Run
 
-_PART = re.compile(r"(?P<path>.+)\.lora_(?:embedding_)?(?P<part>[AB])(?:\.weight)?")
 _MERGES = "num_lora_restarts"  # as axolotl's ReLoRA logs it
-_EMBEDDING = ".lora_embedding_A"
 
 
 class PeftFormat(Format):
-    """A directory of PEFT LoRA checkpoints, or a single one."""
+    """A directory of PEFT checkpoints, or a single one."""
 
     name = "peft"
-    description = "checkpoint-N/ with adapter_config.json (PEFT LoRA), base model beside it"
-    options = ("base", "adapter")
+    description = "checkpoint-N/ with adapter_config.json (PEFT), base model beside it"
+    options = ("base", "adapter", "lora_alpha", "expert_blocks")
 
     def recognises(self, path: Path) -> bool:
         """Whether a checkpoint below (or at) `path` has an adapter_config.json."""
@@ -55,7 +50,7 @@ class PeftFormat(Format):
             self.name,
             {
                 step: series.unless_claimed_twice(
-                    step, partial(_open, step, directory, root_of(path), bases, options.adapter)
+                    step, partial(_open, step, directory, root_of(path), bases, options)
                 )
                 for step, directory in series.steps.items()
             },
@@ -71,55 +66,119 @@ def _series(path: Path) -> Series | None:
 
 
 def _open(
-    step: int, directory: Path, root: Path, bases: BaseModels, adapter: str | None
+    step: int, directory: Path, root: Path, bases: BaseModels, options: OpenOptions
 ) -> Checkpoint:
-    at = adapter_directory(directory, adapter)
+    at = adapter_directory(directory, options.adapter)
     config = read_json(contained(at / CONFIG, root))
-    check_is_plain(config, at)
+    _check_config(config, at)
     if not has_model(at, ADAPTER):
         raise FormatError(f"{at} has {CONFIG} but no adapter_model.safetensors; copy it there.")
-    adapters, full_modules = _adapters(at, root, config)
+    if options.lora_alpha is not None:
+        config = {**config, "lora_alpha": options.lora_alpha, "alpha_pattern": {}}
+    stored = stored_adapters(floats(model_tensors(at, root, ADAPTER)))
+    layers = stored.layers.get(stored.chosen(options.adapter) or next(iter(stored.layers), ""), [])
+    full_modules = with_clean_names(stored.others, at)
     scalars = logged_scalars(directory, root, step)
     merges = scalars.get(_MERGES, 0)
     base = bases.of(step, config, merges)
+    no_base = "" if base else bases.why_none(step, config, merges)
     model_config = bases.model_config(step, base, config)
+    settings = Settings(config, model_config, stored.shared, bool(options.expert_blocks))
     attrs: dict[str, Any] = {"adapter_config": config}
-    tensors: dict[str, Tensor] | None = None
     if model_config:
         attrs["config"] = model_config
+    alone = adapt(layers, None, settings)
+    found, bad_base = None, ""
     if base is not None:
-        needed = set(adapters) - set(full_modules)
-        tensors = base_tensors(base, bases.root(base.directory), needed, model_config)
-        tensors |= full_modules
-        check_fits(adapters, tensors, base.directory, at)
+        needed = {*alone.adapters, *alone.unknown} - set(full_modules)
+        try:
+            found = _with_base(base, bases, needed, layers, full_modules, settings, at)
+        except FormatError as problem:
+            bad_base = f"{problem} {ADAPTER_ALONE}"
+    result = found or alone
     return Checkpoint(
-        tensors,
-        adapters,
+        result.weights,
+        result.adapters,
+        result.effective,
+        result.unknown,
         is_merged=base is not None and base.is_merged,
-        no_base="" if base else bases.why_none(step, config, merges),
+        left_out=tuple(result.left_out),
+        no_base=no_base,
+        bad_base=bad_base,
         attrs=attrs,
         scalars=scalars,
     )
 
 
-def _adapters(
-    directory: Path, root: Path, config: dict[str, Any]
-) -> tuple[dict[str, Adapter], dict[str, Tensor]]:
-    """(Clean name -> adapter, clean name -> full weight that was saved beside the adapters).
+def _check_config(config: Mapping[str, Any], at: Path) -> None:
+    """Refuse what no layer of an adapter can be read without.
 
-    PEFT saves the modules that it trained in full (`modules_to_save`), and some embeddings.
+    Raises:
+        FormatError: the config is not one of PEFT's.
     """
-    tensors = with_clean_names(floats(model_tensors(directory, root, ADAPTER)), directory)
-    parts, full_modules = pair_factors(tensors, _PART, directory)
-    adapters: dict[str, Adapter] = {}
-    for name, each in parts.items():
-        # Embeddings and GPT-2's Conv1D store (in, out).
-        embedding = name.removesuffix(".weight") + _EMBEDDING in tensors
-        transposed = embedding or bool(config.get("fan_in_fan_out"))
-        scale = scaling(config, name.removesuffix(".weight"), rank=each["A"].shape[0])
-        adapters[name] = Adapter(each["A"], each["B"], scale, transposed)
-    if not adapters:
+    method = config.get("peft_type")
+    if not isinstance(method, str):
+        raise FormatError(f"{at / CONFIG} has peft_type {method!r}, expected the name of a method.")
+    if method == "LORA" and not is_number(config.get("lora_alpha")):
         raise FormatError(
-            f"{directory} holds no LoRA factors of matrices; nothing can be measured."
+            f"{at / CONFIG} has lora_alpha {config.get('lora_alpha')!r}, expected a number."
         )
-    return adapters, full_modules
+
+
+def _with_base(
+    base: BaseModel,
+    bases: BaseModels,
+    needed: set[str],
+    layers: list[AdapterLayer],
+    full_modules: dict[str, Tensor],
+    settings: Settings,
+    at: Path,
+) -> Adapted:
+    """The adapter on its base model.
+
+    Raises:
+        FormatError: the base model is damaged, or is not that of the adapter.
+    """
+    config = settings.config
+    if config.get("layer_replication"):
+        raise FormatError(
+            f"{at} was trained on repeated layers (layer_replication), which {base.directory} "
+            "holds once."
+        )
+    root = bases.root(base.directory)
+    weights, left_out = base_tensors(base, root, needed, settings.model_config)
+    saved, others = _saved_in_full(full_modules, weights, config)
+    result = adapt(layers, weights | saved, settings)
+    result.left_out += left_out
+    for name, tensor in others.items():
+        # A part of an adapter that is not known: the weight of its module is not known either.
+        reason = f"tensors of {config['peft_type']} adapters that are not known"
+        result.left_out.append(LeftOut(name, tensor.shape, reason))
+        for weight in [f"{above}.weight" for above in _above(name)]:
+            if weight in weights:
+                result.leave_out(weight, tensor.shape, reason)
+    if 2 * len(result.misfits) > len(layers):
+        raise FormatError(
+            f"The base model {base.directory} has {result.misfits[0]}; it is not the base of the "
+            f"adapter in {at}."
+        )
+    return result
+
+
+def _saved_in_full(
+    modules: Mapping[str, Tensor], weights: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(Tensors that were saved as a whole: `modules_to_save`, some embeddings; all others)."""
+    given = config.get("modules_to_save")
+    named = [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
+    saved, others = {}, {}
+    for name, tensor in modules.items():
+        own = any(f".{module}." in f".{name}" for module in named)
+        (saved if name in weights or own else others)[name] = tensor
+    return saved, others
+
+
+def _above(name: str) -> list[str]:
+    """The paths of the modules that a parameter lies in, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)][:3]

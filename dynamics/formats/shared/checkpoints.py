@@ -36,21 +36,31 @@ class Checkpoint:
             base model was not found. A parameter that has an adapter but is not in `weights`
             consists of the adapter alone.
         adapters: clean name -> adapter.
+        effective: clean name -> weight that an adapter makes, where that is not the stored weight
+            plus s·B·A: DoRA, rotations, rows of trained tokens, ...
+        unknown: clean name of a matrix or tensor -> why its weight is not known here, or nothing of
+            it; its adapter may be in `adapters`.
         is_merged: whether the adapters were merged into `weights` already.
         gradients: clean name -> tensor.
         left_out: tensors that are stored and not measured, besides those in `weights` that are no
             matrices: quantised ones that cannot be dequantised, integers, complex numbers.
         no_base: why the base model was not found and what to do, for messages.
+        bad_base: likewise, for a base model that was found and is damaged or does not fit.
+        no_scale: why the scaling of its adapters is not known and what to do, for messages.
         attrs: what the checkpoint says of its model: {"config": ...}.
         scalars: name -> value that was logged.
     """
 
     weights: Mapping[str, Tensor] | None
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    effective: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown: Mapping[str, str] = field(default_factory=dict)
     is_merged: bool = False
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     no_base: str = ""
+    bad_base: str = ""
+    no_scale: str = ""
     attrs: Mapping[str, Any] = field(default_factory=dict)
     scalars: Mapping[str, float] = field(default_factory=dict)
 
@@ -65,22 +75,39 @@ class Checkpoint:
         """The kinds that are stored here."""
         kinds = {schema.ADAPTER} if self.adapters else set()
         if self.weights is not None:
-            kinds |= {schema.WEIGHT, *((schema.BASE,) if self.adapters else ())}
+            adapted = self.adapters or self.effective
+            kinds |= {schema.WEIGHT, *((schema.BASE,) if adapted else ())}
         return kinds | ({schema.GRADIENT} if self.gradients else set())
+
+    @property
+    def absent_kinds(self) -> dict[str, str]:
+        """Kind -> why it is not here, see `Run.absent_kinds`."""
+        absent = {}
+        if self.weights is None and not self.bad_base:
+            absent = dict.fromkeys((schema.WEIGHT, schema.BASE), self.no_base)
+        if self.no_scale and not self.adapters:
+            absent |= dict.fromkeys((schema.BASE, schema.ADAPTER), self.no_scale)
+        return absent
 
     def as_matrices(self) -> tuple["Checkpoint", Account | None]:
         """This checkpoint with its tensors of three and more dimensions as matrices; its account.
 
-        There is no account where the base model was not found.
+        Where the base model was not found, there is an account only if an adapter is left out.
         """
         config = self.attrs.get("config")
         config = config if isinstance(config, Mapping) else {}
         gradients = as_matrices(self.gradients, config).matrices
         if self.weights is None:
-            return replace(self, gradients=gradients), None
+            measured = {name: each.shape for name, each in self.adapters.items()}
+            account = Account(measured, left_out=self.left_out) if self.left_out else None
+            return replace(self, gradients=gradients), account
         found = as_matrices(self.weights, config)
+        effective = as_matrices(self.effective, config).matrices
         account = Account(found.measured, left_out=(*found.left_out, *self.left_out))
-        return replace(self, weights=found.matrices, gradients=gradients), account
+        matrices = replace(
+            self, weights=found.matrices, effective=effective, gradients=gradients
+        )
+        return matrices, account
 
     def read(self, name: str, kind: str) -> Matrix | None:
         """See `Run.read`."""
@@ -89,8 +116,10 @@ class Checkpoint:
         adapter = self.adapters.get(name)
         if kind == schema.ADAPTER:
             return adapter.read() if adapter else None
-        if self.weights is None or kind not in (schema.WEIGHT, schema.BASE):
+        if self.weights is None or kind not in (schema.WEIGHT, schema.BASE) or name in self.unknown:
             return None
+        if name in self.effective and kind == schema.WEIGHT:
+            return _dense(self.effective[name])
         if adapter is None or (self.is_merged and kind == schema.WEIGHT):
             return _dense(self.weights.get(name))
         if kind == schema.BASE:
@@ -103,8 +132,10 @@ class Checkpoint:
 
     def origin(self, name: str, kind: str) -> str | None:
         """See `Run.origin`."""
-        if not self.adapters and kind == schema.WEIGHT:
+        if not self.adapters and not self.effective and kind == schema.WEIGHT:
             return _origin((self.weights or {}).get(name))
+        if name in self.effective and kind == schema.WEIGHT:
+            return _origin(self.effective[name])
         adapter, base = self.adapters.get(name), (self.weights or {}).get(name)
         parts: list[str | None] = [f"{kind}, merged: {self.is_merged}"]
         if kind == schema.GRADIENT:
@@ -158,8 +189,10 @@ class CheckpointsRun(Run):
             for name, value in checkpoint.scalars.items():
                 series = self._scalars.setdefault(name, np.full(len(self.steps), np.nan))
                 series[position] = value
-            if checkpoint.weights is None:
-                self.absent_kinds = dict.fromkeys((schema.WEIGHT, schema.BASE), checkpoint.no_base)
+            self.absent_kinds |= checkpoint.absent_kinds
+        bad_bases = [each.bad_base for each in self._checkpoints.values()]
+        if bad_bases and all(bad_bases):
+            self.absent_kinds |= dict.fromkeys((schema.WEIGHT, schema.BASE), bad_bases[0])
         self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
         self.stored_kinds = tuple(
             kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
@@ -169,10 +202,7 @@ class CheckpointsRun(Run):
             shapes = {name: shape for name, shape in shapes.items() if name in self._with_adapter}
         self.matrices = matrices_of(shapes)
         if not self.matrices:
-            found = f" It has {self.account.line(names=3)}." if self.account else ""
-            raise FormatError(
-                next(iter(self.problems.values()), f"{path} holds no matrices.{found}")
-            )
+            raise FormatError(next(iter(self.problems.values()), self._why_no_matrices()))
 
     def read(self, name: str, step: int, kind: str) -> Matrix | None:
         """The effective weight, base weight, adapter or gradient of a parameter; see `Run.read`."""
@@ -180,7 +210,26 @@ class CheckpointsRun(Run):
             return None  # a run without adapters has no base either
         if step in self.problems:
             raise FormatError(self.problems[step])
+        self._check_known(name, step, kind)
         return self._checkpoints[step].read(name, kind)
+
+    def _check_known(self, name: str, step: int, kind: str) -> None:
+        """Raise the reason where a matrix is not known at one step, and is at others."""
+        checkpoint = self._checkpoints[step]
+        if kind in (schema.WEIGHT, schema.BASE) and checkpoint.bad_base:
+            raise FormatError(checkpoint.bad_base)
+        reason = checkpoint.unknown.get(name)
+        if reason is None or (kind == schema.ADAPTER and name in checkpoint.adapters):
+            return
+        if kind in (schema.WEIGHT, schema.BASE, schema.ADAPTER) and any(
+            name not in each.unknown for each in self._checkpoints.values()
+        ):
+            raise FormatError(f"{self.path} has no {kind} of {name} at step {step}: {reason}.")
+
+    def _why_no_matrices(self) -> str:
+        reasons = [f"It has {self.account.line(names=3)}."] if self.account else []
+        reasons += dict.fromkeys(self.absent_kinds.values())
+        return " ".join([f"{self.path} holds no matrices.", *reasons])
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """See `Run.origin`."""

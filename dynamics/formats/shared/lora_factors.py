@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dynamics.errors import FormatError
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs.run import Factored
@@ -14,11 +16,11 @@ from dynamics.runs.run import Factored
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA factors of one parameter, not read yet.
+    """The LoRA factors of one parameter, not read yet. Those of convolutions are flat matrices.
 
     Attributes:
-        a: (r, in).
-        b: (out, r).
+        a: (r, in), or (r, in, k, ...).
+        b: (out, r), or (out, r, 1, ...).
         scale: s; where s was trained (ReLoRA), a tensor with one number whose tanh is s.
         transposed: whether the parameter is stored as (in, out): embeddings, GPT-2's Conv1D.
     """
@@ -31,18 +33,28 @@ class Adapter:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of s·B·A in the orientation of the parameter, from the files' headers."""
-        out_in = self.b.shape[0], self.a.shape[1]
+        out_in = self.b.shape[0], math.prod(self.a.shape[1:])
         return out_in[::-1] if self.transposed else out_in
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """(B, A), read and flat: (out, r) and (r, in)."""
+        a, b = self.a.read(), self.b.read()
+        return b.reshape(b.shape[0], -1), a.reshape(a.shape[0], -1)
 
     def read(self) -> Factored:
         """s·B·A in the orientation of the parameter."""
         scale = self.scale
         if not isinstance(scale, float | int):
             scale = math.tanh(float(scale.read().reshape(-1)[0]))
-        a, b = self.a.read(), self.b.read()
+        b, a = self.factors()
         if self.transposed:
             return Factored(a.T, b.T, scale, self.a.dtype, transposed=True)
         return Factored(b, a, scale, self.a.dtype)
+
+    @property
+    def settings(self) -> str:
+        """All that `read` depends on beside the tensors, as text."""
+        return str(self.transposed)
 
     @property
     def origin(self) -> str | None:
@@ -50,7 +62,7 @@ class Adapter:
         scale = self.scale
         parts = [self.a.origin, self.b.origin]
         parts.append(repr(scale) if isinstance(scale, float | int) else scale.origin)
-        return joined_origin([*parts, str(self.transposed)])
+        return joined_origin([*parts, self.settings])
 
 
 def pair_factors(

@@ -1,0 +1,1 @@
+"""What adapters make of a model's weights: which method, on which layer, in which orientation."""

@@ -1,0 +1,87 @@
+"""Whether a layer stores its weight as (in, out), which its adapter does not show.
+
+PEFT transposes the product of LoRA for GPT-2's `Conv1D`. adapter_config.json has one
+`fan_in_fan_out` for all layers: that of the layer that PEFT wrapped last. So each layer is decided
+by itself: by the shape of its base weight, else by what its model family builds it from.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Families of transformers with `Conv1D`, and the names of these modules.
+_CONV1D_FAMILIES = (
+    "gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "ctrl",
+)  # fmt: skip
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+
+
+@dataclass(frozen=True)
+class Orientations:
+    """The orientations of the layers of one adapter.
+
+    Attributes:
+        flag: `fan_in_fan_out` of adapter_config.json.
+        family: `model_type` of the model's config, "" where it is not known.
+        seen: name of a module -> the orientations that the shapes of such layers show.
+    """
+
+    flag: bool
+    family: str
+    seen: Mapping[str, set[bool]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[tuple[str, tuple[int, int], tuple[int, ...] | None]],
+        config: Mapping[str, Any],
+        model_config: Mapping[str, Any],
+    ) -> "Orientations":
+        """What the layers show together.
+
+        Args:
+            layers: (path, (out, in) of the adapter, shape of the base weight or None).
+            config: adapter_config.json.
+            model_config: config.json of the model.
+        """
+        seen: dict[str, set[bool]] = {}
+        for path, out_in, shape in layers:
+            shown = _by_shape(out_in, shape)
+            seen.setdefault(_leaf(path), set())
+            if shown is not None:
+                seen[_leaf(path)].add(shown)
+        family = model_config.get("model_type")
+        return cls(bool(config.get("fan_in_fan_out")), str(family or ""), seen)
+
+    def is_in_out(
+        self, path: str, out_in: tuple[int, int], shape: tuple[int, ...] | None
+    ) -> bool | None:
+        """Whether the layer at `path` stores (in, out); None where nothing can tell."""
+        shown = _by_shape(out_in, shape)
+        if shown is not None:
+            return shown
+        if self.family in _CONV1D_FAMILIES:
+            return _leaf(path) in _CONV1D_NAMES
+        alike = self.seen.get(_leaf(path), set())
+        if len(alike) == 1:
+            return next(iter(alike))
+        others = set().union(*self.seen.values())
+        if self.family:  # PEFT sets the flag back for all that is no Conv1D
+            return None if True in others else False
+        # Layers of both kinds are possible where their names are.
+        mixed = len({_leaf(each) in _CONV1D_NAMES for each in self.seen}) > 1
+        if alike or others - {self.flag} or (mixed and not others):
+            return None
+        return self.flag
+
+
+def _by_shape(out_in: tuple[int, int], shape: tuple[int, ...] | None) -> bool | None:
+    if shape is None or len(shape) != 2 or out_in[0] == out_in[1]:
+        return None
+    if shape == out_in:
+        return False
+    return True if shape == out_in[::-1] else None
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]

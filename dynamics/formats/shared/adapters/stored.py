@@ -1,0 +1,146 @@
+"""The parts of adapters among the tensors of a file: to which layer each of them belongs."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from dynamics.formats.storage.tensors import Tensor
+from dynamics.runs import parameter_names
+
+# How the names of parameters begin that PEFT's methods add to a layer: the `prefix` of each tuner.
+_METHODS = (
+    "adamss beft boft c3a deft delora fourierft frod glora gralora hada hira hra ia3 lily ln_tuning"
+    " lokr lora miss bone oft osf peanut poly psoft pvera randlora road shadow shira supertuning"
+    " tinylora trainable_tokens unilora vblora vera waveft"
+).split()
+_PEFT_PART = re.compile(rf"(?:{'|'.join(_METHODS)})_\w+")
+_LORA_PART = re.compile(r"lora_(?:(?:embedding_)?[AB]|magnitude_vector|E)|(?:hada|lokr)_[wt][12]\w*")
+# How others spell LoRA's A and B: torchtune, loralib and litgpt; kohya, diffusers; relora-pico;
+# Megatron Bridge and NeMo.
+_OTHER_SPELLINGS = re.compile(
+    r"(?P<path>.+)\.(?:lora_(?P<one>[ab]|down|up)|(?P<two>[AB])_lora|lora\.(?P<three>[ABab]|down|up)"
+    r"|adapter\.linear_(?P<four>in|out))(?:\.(?:default|weight))*"
+)
+_A, _B = "lora_A", "lora_B"
+_CANONICAL = dict.fromkeys(("A", "a", "down", "in"), _A) | dict.fromkeys(
+    ("B", "b", "up", "out"), _B
+)
+BASE_LAYER = ".base_layer"
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """The stored parts of one adapter on one parameter.
+
+    Attributes:
+        path: the clean path of the module.
+        depth: how many wrappers lie between the module and this one; PEFT wraps a module once for
+            each parameter that it adapts.
+        parts: "lora_A", "hada_w1_a", ... -> tensor.
+        biases: whether the adapter adds to the bias, too.
+    """
+
+    path: str
+    depth: int = 0
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The clean name of the parameter, for messages and where it is the weight."""
+        return self.path + ".weight"
+
+    @property
+    def method(self) -> str:
+        """How its parts are called: "lora", "hada", ..."""
+        first = min(self.parts)
+        return next(each for each in _METHODS if first.startswith(each + "_"))
+
+
+@dataclass(frozen=True)
+class StoredAdapters:
+    """The adapters in a file.
+
+    Attributes:
+        layers: name of the adapter ("" where the file has none) -> its layers.
+        shared: name of a part that all layers use (VeRA's projections) -> tensor.
+        others: stored name -> tensor of all that is no part of an adapter.
+    """
+
+    layers: dict[str, list[AdapterLayer]]
+    shared: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    def chosen(self, adapter: str | None) -> str | None:
+        """The adapter to read: the one that is named, "default", or the only one; else None."""
+        if adapter is not None:
+            return adapter if adapter in self.layers else None
+        if len(self.layers) == 1:
+            return next(iter(self.layers))
+        return "default" if "default" in self.layers else None
+
+
+def stored_adapters(tensors: Mapping[str, Tensor], *, in_model: bool = False) -> StoredAdapters:
+    """Sort the tensors of a file into adapters and the rest.
+
+    Args:
+        tensors: stored name -> tensor.
+        in_model: whether the file holds a whole model, which may have own parameters that are
+            called like those of a method of PEFT. Then only wrapped layers have them.
+    """
+    wrapped = {name.partition(BASE_LAYER)[0] for name in tensors if BASE_LAYER in name}
+    layers: dict[str, dict[tuple[str, int], AdapterLayer]] = {}
+    shared: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found = _part(name, wrapped if in_model else None)
+        if found is None:
+            others[name] = tensor
+            continue
+        path, part, adapter, leaf = found
+        if path == "base_model" or path.endswith(".base_model"):
+            shared[part] = tensor
+            continue
+        depth = 0
+        while path.endswith(BASE_LAYER):
+            path, depth = path.removesuffix(BASE_LAYER), depth + 1
+        clean = parameter_names.clean_name(path + ".weight").removesuffix(".weight")
+        of_adapter = layers.setdefault(adapter, {})
+        layer = of_adapter.setdefault((clean, depth), AdapterLayer(clean, depth))
+        if leaf == "bias":
+            layer.biases.append(part)
+        else:
+            layer.parts[part] = tensor
+    for adapter, found_layers in layers.items():
+        for key in [key for key, each in found_layers.items() if not each.parts]:
+            del layers[adapter][key]
+    named = {adapter: list(each.values()) for adapter, each in layers.items() if each}
+    return StoredAdapters(named, shared, others)
+
+
+def _part(name: str, wrapped: set[str] | None) -> tuple[str, str, str, str] | None:
+    """(Path, part, name of the adapter, leaf) of a tensor that is a part of an adapter."""
+    components = name.split(".")
+    for index, part in enumerate(components):
+        # An embedding's rows are in a wrapper of their own.
+        if part == "token_adapter" and components[index + 1 : index + 2] != ["base_layer"]:
+            continue
+        if not _PEFT_PART.fullmatch(part):
+            continue
+        path, rest = ".".join(components[:index]).removesuffix(".token_adapter"), components[index:]
+        if wrapped is not None and not _LORA_PART.fullmatch(part):
+            if not (path in wrapped or path.partition(BASE_LAYER)[0] in wrapped):
+                continue
+        leaf = rest.pop() if len(rest) > 1 and rest[-1] in ("weight", "bias") else ""
+        if len(rest) > 2:
+            continue
+        return path, part, rest[1] if len(rest) > 1 else "", leaf
+    if match := _OTHER_SPELLINGS.fullmatch(name):
+        spelled = next(match[group] for group in ("one", "two", "three", "four") if match[group])
+        return match["path"], _CANONICAL[spelled], "", "weight"
+    return None
+
+
+def holds_adapters(names: Iterable[str]) -> bool:
+    """Whether any of the names is that of an adapter's part in a whole model. Cheap."""
+    return any("lora" in name or BASE_LAYER in name or ".adapter." in name for name in names)
