@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zarr.abc.store import Store
 
-from dynamics.errors import FormatError, MissingError
+from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.dcp import DCPFormat
 from dynamics.formats.deepspeed import DeepSpeedFormat
 from dynamics.formats.format import Format, OpenOptions
@@ -18,6 +18,7 @@ from dynamics.formats.pico import PicoFormat
 from dynamics.formats.plain_files import PlainFilesFormat
 from dynamics.formats.recording import RecordingFormat, RecordingRun
 from dynamics.formats.relora import ReLoRAFormat
+from dynamics.formats.shared.adapters.scaling import is_number
 from dynamics.formats.storage.files import (
     entries,
     is_remote,
@@ -53,6 +54,8 @@ def open_run(
     format: str | None = None,
     base: str | Path | None = None,
     adapter: str | None = None,
+    lora_alpha: float | None = None,
+    expert_blocks: bool | None = None,
     split_fused: bool = True,
 ) -> Run:
     """Open a training run for analysis. No tensor is read before it is measured.
@@ -62,7 +65,11 @@ def open_run(
             file: a path or URL. A zarr Store or an Icechunk repository is read as a recording.
         format: the name of the format (`dynamics list formats`); by default it is detected.
         base: the directory of the base model of PEFT adapters.
-        adapter: the name of one adapter, where PEFT checkpoints hold several.
+        adapter: the name of one adapter, where checkpoints hold several.
+        lora_alpha: the alpha of LoRA, where a checkpoint holds factors and nothing beside it says
+            how they are scaled. The scaling is alpha over the rank.
+        expert_blocks: whether the columns of lora_B that belong to one expert lie together, as
+            other tools than PEFT have packed them; files do not say so.
         split_fused: read fused matrices (GPT-2's c_attn) as their parts, see `dynamics.runs.fused`.
 
     Returns:
@@ -72,7 +79,8 @@ def open_run(
         FormatError: the path does not exist, is empty, fits no format, or holds nothing that can
             be read.
         MissingError: no format is called `format`.
-        DynamicsError: `base` or `adapter` is given for a format that does not take it.
+        DynamicsError: an option is given for a format that does not take it, or `lora_alpha` is no
+            positive number.
 
     Example:
         >>> run = dy.open_run("run.zarr")
@@ -91,7 +99,12 @@ def open_run(
         path = located(path)
         reporting = reporting_unreadable(path) if is_remote(path) else nullcontext()
         with reporting, keeping_listings():
-            options = OpenOptions(base=None if base is None else located(base), adapter=adapter)
+            options = OpenOptions(
+                base=None if base is None else located(base),
+                adapter=adapter,
+                lora_alpha=_checked_alpha(lora_alpha),
+                expert_blocks=expert_blocks or None,
+            )
             run = _open(path, format, options)
     return fused.split_fused(run) if split_fused else run
 
@@ -103,6 +116,12 @@ def _open(path: Path, format_name: str | None, options: OpenOptions) -> Run:
     format = _detected_format(path) if format_name is None else _format_called(format_name)
     format.check_takes(path, options)
     return format.open(path, options)
+
+
+def _checked_alpha(alpha: float | None) -> float | None:
+    if alpha is None or (is_number(alpha) and alpha > 0):
+        return alpha
+    raise DynamicsError(f"lora_alpha is {alpha!r}; give a positive number (--lora-alpha).")
 
 
 def _format_called(name: str) -> Format:

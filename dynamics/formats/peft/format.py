@@ -171,7 +171,8 @@ def _saved_in_full(
     """(Tensors that were saved as a whole: `modules_to_save`, some embeddings; all others)."""
     given = config.get("modules_to_save")
     named = [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
-    saved, others = {}, {}
+    saved: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     for name, tensor in modules.items():
         own = any(f".{module}." in f".{name}" for module in named)
         (saved if name in weights or own else others)[name] = tensor

@@ -104,9 +104,7 @@ class Checkpoint:
         found = as_matrices(self.weights, config)
         effective = as_matrices(self.effective, config).matrices
         account = Account(found.measured, left_out=(*found.left_out, *self.left_out))
-        matrices = replace(
-            self, weights=found.matrices, effective=effective, gradients=gradients
-        )
+        matrices = replace(self, weights=found.matrices, effective=effective, gradients=gradients)
         return matrices, account
 
     def read(self, name: str, kind: str) -> Matrix | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -233,9 +234,9 @@ def test_an_output_embedding_that_is_tied_has_the_input_embedding_as_base(tiny_l
     config = tmp_path / "run/base/config.json"
     content = json.loads(config.read_text()) | {"tie_word_embeddings": False}
     config.write_text(json.dumps(content))
-    assert_refused(
-        tmp_path / "run", r"has no lm_head\.weight, so it is not the base of this adapter"
-    )
+    opened = dy.open_run(tmp_path / "run")
+    assert opened.kinds == ("adapter",)
+    assert "has no lm_head.weight, so it is not the base" in opened.absent_kinds["weight"]
 
 
 # Where matrices come from ------------------------------------------------------------------------
@@ -319,10 +320,8 @@ def test_bases_of_equal_numbers_are_no_merge_and_others_are(two_checkpoints, tin
     [
         ({"alpha_pattern": [1]}, "alpha_pattern"),
         ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
-        ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha 'x'"),
-        ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"alpha_pattern": {"q_proj": "x", "up_proj": None}}, "lora_alpha 'x'"),
+        ({"kasa_config": {"k": 1}}, "KaSA"),
     ],
 )
 def test_a_config_that_cannot_be_served_is_named(tiny_llama, tmp_path, content, match):
@@ -331,15 +330,13 @@ def test_a_config_that_cannot_be_served_is_named(tiny_llama, tmp_path, content, 
     assert_refused(tmp_path / "run", match)
 
 
-def test_factors_of_different_ranks_are_no_pair(tiny_llama, tmp_path):
-    from safetensors.numpy import load_file, save_file
-
+def test_repeated_layers_are_measured_as_adapters_alone(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "run/base")
     at = save(adapted(tiny_llama()), tmp_path / "run/checkpoint-1")
-    tensors = load_file(at / "adapter_model.safetensors")
-    first = next(name for name in sorted(tensors) if "lora_A" in name)
-    tensors[first] = np.ascontiguousarray(tensors[first][:2])
-    save_file(tensors, at / "adapter_model.safetensors")
-    assert_refused(tmp_path / "run", r"lora_A of .* \(2, \d+\) and lora_B .* no rank in common")
+    rename_base(at, "nowhere", layer_replication=[[0, 1], [0, 1]])
+    opened = dy.open_run(tmp_path / "run")
+    assert opened.kinds == ("adapter",)
+    assert "layer_replication" in opened.absent_kinds["weight"]
 
 
 def test_a_missing_shard_of_the_base_is_named(tiny_llama, tmp_path):
@@ -347,4 +344,7 @@ def test_a_missing_shard_of_the_base_is_named(tiny_llama, tmp_path):
     base.save_pretrained(tmp_path / "run/base", max_shard_size="8KB")
     save(adapted(base), tmp_path / "run/checkpoint-1")
     next((tmp_path / "run/base").glob("*-of-*")).unlink()
-    assert_refused(tmp_path / "run", r"base lacks the shard model-\d+-of-\d+\.safetensors")
+    opened = dy.open_run(tmp_path / "run")
+    assert opened.kinds == ("adapter",)
+    reason = opened.absent_kinds["weight"]
+    assert re.search(r"base lacks the shard model-\d+-of-\d+\.safetensors", reason)

@@ -49,9 +49,9 @@ class Settings:
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     by_blocks: bool = False
 
-    def scale(self, layer: AdapterLayer, rank: int) -> float:
-        """s of a layer; FormatError where the config has no alpha."""
-        return scaling(self.config, layer.path, rank)
+    def scale(self, path: str, rank: int) -> float:
+        """S of a module, or of a parameter with all experts; FormatError without an alpha."""
+        return scaling(self.config, path, rank)
 
     @property
     def swaps_experts(self) -> bool:
@@ -150,23 +150,23 @@ def _apply(
         a, b, is_embedding = lora.factors(layer)
         out_in = b.shape[0], _product(a.shape[1:])
         if base is not None and out_in not in _views(base.shape):
-            result.misfits.append(
-                f"{name} in shape {base.shape}, but the adapter fits {out_in}"
-            )
-            scale = settings.scale(layer, a.shape[0])
+            result.misfits.append(f"{name} in shape {base.shape}, but the adapter fits {out_in}")
+            scale = settings.scale(layer.path, a.shape[0])
             # The orientation of what does not fit is that of the config; only W needs it.
             shown = Adapter(a, b, scale, is_embedding or orientations.flag)
             return LayerResult(shown, unknown=_MISFIT)
         if is_embedding:
             in_out = True
         elif len(a.shape) == 2:
-            in_out = orientations.is_in_out(layer.path, out_in, base and base.shape)
+            in_out = orientations.is_in_out(
+                layer.path, out_in, None if base is None else base.shape
+            )
     elif base is not None and out_in is not None:
         in_out = orientations.is_in_out(layer.path, out_in, base.shape)
     if in_out is None:
         raise NotComputed(ORIENTATION)
     if layer.method == "lora":
-        return lora.lora_layer(layer, base, settings.scale(layer, a.shape[0]), in_out, config)
+        return lora.lora_layer(layer, base, settings.scale(layer.path, a.shape[0]), in_out, config)
     method = METHODS.get(layer.method)
     place = Place(layer, base.shape if base is not None else (), in_out, config, settings.shared)
     if method is None:
@@ -204,7 +204,7 @@ def _experts(
     settings: Settings,
     result: Adapted,
 ) -> None:
-    """LoRA on parameters of one module that hold all experts; the innermost is the first of them."""
+    """LoRA on parameters that hold all experts; the innermost wrapper is of the first of them."""
     names = _parameters(path, weights, settings)
     wrappers = sorted(wrappers, key=lambda each: -each.depth)
     try:
@@ -242,7 +242,7 @@ def _of_experts(
         shape = experts.parameter_shape(a.shape, b.shape, a.shape[0] // rank, config, is_old)
         shape = _shape_of_stored(name, shape, weights, config) or shape
     found = experts.expert_adapters(
-        name, a, b, settings.scale(layer, rank), shape, config,
+        name, a, b, settings.scale(name, rank), shape, config,
         is_old=is_old, by_blocks=settings.by_blocks,
     )  # fmt: skip
     if isinstance(found, str):
@@ -256,7 +256,7 @@ def _shape_of_stored(
     weights: Mapping[str, Tensor] | None,
     config: Mapping[str, Any],
 ) -> tuple[int, ...] | None:
-    """The shape of a parameter whose experts are stored one by one, where it is `shape` or turned."""
+    """`shape`, or `shape` turned: that of a parameter whose experts are stored one by one."""
     for each in (shape, (shape[0], shape[2], shape[1])):
         parts = parts_of(name, each, config)
         if weights is None or isinstance(parts, str):
@@ -276,7 +276,9 @@ def _leave_out_experts(
     """Leave out the parameter, or its experts where they are stored one by one."""
     shape = _shape(layer)
     stored = [each for each in result.weights or {} if _EXPERT_OF.search(each)]
-    rows = settings.model_config.get("num_local_experts") or settings.model_config.get("num_experts")
+    rows = settings.model_config.get("num_local_experts") or settings.model_config.get(
+        "num_experts"
+    )
     guessed = (rows if isinstance(rows, int) and 0 < rows < 2**16 else 1, *shape)
     parts = parts_of(name, guessed, settings.model_config)
     names = [] if isinstance(parts, str) else [each.name for each in parts if each.name in stored]
@@ -284,9 +286,7 @@ def _leave_out_experts(
         result.leave_out(each, shape, reason)
 
 
-def _parameters(
-    path: str, weights: Mapping[str, Tensor] | None, settings: Settings
-) -> list[str]:
+def _parameters(path: str, weights: Mapping[str, Tensor] | None, settings: Settings) -> list[str]:
     """The parameters of a module that its adapters belong to, in the module's own order."""
     targets = settings.config.get("target_parameters")
     stored = [
@@ -312,7 +312,11 @@ def _parameters(
 def _own_order(name: str) -> tuple[bool, bool, str]:
     """Families define what leads into an expert before what leads out of it."""
     leaf = name.rpartition(".")[2]
-    return ("down" in leaf or "output" in leaf or leaf == "w2", "up" in leaf and "gate" not in leaf, leaf)
+    return (
+        "down" in leaf or "output" in leaf or leaf == "w2",
+        "up" in leaf and "gate" not in leaf,
+        leaf,
+    )
 
 
 def _base_of(
@@ -333,7 +337,7 @@ def _orientations(
         _, base = _base_of(layer, weights)
         out_in = _out_in(layer, base)
         if out_in is not None:
-            known.append((layer.path, out_in, base and base.shape))
+            known.append((layer.path, out_in, None if base is None else base.shape))
     return Orientations.of(known, settings.config, settings.model_config)
 
 

@@ -1,4 +1,4 @@
-"""Weights that are computed from a stored weight and the parts of an adapter, when they are read."""
+"""Weights that are computed, when they are read, from a stored weight and an adapter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +18,8 @@ class ComputedTensor:
         name: of the parameter, for messages.
         base: the weight without the adapter.
         parts: what the formula takes beside it.
-        formula: (base weight, part -> its numbers) -> weight, all float64 and of the shapes in which
-            they are stored. A partial of a function of its module, so that a run can
-            be handed to worker processes.
+        formula: (base weight, part -> its numbers) -> weight, all float64 and of the shapes that
+            are stored. A partial of a function of its module: runs are handed to workers.
     """
 
     name: str

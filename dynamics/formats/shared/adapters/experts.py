@@ -2,12 +2,12 @@
 
 lora_A is (E·r, in) and lora_B (out, E·r). PEFT takes expert e's rows of A together, A[e·r:(e+1)·r],
 and every E-th column of B, B[:, e::E]. Other tools have taken its columns of B together; files do
-not say so. Each expert's product is read alone, and where gate and up projections are one parameter,
-both share A and have their own rows of B.
+not say so. Each expert's product is read alone. Where gate and up projections are one parameter,
+both have the same A and their own rows of B.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ class ExpertAdapter(Adapter):
         by_blocks: whether an expert's columns of B lie together.
     """
 
-    part: Part = Part("", 0, 0)
+    part: Part = field(default_factory=lambda: Part("", 0, 0))
     experts: int = 1
     by_blocks: bool = False
 
@@ -37,7 +37,7 @@ class ExpertAdapter(Adapter):
 
     @property
     def rank(self) -> int:
-        """r of one expert."""
+        """R of one expert."""
         return self.a.shape[0] // self.experts
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:

@@ -70,9 +70,7 @@ class Orientations:
             return None if True in others else False
         # Layers of both kinds are possible where their names are.
         mixed = len({_leaf(each) in _CONV1D_NAMES for each in self.seen}) > 1
-        if alike or others - {self.flag} or (mixed and not others):
-            return None
-        return self.flag
+        return None if mixed or others - {self.flag} else self.flag
 
 
 def _by_shape(out_in: tuple[int, int], shape: tuple[int, ...] | None) -> bool | None:

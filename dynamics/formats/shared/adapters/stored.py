@@ -9,12 +9,15 @@ from dynamics.runs import parameter_names
 
 # How the names of parameters begin that PEFT's methods add to a layer: the `prefix` of each tuner.
 _METHODS = (
-    "adamss beft boft c3a deft delora fourierft frod glora gralora hada hira hra ia3 lily ln_tuning"
-    " lokr lora miss bone oft osf peanut poly psoft pvera randlora road shadow shira supertuning"
-    " tinylora trainable_tokens unilora vblora vera waveft"
-).split()
+    "adamss", "beft", "bone", "boft", "c3a", "deft", "delora", "fourierft", "frod", "glora",
+    "gralora", "hada", "hira", "hra", "ia3", "lily", "ln_tuning", "lokr", "lora", "miss", "oft",
+    "osf", "peanut", "poly", "psoft", "pvera", "randlora", "road", "shadow", "shira",
+    "supertuning", "tinylora", "trainable_tokens", "unilora", "vblora", "vera", "waveft",
+)  # fmt: skip
 _PEFT_PART = re.compile(rf"(?:{'|'.join(_METHODS)})_\w+")
-_LORA_PART = re.compile(r"lora_(?:(?:embedding_)?[AB]|magnitude_vector|E)|(?:hada|lokr)_[wt][12]\w*")
+_LORA_PART = re.compile(
+    r"lora_(?:(?:embedding_)?[AB]|magnitude_vector|E)|(?:hada|lokr)_[wt][12]\w*"
+)
 # How others spell LoRA's A and B: torchtune, loralib and litgpt; kohya, diffusers; relora-pico;
 # Megatron Bridge and NeMo.
 _OTHER_SPELLINGS = re.compile(
@@ -128,9 +131,11 @@ def _part(name: str, wrapped: set[str] | None) -> tuple[str, str, str, str] | No
         if not _PEFT_PART.fullmatch(part):
             continue
         path, rest = ".".join(components[:index]).removesuffix(".token_adapter"), components[index:]
-        if wrapped is not None and not _LORA_PART.fullmatch(part):
-            if not (path in wrapped or path.partition(BASE_LAYER)[0] in wrapped):
-                continue
+        is_own = wrapped is not None and not (
+            path in wrapped or path.partition(BASE_LAYER)[0] in wrapped
+        )
+        if is_own and not _LORA_PART.fullmatch(part):
+            continue
         leaf = rest.pop() if len(rest) > 1 and rest[-1] in ("weight", "bias") else ""
         if len(rest) > 2:
             continue

@@ -1,7 +1,7 @@
-"""Methods of PEFT whose weight is not base + s·B·A: for each the formula that makes it of the files.
+"""Methods of PEFT whose weight is not base + s·B·A, and the formula of each.
 
-A method is a function from a `Place` to a `Recipe`, and a line of `METHODS`. What it cannot serve it
-refuses with `NotComputed`. The sources are the `get_delta_weight` and `merge` of PEFT's layers.
+A method is a function from a `Place` to a `Recipe`, and a line of `METHODS`. What it cannot serve
+it refuses with `NotComputed`. The sources are the `get_delta_weight` and `merge` of PEFT's layers.
 """
 
 from collections.abc import Callable

@@ -10,7 +10,7 @@ from dynamics.spectra.rounding import precision, ulp
 def dora(
     base: np.ndarray, parts: Mapping[str, np.ndarray], *, scale: float, in_out: bool
 ) -> np.ndarray:
-    """m ∘ V / ‖V‖ with V = W + s·B·A and the norm of each output."""
+    """M ∘ V / ‖V‖ with V = W + s·B·A and the norm of each output."""
     a, b, magnitude = parts["A"], parts["B"], parts["magnitude"].reshape(-1, 1)
     delta = scale * (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1))
     flat = base.T if in_out else base.reshape(base.shape[0], -1)

@@ -53,7 +53,7 @@ class Place:
             value = of_module(self.config, field, patterns, self.layer.path)
         if not is_number(value):
             raise NotComputed(f"{self.method} adapters whose config has {field} {str(value)[:40]}")
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
 
     def flag(self, field: str) -> bool:
         """A truth value of the config."""
@@ -63,11 +63,13 @@ class Place:
         return value
 
     def scale(self) -> float:
-        """alpha / r, each by its patterns."""
+        """Alpha / r, each by its patterns."""
         rank = self.number("r", "rank_pattern")
         if rank < 1:
             raise NotComputed(f"{self.method} adapters of rank {rank}")
-        return scaling({**self.config, "use_rslora": False}, self.layer.path, int(rank), field="alpha")
+        return scaling(
+            {**self.config, "use_rslora": False}, self.layer.path, int(rank), field="alpha"
+        )
 
 
 @dataclass(frozen=True)

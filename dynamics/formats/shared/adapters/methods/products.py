@@ -75,7 +75,7 @@ def c3a(at: Place) -> Recipe:
 def _c3a(base: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     kernel = parts["c3a_kernel"]  # (out / b, in / b, b)
     index = np.arange(kernel.shape[-1])
-    blocks = kernel[:, :, (index[:, None] - index[None, :]) % index.size]
+    blocks = kernel[:, :, (index[None, :] - index[:, None]) % index.size]
     return base + blocks.transpose(0, 2, 1, 3).reshape(base.shape) / base.shape[-1]
 
 

@@ -52,7 +52,7 @@ def _oft(
 
 
 def boft(at: Place) -> Recipe:
-    """s ∘ (W · blockdiag(R)ᵀ) with R the Cayley transform of (Q - Qᵀ) / 2; one butterfly factor."""
+    """S ∘ (W · blockdiag(R)ᵀ) with R the Cayley transform of (Q - Qᵀ) / 2; one butterfly factor."""
     parts = at.parts("boft_R", "boft_s")
     if at.in_out:
         raise NotComputed("BOFT adapters on Conv1D, which PEFT cannot merge")
