@@ -14,7 +14,9 @@ import typer
 from dynamics import schema
 from dynamics.cli.options import (
     AdapterOption,
+    AlphaOption,
     BaseOption,
+    BlocksOption,
     ComponentsOption,
     DeviceOption,
     FormatOption,
@@ -82,6 +84,8 @@ def analyze(
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -107,7 +111,14 @@ def analyze(
     execution = execution_of(output, no_cache, strict, workers, scheduler, device)
     choice = choice_of(metrics, components, kinds, steps, select, lag)
     opened = partial(
-        open_run, run, format=format, base=base, adapter=adapter, split_fused=not keep_fused
+        open_run,
+        run,
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        split_fused=not keep_fused,
     )
     if follow:
         from dynamics.cli.following import until_signalled
@@ -161,6 +172,8 @@ def compare(
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -176,7 +189,13 @@ def compare(
     from dynamics.formats import open_run
 
     opened = partial(
-        open_run, format=format, base=base, adapter=adapter, split_fused=not keep_fused
+        open_run,
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        split_fused=not keep_fused,
     )
     given: dict[str, Path | Run] = {
         name: Path(path) if is_analysis(path) else opened(path)
@@ -275,6 +294,8 @@ def inspect(
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
     keep_fused: FusedOption = False,
     verify: Annotated[
         bool,
@@ -289,7 +310,13 @@ def inspect(
     from dynamics.formats.recording import RecordingRun
 
     opened = open_run(
-        run, format=format, base=base, adapter=adapter, split_fused=not (keep_fused or verify)
+        run,
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        split_fused=not (keep_fused or verify),
     )
     console().print(contents_table(opened))
     console().print(matrices_table(opened))
@@ -318,6 +345,8 @@ def audit(
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
     ] = False,
@@ -327,7 +356,15 @@ def audit(
     from dynamics.cli.tables import audit_table
     from dynamics.formats import open_run
 
-    report = audit_run(open_run(run, format=format, base=base, adapter=adapter))
+    opened = open_run(
+        run,
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+    )
+    report = audit_run(opened)
     if as_json:
         print(report.to_json())
     else:

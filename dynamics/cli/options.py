@@ -31,6 +31,19 @@ AdapterOption = Annotated[
     str | None,
     typer.Option("--adapter", help="The name of the PEFT adapter, where checkpoints hold several."),
 ]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        "--lora-alpha", help="The alpha of LoRA, where checkpoints hold factors and no config."
+    ),
+]
+BlocksOption = Annotated[
+    bool,
+    typer.Option(
+        "--expert-blocks",
+        help="Columns of lora_B of one expert lie together, as other tools than PEFT pack them.",
+    ),
+]
 MetricsOption = Annotated[
     str | None, typer.Option("--metrics", help="Metrics, separated by commas; all by default.")
 ]

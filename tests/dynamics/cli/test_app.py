@@ -245,7 +245,7 @@ def test_bad_inputs_are_one_line(refused, tmp_path, here, write_recording, verb)
         expected[name] = "model.safetensors.index.json"
     (bad / "adapter").mkdir()
     (bad / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true}')
-    expected["adapter"] = "DoRA"
+    expected["adapter"] = "lora_alpha"
     for name, message in expected.items():
         assert message in refused(verb, bad / name), name
     assert list(here.iterdir()) == []
