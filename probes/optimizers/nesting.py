@@ -82,4 +82,7 @@ def _held(optimizer: Any) -> Iterator[Any]:
 def _is_optimizer(value: Any) -> bool:
     if isinstance(value, torch.optim.Optimizer):
         return True
-    return hasattr(value, "param_groups") and callable(getattr(value, "step", None))
+    if isinstance(value, nn.Module) or not callable(getattr(value, "step", None)):
+        return False
+    # A scheduler steps, too, but has neither.
+    return hasattr(value, "param_groups") or callable(getattr(value, "zero_grad", None))
