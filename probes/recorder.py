@@ -233,7 +233,8 @@ class Recorder:
         self._steps = OptimizerSteps(
             self._given,
             self._optimizers,
-            self._step_begins,
+            self._look_for_changes,
+            self._finish_record,
             self._take_gradients,
             self._step_done,
         )
@@ -353,13 +354,12 @@ class Recorder:
         self.event(SKIPPED_STEP, at=self._step + 1)
         self._step_done()
 
-    def _step_begins(self) -> None:
+    def _look_for_changes(self) -> None:
         if self._pending is not None and not self._may_change and not self._warned_of_changes:
             names = self._since_record.changed()
             if names:
                 self._warned_of_changes = True
                 warn_of_changes(self._pending.step, names)
-        self._finish_record()
 
     @outside_of_contexts()
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-Done = Callable[[Any], None]
+Call = Callable[[Any], None]
+Calls = tuple[Call, Call]
 
 
 class Handle(Protocol):
@@ -18,8 +19,8 @@ class Handle(Protocol):
         ...
 
 
-def watch_outer_step(optimizer: Any, done: Done) -> Handle:
-    """Call done(optimizer) at the end of each of its steps.
+def watch_outer_step(optimizer: Any, begins: Call, done: Call) -> list[Handle]:
+    """Call begins(optimizer) and done(optimizer) before and after each of its steps.
 
     torch runs hooks around the steps of its own optimizers. Other wrappers have `step` replaced in
     their class, as torch does it, while one of their instances is watched; the instances stay as
@@ -29,17 +30,20 @@ def watch_outer_step(optimizer: Any, done: Done) -> Handle:
         type(optimizer).step, "hooked", False
     ):
         assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer.register_step_post_hook(lambda each, *_: done(each))
-    return _Watch(optimizer, done)
+        return [
+            optimizer.register_step_pre_hook(lambda each, *_: begins(each)),
+            optimizer.register_step_post_hook(lambda each, *_: done(each)),
+        ]
+    return [_Watch(optimizer, (begins, done))]
 
 
 # Class -> what the steps of its instances call, by the id of the instance.
-_of_classes: weakref.WeakKeyDictionary[type, dict[int, list[Done]]] = weakref.WeakKeyDictionary()
+_of_classes: weakref.WeakKeyDictionary[type, dict[int, list[Calls]]] = weakref.WeakKeyDictionary()
 
 
 class _Watch:
-    def __init__(self, optimizer: Any, done: Done):
-        self._optimizer, self._done = optimizer, done
+    def __init__(self, optimizer: Any, calls: Calls):
+        self._optimizer, self._calls = optimizer, calls
         kind = type(optimizer)
         if not callable(getattr(kind, "step", None)):
             return
@@ -49,22 +53,22 @@ class _Watch:
                 _replace_step(kind, watched)
             except TypeError:  # a built-in class
                 return
-        watched.setdefault(id(optimizer), []).append(done)
+        watched.setdefault(id(optimizer), []).append(calls)
 
     def remove(self) -> None:
         """Call nothing any more; the class gets its own step back after the last one."""
         kind = type(self._optimizer)
         watched = _of_classes.get(kind, {})
         calls = watched.get(id(self._optimizer), [])
-        if self._done in calls:
-            calls.remove(self._done)
+        if self._calls in calls:
+            calls.remove(self._calls)
         if not calls:
             watched.pop(id(self._optimizer), None)
         if not watched:
             _give_step_back(kind)
 
 
-def _replace_step(kind: type, watched: dict[int, list[Done]]) -> None:
+def _replace_step(kind: type, watched: dict[int, list[Calls]]) -> None:
     kind.step = _watched_step(kind.step, watched)  # type: ignore[attr-defined]
 
 
@@ -75,11 +79,14 @@ def _give_step_back(kind: type) -> None:
     kind.step = step.__wrapped__  # type: ignore[attr-defined, union-attr]
 
 
-def _watched_step(original: Callable[..., Any], watched: dict[int, list[Done]]) -> Any:
+def _watched_step(original: Callable[..., Any], watched: dict[int, list[Calls]]) -> Any:
     @functools.wraps(original)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = tuple(watched.get(id(self), ()))
+        for begins, _ in calls:
+            begins(self)
         result = original(self, *args, **kwargs)
-        for done in tuple(watched.get(id(self), ())):
+        for _, done in calls:
             done(self)
         return result
 

@@ -38,7 +38,8 @@ class OptimizerSteps:
     Args:
         given: what the user gave, in the order in which they step. Steps are counted by the last.
         optimizers: those inside of `given` that change weights of the model.
-        begins: called when any of them begins to step.
+        look: called before anything of a step of the training can have changed a weight.
+        begins: called when the first of them begins to step.
         consumes: called with the optimizer whose gradients are complete.
         done: called after each step of the training.
     """
@@ -47,12 +48,14 @@ class OptimizerSteps:
         self,
         given: Sequence[Any],
         optimizers: Sequence[torch.optim.Optimizer],
+        look: Callable[[], None],
         begins: Callable[[], None],
         consumes: Callable[[torch.optim.Optimizer], None],
         done: Callable[[], None],
     ):
         self._optimizers = optimizers
-        self._begins, self._consumes, self._done = begins, consumes, done
+        self._look, self._begins = look, begins
+        self._consumes, self._done = consumes, done
         own = {id(each) for each in optimizers}
         self._last = own & {id(each) for each in innermost_optimizers(given[-1])}
         self._stepped: set[int] = set()
@@ -70,7 +73,8 @@ class OptimizerSteps:
                 optimizer.register_step_post_hook(self._after),
             )
         ]
-        self._handles += [watch_outer_step(layer, self._after_outer) for layer in self._outer]
+        for layer in self._outer:
+            self._handles += watch_outer_step(layer, self._before_outer, self._after_outer)
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -89,6 +93,9 @@ class OptimizerSteps:
         if id(optimizer) in self._stepped:
             self.finish()
         if not self._stepped:
+            # SAM has changed weights by now; its first step is a method of another name.
+            if not any(_has_called(outer, sys._getframe(1)) for outer in self._outer):
+                self._look()
             self._begins()
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._watched(optimizer, kwargs["closure"])}
@@ -119,6 +126,12 @@ class OptimizerSteps:
         self._stepped.add(id(optimizer))
         if not any(_is_running(outer, caller) for outer in self._outer):
             self._over(is_last=optimizer is self._optimizers[-1])
+
+    def _before_outer(self, optimizer: Any) -> None:
+        caller = sys._getframe(1)
+        others = (outer for outer in self._outer if outer is not optimizer)
+        if not self._stepped and not any(_has_called(outer, caller) for outer in others):
+            self._look()
 
     def _after_outer(self, optimizer: Any) -> None:
         caller = sys._getframe(1)
@@ -184,6 +197,16 @@ def _is_running(outer: Any, caller: FrameType) -> bool:
             frame.f_code in (caller.f_code, CALL_OF_OUTER_STEP, _HOOKED_STEP)
             and frame.f_locals.get("self") is outer
         ):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _has_called(outer: Any, caller: FrameType) -> bool:
+    """Whether a method of a wrapper, of any name, has called this hook."""
+    frame: FrameType | None = caller
+    while frame is not None:
+        if frame.f_locals.get("self") is outer:
             return True
         frame = frame.f_back
     return False
