@@ -66,3 +66,13 @@ def test_a_recorder_that_waits_in_vain_names_the_missing_ranks(process_group, mo
     sharding.wait_for_ranks([0])
     with pytest.raises(DynamicsError, match="recorders of ranks 1, 2: gathering"):
         sharding.wait_for_ranks([0, 1, 2])
+
+
+def test_a_store_in_a_file_names_the_missing_ranks_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "PATIENCE", timedelta(milliseconds=50))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(DynamicsError, match="recorders of ranks 1: gathering"):
+            sharding.wait_for_ranks([0, 1])
+    finally:
+        dist.destroy_process_group()
