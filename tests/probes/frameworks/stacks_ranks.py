@@ -126,6 +126,9 @@ def what_cannot_be_recorded_is_refused_by_name(folder):
 
     model.up_proj.weight.requires_grad_(False)
     fully_shard(model)
+    with pytest.raises(DynamicsError, match=r"SGD is one of .*: it is .* made before fully_shard"):
+        Recorder(model, optimizer, folder / "stale.zarr")
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     with pytest.raises(DynamicsError, match=r"sharded \(FSDP2\); 1 are, such as up_proj.weight"):
         Recorder(model, optimizer, folder / "frozen.zarr")
 
