@@ -200,6 +200,9 @@ class _Places:
             stand_in.register_post_accumulate_grad_hook(_collected)
             stand_in.collectors = {id(self): functools.partial(self._collected, name)}
             stand_in.stands_for = parameter
+            # As torch asks whether a tensor is a parameter. What moves parameters within a forward
+            # pass, such as a parametrisation that is added there, puts it back as one.
+            stand_in._is_param = True
             # Whoever copies, freezes or unfreezes a weight within a call means the weight itself.
             stand_in.__deepcopy__ = functools.partial(copy.deepcopy, parameter)
             stand_in.requires_grad_ = functools.partial(self._hand_over, parameter)

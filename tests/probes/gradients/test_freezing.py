@@ -7,12 +7,14 @@ between two steps (flags, copies, optimizers) must be the same too.
 import copy
 import io
 import pickle
+import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import dynamics as dy
@@ -282,6 +284,46 @@ def test_an_interrupted_forward_pass_leaves_the_weights_in_place(tmp_path):
         assert model.body[0].weight is weight
     assert model.body[0].weight is weight
     assert dy.open_run(tmp_path / "run.zarr").read("body.0.weight", 1, "gradient") is not None
+
+
+class Offset(nn.Module):
+    """W + offset, as PEFT parametrises weights in each of its forward passes."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.offset = [offset]
+
+    def forward(self, weight):
+        return weight + self.offset[0]
+
+
+class Moving(Tower):
+    """Adds a parametrisation of a frozen weight within each forward pass, and takes it out."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x):
+        first = self.body[0]
+        parametrize.register_parametrization(first, "weight", Offset(self.offset))
+        try:
+            return super().forward(x)
+        finally:
+            parametrize.remove_parametrizations(first, "weight", leave_parametrized=False)
+
+
+def test_a_frozen_weight_that_a_forward_pass_moves_stays_the_models_parameter(tmp_path):
+    def train(attach):
+        model = Moving()
+        kept = model.body[0].weight
+        trained = [model.offset, *model.head.parameters()]
+        seen = loop(model, torch.optim.SGD(trained, lr=0.1), attach)
+        return [*seen, model.body[0].weight is kept, [name for name, _ in model.named_buffers()]]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same_bits(tmp_path, train)
 
 
 def test_a_frozen_lstm_and_functional_calls_are_left_right(tmp_path):
