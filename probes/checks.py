@@ -17,7 +17,7 @@ from torch import nn
 
 from dynamics.auditing import events
 from dynamics.auditing.report import Severity, Verdict
-from dynamics.recordings import ADAPTER, SPECTRA, factor_path
+from dynamics.recordings import ADAPTER, SPECTRA, decoded
 from probes.model.weights import Factors, Weight, find_weights
 from probes.optimizers.nesting import innermost_optimizer
 
@@ -43,17 +43,18 @@ def record_defects(matrices: Mapping[str, np.ndarray]) -> dict[str, str]:
         {'weight/q_proj': 'weight/q_proj holds NaN or Inf'}
     """
     defects = {
-        path: f"{path} holds NaN or Inf"
+        path: f"{decoded(path)} holds NaN or Inf"
         for path, values in matrices.items()
         # Spectra are padded with NaN. Their defects are found when they are measured.
         if not path.startswith(f"{SPECTRA}/") and not np.isfinite(values).all()
     }
     for path, values in matrices.items():
-        parameter = path.removeprefix(f"{ADAPTER}/").removesuffix("/A")
-        other = matrices.get(factor_path(parameter, "B"))
-        is_a = path == factor_path(parameter, "A")
+        adapter = path.removesuffix("/A")
+        other = matrices.get(f"{adapter}/B")
+        is_a = path.startswith(f"{ADAPTER}/") and path != adapter
         if is_a and other is not None and not (values.any() or other.any()):
-            defects[path] = f"A and B of {parameter} are both zero: no gradient reaches either"
+            name = decoded(adapter.removeprefix(f"{ADAPTER}/"))
+            defects[path] = f"A and B of {name} are both zero: no gradient reaches either"
     return defects
 
 

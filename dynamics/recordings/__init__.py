@@ -3,11 +3,27 @@
 Only the files of this package know the paths in a store; `paths` describes the layout.
 """
 
+from dynamics.recordings.beginnings import existing_recording
 from dynamics.recordings.compression import COMPRESSIONS, Compression
-from dynamics.recordings.paths import ADAPTER, GRADIENT, SPECTRA, WEIGHT, factor_path, matrix_path
+from dynamics.recordings.numbered import (
+    can_be_numbered,
+    existing_numbers,
+    name_of,
+    numbered,
+    recording_to_continue,
+)
+from dynamics.recordings.paths import (
+    ADAPTER,
+    GRADIENT,
+    SPECTRA,
+    WEIGHT,
+    decoded,
+    factor_path,
+    matrix_path,
+)
 from dynamics.recordings.reader import Recording
 from dynamics.recordings.spectra import SpectraReader, spectra_arrays
-from dynamics.recordings.stores import StoreLike, store_name
+from dynamics.recordings.stores import StoreLike, absolute, for_writing, store_name
 from dynamics.recordings.transactions import is_repository, is_repository_folder
 from dynamics.recordings.verification import Verification, verify
 from dynamics.recordings.writer import RecordingWriter
@@ -24,10 +40,19 @@ __all__ = [
     "SpectraReader",
     "StoreLike",
     "Verification",
+    "absolute",
+    "can_be_numbered",
+    "decoded",
+    "existing_numbers",
+    "existing_recording",
     "factor_path",
+    "for_writing",
     "is_repository",
     "is_repository_folder",
     "matrix_path",
+    "name_of",
+    "numbered",
+    "recording_to_continue",
     "spectra_arrays",
     "store_name",
     "verify",

@@ -55,8 +55,8 @@ class WriterLock:
                 if not take_over and not _is_dead(holder):
                     raise RecordingHeldError(
                         f"{stores.store_name(store)} is being written by {_holder_name(holder)}. "
-                        "Wait until it has closed the recording; if it is dead, pass "
-                        "take_over=True."
+                        "Wait until it has closed the recording, or record to another path; if it "
+                        "is dead, pass take_over=True."
                     )
                 stores.put(store, WRITER, content)
             stores.commit(self._store, "a writer begins")
@@ -73,15 +73,26 @@ class WriterLock:
             RecordingHeldError: another writer did.
         """
         holder = self._holder()
-        if holder != self._mine:
-            by = _holder_name(holder) if holder else "another writer, which has closed it since"
+        if self._is_of_the_parent():
             raise RecordingHeldError(
-                f"{stores.store_name(self._store)} was taken over by {by}. This writer stops; "
-                "what it has committed is kept. Record to another path."
+                f"{stores.store_name(self._store)} is written by the process that this one was "
+                "forked from. Record to another path."
+            )
+        if holder != self._mine:
+            what = f"was taken over by {_holder_name(holder)}"
+            if not holder:
+                what = (
+                    "was deleted or moved, or was taken over by another writer, which has closed it"
+                )
+            raise RecordingHeldError(
+                f"{stores.store_name(self._store)} {what}. This writer stops; what it has "
+                "committed is kept. Record to another path."
             )
 
     def release(self) -> None:
         """Let others write, unless another writer took the lock over. Safe to call twice."""
+        if self._is_of_the_parent():
+            return
         stores.renew(self._store)
         if self._holder() == self._mine:
             stores.delete(self._store, WRITER)
@@ -89,11 +100,24 @@ class WriterLock:
         _LIVE.pop(self._mine["token"], None)
 
     def _holder(self) -> Mapping[str, Any]:
-        try:
-            holder = json.loads(stores.get(self._store, WRITER) or b"{}").get("attributes", {})
-        except (ValueError, AttributeError):
-            return {"host": "an unreadable lock"}
-        return holder if isinstance(holder, dict) else {}
+        return _holder_of(self._store)
+
+    def _is_of_the_parent(self) -> bool:
+        return bool(self._mine["pid"] != os.getpid())
+
+
+def held_by(store: Store) -> str | None:
+    """Who writes a recording and may be alive; None if nobody does."""
+    holder = _holder_of(store)
+    return None if _is_dead(holder) else _holder_name(holder)
+
+
+def _holder_of(store: Store) -> Mapping[str, Any]:
+    try:
+        holder = json.loads(stores.get(store, WRITER) or b"{}").get("attributes", {})
+    except (ValueError, AttributeError):
+        return {"host": "an unreadable lock"}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _document(holder: Mapping[str, Any]) -> bytes:

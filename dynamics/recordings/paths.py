@@ -18,14 +18,22 @@
 without a spectrum has NaN as its rank bound. (The rank bound of a matrix with NaN or Inf is a
 number, though its singular values are NaN.)
 
+**Names.** <parameter> and <name> are one component of a path, `encoded` where a name cannot be one.
+The attribute `name` of the array is then the name as it is; an array without it has its name in its
+path. Recordings of before have raw names, and scalars such as `eval/loss` in groups of their own.
+
 bfloat16 and float8 have no Zarr data type that every reader knows. They are stored as float32,
 which represents them exactly; `source_dtype` is the dtype they had.
 """
 
+import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from math import prod
+from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import zarr
@@ -37,21 +45,120 @@ SINGULAR_VALUE, BOUNDS = "singular_value", "bounds"
 STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
 SCALARS, EVENTS = "scalars", "events"
 ROOT, WRITER = "zarr.json", "writer/zarr.json"
+# All that lies in the root of a recording, besides its own document and the lock.
+MEMBERS = frozenset((WEIGHT, GRADIENT, ADAPTER, SPECTRA, SCALARS, EVENTS, STEP, TOKENS, CHECKSUM))
 EVENT_COLUMNS = ("step", "kind", "attrs")
 SERIES_CHUNK = 1024
 NO_TOKENS = NO_CHECKSUM = -1
 # More than any recording has. Damaged metadata can make a reader allocate no more than this.
 MOST_RECORDS, _LARGEST_MATRIX = 2**20, 2**36
 
+NAME = "name"  # attribute of an array whose path does not spell its name
+# Separators of paths, globs of fsspec, and the sign of the encoding itself.
+_UNSAFE = frozenset("/\\%*?[]")
+# Zarr's own documents (on file systems without case, too), and the dimensions of the arrays.
+_RESERVED = re.compile(r"(?i:zarr\.json)|step|event|matrix|index|bound|(out|in|rank)_\d+")
+# File systems have names of up to 255 bytes.
+_LONGEST, _SHORTENED = 240, 200
+_LONG_NAMES: dict[str, str] = {}  # component -> name, of those that cannot be decoded
+
+
+class Place(NamedTuple):
+    """Where an array belongs: in the group of a kind, under a name; `factor` is A, B or ""."""
+
+    group: str
+    name: str
+    factor: str = ""
+
+    @property
+    def path(self) -> str:
+        """The path that this release gives it."""
+        return "/".join(filter(None, (self.group, encoded(self.name), self.factor)))
+
+
+def encoded(name: str) -> str:
+    """The component of a path that stands for the name of a parameter or scalar.
+
+    A name stays as it is if it can be a file of every file system, a key of every object store, a
+    node of Zarr and a variable of xarray. In other names, what is in the way is percent-encoded.
+    Names of more than 240 bytes are cut, and end in a hash of the whole name.
+
+    >>> encoded("model.layers.0.mlp.up_proj.weight"), encoded("loss/ce"), encoded("..")
+    ('model.layers.0.mlp.up_proj.weight', 'loss%2Fce', '%2E%2E')
+    """
+    first = bool(_RESERVED.fullmatch(name)) or name.startswith((".", "__"))
+    last = name.endswith((".", " "))
+    component = "".join(
+        _percent(each)
+        if each in _UNSAFE
+        or not each.isprintable()
+        or (first and index == 0)
+        or (last and index == len(name) - 1)
+        else each
+        for index, each in enumerate(name)
+    )
+    if len(component.encode()) > _LONGEST:
+        begin = component.encode()[:_SHORTENED].decode(errors="ignore")
+        mark = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:32]
+        component = re.sub("%.?$", "", begin) + "%~" + mark
+        _LONG_NAMES[component] = name
+    return component
+
+
+def decoded(path: str) -> str:
+    """A path with its names as they are, for messages.
+
+    >>> decoded(matrix_path(WEIGHT, "a//b")), decoded("scalars/100%")
+    ('weight/a//b', 'scalars/100%')
+    """
+    return "/".join(
+        _LONG_NAMES.get(each) or unquote(each, errors="surrogatepass") for each in path.split("/")
+    )
+
+
+def other_encoding(component: str, turn: int) -> str:
+    """The same component with its first `turn` characters encoded.
+
+    For names that differ in nothing but case, or in the composition of their letters.
+
+    >>> other_encoding("Loss", 1)
+    '%4Coss'
+    """
+    parts = re.findall(r"%[0-9A-F]{2}|.", component, re.DOTALL)
+    return "".join(
+        _percent(each) if number < turn and len(each) == 1 else each
+        for number, each in enumerate(parts)
+    )
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode(errors="surrogatepass"))
+
+
+def place(path: str, name: object = None) -> Place | None:
+    """Which parameter or scalar an array is of; None for the other arrays of a recording.
+
+    Args:
+        path: of the array in the store.
+        name: its attribute `name`, if it has one.
+    """
+    group, _, rest = path.partition("/")
+    if group not in (WEIGHT, GRADIENT, ADAPTER, SCALARS) or not rest:
+        return None
+    factor = ""
+    if group == ADAPTER:
+        rest, _, factor = rest.rpartition("/")
+    return Place(group, name if isinstance(name, str) and name else rest, factor)
+
 
 def matrix_path(group: str, parameter: str) -> str:
     """Path of a parameter's matrices: "weight/<parameter>" or "gradient/<parameter>"."""
-    return f"{group}/{parameter}"
+    return Place(group, parameter).path
 
 
 def factor_path(parameter: str, factor: str) -> str:
     """Path of a LoRA factor, "A" or "B"."""
-    return f"{ADAPTER}/{parameter}/{factor}"
+    return Place(ADAPTER, parameter, factor).path
 
 
 def spectra_path(kind: str, array: str) -> str:
@@ -61,7 +168,7 @@ def spectra_path(kind: str, array: str) -> str:
 
 def scalar_path(name: str) -> str:
     """Path of the scalar that was logged under a name."""
-    return f"{SCALARS}/{name}"
+    return Place(SCALARS, name).path
 
 
 def event_path(column: str) -> str:

@@ -11,6 +11,7 @@ from zarr.storage import LocalStore
 from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.recordings import paths, stores
+from dynamics.recordings.stored_paths import StoredPaths
 from dynamics.recordings.stores import StoreLike
 from dynamics.runs.origins import ABSENT, file_origin
 from dynamics.runs.run import Event
@@ -19,12 +20,16 @@ from dynamics.runs.run import Event
 class Recording:
     """A recording as of its last commit, for reading.
 
+    Args:
+        store: a path, a URL, any zarr Store, or an Icechunk repository.
+        until: show the recording as `RecordingWriter.rewind` to this step would leave it.
+
     Raises:
         FormatError: the store holds no recording, a damaged one, or one of a newer version.
     """
 
-    def __init__(self, store: StoreLike):
-        self.store = store
+    def __init__(self, store: StoreLike, *, until: int | None = None):
+        self.store, self._until = store, until
         where = stores.store_name(store)
         self._root = stores.open_root(store)
         with stores.reporting_damage("The attributes", self.store):
@@ -48,14 +53,18 @@ class Recording:
         self._arrays: dict[str, zarr.Array] = {}
         shapes = {path: node.shape for path, node in nodes.items() if hasattr(node, "shape")}
         self.paths: tuple[str, ...] = tuple(shapes)
+        self.stored_paths = StoredPaths({path: nodes[path] for path in self.paths})
         for path, shape in shapes.items():
             paths.check_shape(f"{path} of {where}", path, shape)
         self.steps: np.ndarray = self.series(paths.STEP)
         if self.steps.dtype.kind != "i" or (np.diff(self.steps) <= 0).any():
             raise FormatError(f"The steps of {where} do not increase; its metadata are damaged.")
+        if until is not None:
+            self.steps = self.steps[self.steps <= until]
 
     def array(self, path: str) -> zarr.Array:
         """The array at a path."""
+        path = self.stored_paths.find(path)
         if path not in self._arrays:
             node = self._root.get(path)
             if not isinstance(node, zarr.Array):
@@ -88,11 +97,12 @@ class Recording:
 
     def parameters(self, group: str) -> list[str]:
         """Names of the parameters in the group `weight`, `gradient` or `adapter`."""
-        names = (path.split("/", 2)[1] for path in self.paths if path.startswith(f"{group}/"))
+        names = (place.name for place in self.stored_paths.places.values() if place.group == group)
         return list(dict.fromkeys(names))
 
     def read(self, path: str, index: int) -> np.ndarray | None:
         """The (m, n) matrix of record `index`; None where the record has none."""
+        path = self.stored_paths.find(path)
         if path not in self.paths:
             return None
         array = self.array(path)
@@ -105,6 +115,7 @@ class Recording:
 
         None where the store is not a local directory.
         """
+        path = self.stored_paths.find(path)
         if path not in self.paths:
             return ABSENT
         array = self.array(path)
@@ -119,9 +130,9 @@ class Recording:
     def scalars(self) -> dict[str, np.ndarray]:
         """Series along the steps, float64; `tokens` among them where they were recorded."""
         series = {
-            name: self.series(path)
-            for path in self.paths
-            if (name := path.removeprefix(paths.scalar_path(""))) != path
+            place.name: self.series(path)
+            for path, place in self.stored_paths.places.items()
+            if place.group == paths.SCALARS
         }
         tokens = self.series(paths.TOKENS)
         if (tokens != paths.NO_TOKENS).any():
@@ -136,6 +147,7 @@ class Recording:
             return tuple(
                 Event(int(step), str(kind), json.loads(str(attrs)))
                 for step, kind, attrs in zip(*columns, strict=True)
+                if self._until is None or step < self._until
             )
 
 

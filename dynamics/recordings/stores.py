@@ -1,7 +1,9 @@
 """Stores by path, URL or zarr Store: opening them, and reading and writing single objects."""
 
+import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -64,6 +66,31 @@ def for_writing(store: StoreLike) -> Store:
         raise require_extra("remote", missing) from missing
     except ValueError as error:
         raise FormatError(f"{store} cannot be opened: {one_line(error)}.") from error
+
+
+def absolute(store: object) -> StoreLike:
+    """The same store, at a path that does not depend on the current directory.
+
+    Raises:
+        DynamicsError: it is none of the things that can be a store.
+    """
+    if isinstance(store, LocalStore) and type(store) is LocalStore and not store.root.is_absolute():
+        return LocalStore(store.root.absolute(), read_only=store.read_only)
+    if isinstance(store, Store) or transactions.is_repository(store):
+        return store
+    text = os.fspath(store) if isinstance(store, (str, os.PathLike)) else ""
+    if not isinstance(text, str) or not text.strip():
+        raise DynamicsError(
+            "store takes a path, a URL, a zarr Store or an Icechunk repository; found "
+            f"{store if isinstance(store, Path) else repr(store)}."
+        )
+    if "://" in text and isinstance(store, str):
+        return store
+    if not isinstance(store, str) and re.match(r"[a-z][a-z0-9+]+:/", text):
+        raise DynamicsError(
+            f"store takes a URL as text, because a Path loses one of its slashes; found {text}."
+        )
+    return Path(os.path.abspath(text))
 
 
 def store_name(store: StoreLike) -> str:
@@ -182,6 +209,31 @@ def put_new(store: Store, key: str, content: bytes) -> None:
 def delete(store: Store, key: str) -> None:
     """Delete an object, if it exists."""
     sync(store.delete(key))
+
+
+def folder_exists(store: Store) -> bool:
+    """Whether the folder of a local store is there; False for other stores, which have none."""
+    return isinstance(store, LocalStore) and store.root.is_dir()
+
+
+def remove_empty_folders(store: Store) -> None:
+    """Remove the folders in the folder of a local store in which no file lies; it stays itself.
+
+    Only the holder of the lock may: another writer may have made a folder for its next file.
+    """
+    if isinstance(store, LocalStore):
+        for folder, _, _ in os.walk(store.root, topdown=False):
+            if Path(folder) != store.root:
+                with suppress(OSError):  # not empty
+                    os.rmdir(folder)
+
+
+def remove_folder(store: Store) -> None:
+    """Remove the folder of a local store, if nothing but the empty one of the lock lies in it."""
+    if isinstance(store, LocalStore):
+        for folder in (store.root / WRITER.split("/")[0], store.root):
+            with suppress(OSError):  # not empty, or not there
+                os.rmdir(folder)
 
 
 @contextmanager

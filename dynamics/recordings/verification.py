@@ -7,7 +7,7 @@ import numpy as np
 
 from dynamics.errors import FormatError
 from dynamics.recordings import paths, stores
-from dynamics.recordings.leftovers import leftovers
+from dynamics.recordings.beginnings import leftovers
 from dynamics.recordings.reader import Recording
 
 

@@ -10,6 +10,7 @@ import asyncio
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Set
+from contextlib import suppress
 from functools import partial
 from typing import Any, Self
 
@@ -21,13 +22,14 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, FormatError, OutputExistsError
+from dynamics.errors import DynamicsError, RecordingHeldError
 from dynamics.recordings import paths, stores
+from dynamics.recordings.beginnings import clear, drop_leftovers, existing_recording
 from dynamics.recordings.compression import Compression
-from dynamics.recordings.leftovers import clear, drop_leftovers, was_never_begun
 from dynamics.recordings.lock import WriterLock
 from dynamics.recordings.metadata import Metadata
 from dynamics.recordings.reader import Recording
+from dynamics.recordings.stored_paths import StoredPaths
 from dynamics.recordings.stores import StoreLike
 from dynamics.runs.run import Event
 
@@ -41,12 +43,14 @@ class RecordingWriter:
         store: a path, a URL, any zarr Store, or an Icechunk repository.
         attrs: JSON-like attributes of a new recording; not used when resuming.
         resume: continue an existing recording instead of raising OutputExistsError.
+        overwrite: delete an existing recording and begin a new one in its place. Other files in its
+            folder stay.
         take_over: take the recording from a writer that holds it. Needed only for one that died on
             another machine; a writer that died on this machine is recognised.
         compression: of new arrays; existing arrays keep theirs.
 
     Raises:
-        OutputExistsError: the store holds a recording and `resume` is False.
+        OutputExistsError: the store holds a recording, and neither `resume` nor `overwrite` is set.
         RecordingHeldError: another writer has it.
         FormatError: the store holds something that is not a recording.
     """
@@ -57,6 +61,7 @@ class RecordingWriter:
         attrs: Mapping[str, Any],
         *,
         resume: bool = False,
+        overwrite: bool = False,
         take_over: bool = False,
         compression: Compression | None = None,
     ):
@@ -64,40 +69,37 @@ class RecordingWriter:
         self._compression = compression or Compression()
         self._arrays: dict[str, zarr.Array] = {}
         self._groups: set[str] = set()
+        self._stored_paths = StoredPaths({})
         self._series: dict[str, list[Any]] = {}
         self._uncommitted: set[tuple[str, int]] = (
             set()
         )  # chunks that belong to no commit (any more)
         # One chunk is compressed while another is written. Object stores answer late: more at once.
         self._at_once = 2 if isinstance(self._store, LocalStore) else 8
-        self._existing_recording(store, resume)
-        self._lock = WriterLock(self._store, take_over=take_over)
+        self._new_folder = not stores.folder_exists(self._store)
+        allowed = {"resume": resume, "overwrite": overwrite}
+        existing_recording(self._store, **allowed)
+        self._is_new = False
+        try:
+            self._lock = WriterLock(self._store, take_over=take_over)
+        except RecordingHeldError:
+            raise  # its folder is another writer's
+        except BaseException:
+            if self._new_folder:
+                stores.remove_folder(self._store)
+            raise
         try:
             # Once more: since the first check, another writer may have begun, and even closed.
-            recording = self._existing_recording(store, resume)
+            recording = existing_recording(self._store, **allowed)
             if recording is None:
+                self._is_new = True
                 self._create(attrs)
             else:
                 self._open(recording)
         except BaseException:
-            self._lock.release()
+            with suppress(Exception):  # the first error is the one to report
+                self.discard()
             raise
-
-    def _existing_recording(self, store: StoreLike, resume: bool) -> Recording | None:
-        """The recording to continue; None where a new one may begin."""
-        if not stores.holds_zarr(self._store):
-            if stores.is_occupied(self._store):
-                raise FormatError(f"{store} exists and is not a recording; choose another path.")
-            return None
-        if was_never_begun(self._store):
-            return None
-        recording = Recording(self._store)
-        if not resume:
-            raise OutputExistsError(
-                f"{store} already holds a recording of {len(recording.steps)} records; "
-                "resume it (resume=True) or record to another path."
-            )
-        return recording
 
     def _create(self, attrs: Mapping[str, Any]) -> None:
         clear(self._store)
@@ -106,7 +108,7 @@ class RecordingWriter:
             "format_version": schema.RECORDING_VERSION,
             **attrs,
         }
-        self._root = zarr.create_group(self._store, attributes=attrs)
+        self._root = zarr.create_group(self._store, attributes=attrs, zarr_format=3)
         self._metadata = Metadata(self._store, attrs, partial(_length, self._series))
         self._new_series(paths.STEP, "int64", 0)
         self._new_series(paths.TOKENS, "int64", paths.NO_TOKENS)
@@ -119,6 +121,7 @@ class RecordingWriter:
         attrs = {**recording.attrs, "format_version": schema.RECORDING_VERSION}
         self._metadata = Metadata(self._store, attrs, partial(_length, self._series))
         self._root = zarr.open_group(self._store, mode="r+", use_consolidated=False)
+        self._stored_paths = recording.stored_paths
         for path in recording.paths:
             self._enter_groups(path, create=False)
             array = self._root[path]
@@ -160,11 +163,14 @@ class RecordingWriter:
             DynamicsError: `step` does not follow the last record's, or a shape changed.
             RecordingHeldError: another writer has taken the recording over.
         """
+        attrs = {self._stored_paths.choose(path): each for path, each in (attrs or {}).items()}
+        matrices = {self._stored_paths.choose(path): values for path, values in matrices.items()}
         self._check(step, matrices)
+        self._lock.check()  # before chunks are written where another writer may be at work
         index = len(self.steps)
         for path, values in matrices.items():
             if path not in self._arrays:
-                self._new_array(path, values.shape, str(values.dtype), (attrs or {}).get(path))
+                self._new_array(path, values.shape, str(values.dtype), attrs.get(path))
             self._uncommitted.add((path, index))
         self._metadata.make_room(matrices, index + 1)
         sync(self._write_matrices(matrices, index))
@@ -177,7 +183,10 @@ class RecordingWriter:
             paths.STEP: step,
             paths.TOKENS: seen,
             paths.CHECKSUM: paths.record_checksum(step, seen, logged, exact),
-            **{paths.scalar_path(name): value for name, value in logged.items()},
+            **{
+                self._stored_paths.choose(paths.scalar_path(name)): each
+                for name, each in logged.items()
+            },
         }
         self._add_row(row, index, event=False)
         self._uncommitted.clear()
@@ -228,6 +237,19 @@ class RecordingWriter:
         finally:
             self.release()
 
+    def discard(self) -> None:
+        """Let others write, and delete the recording if it is this writer that began it."""
+        try:
+            if self._is_new:
+                stores.renew(self._store)
+                clear(self._store)
+                stores.commit(self._store, "the recording did not begin")
+                stores.remove_empty_folders(self._store)
+        finally:
+            self.release()
+            if self._new_folder:
+                stores.remove_folder(self._store)
+
     def release(self) -> None:
         """Let others write, and do nothing else; for use after an error."""
         self._lock.release()
@@ -247,8 +269,9 @@ class RecordingWriter:
         for path, values in matrices.items():
             if path in self._arrays and self._arrays[path].shape[1:] != values.shape:
                 raise DynamicsError(
-                    f"{path} had shape {self._arrays[path].shape[1:]} but has {values.shape} at "
-                    f"step {step}; a parameter must keep its shape in a recording."
+                    f"{paths.decoded(path)} had shape {self._arrays[path].shape[1:]} but has "
+                    f"{values.shape} at step {step}; a parameter must keep its shape in a "
+                    "recording."
                 )
 
     def _add_row(self, row: Mapping[str, Any], index: int, *, event: bool) -> None:
@@ -318,7 +341,7 @@ class RecordingWriter:
             dtype=dtype,
             fill_value=fill,
             dimension_names=paths.dimension_names(path, shape),
-            attributes=dict(attrs or {}),
+            attributes={**(attrs or {}), **self._stored_paths.attributes(path)},
             compressors=self._compression.codecs() if shape else _SERIES_CODECS,
             overwrite=True,  # an uncommitted record may have left one
         )

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from dynamics.errors import require_extra
-from dynamics.recordings import StoreLike
-from probes.recorder import Recorder
+from dynamics.recordings import name_of
+from probes.frameworks.attaching import AttachesRecorder
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,16 +15,27 @@ except ImportError as error:
 
 # What the Trainer logs about one step; its other values are sums over the run.
 _SCALARS = ("loss", "eval_loss", "grad_norm")
+# Where checkpoints say which store their training was recorded to.
+_NOTED = "learning-dynamics recordings"
 
 
-class RecorderCallback(TrainerCallback):
+class RecorderCallback(AttachesRecorder, TrainerCallback):
     """Attaches a `Recorder` when training begins and closes it when training ends.
 
     A training that starts from a checkpoint continues the recording at the step of the checkpoint.
     The loss, gradient norm and evaluation loss that the Trainer logs become scalars of the record
     of the same step, so choose `logging_steps` that divide `every`. All processes help to average
-    the gradients of frozen weights; the main process records. After an exception in training, the
-    Trainer calls no callback: call `close` yourself if you still need the model or the recording.
+    the gradients of frozen weights; the main process records.
+
+    `if_exists` is "next" by default: a second `train()`, a restart with a smaller batch
+    (`auto_find_batch_size`) and each trial of a hyperparameter search get a store of their own,
+    run-2.zarr, run-3.zarr, ... The checkpoints say (in trainer_state.json, under
+    `stateful_callbacks`) which of them their training was recorded to, and a training that starts
+    from a checkpoint continues that one.
+
+    After an exception in training, the Trainer calls no callback. The recording is then closed when
+    the next training begins, or when the process ends; call `close` yourself if you need the model
+    or the recording before.
 
     Args:
         store: path or URL of the recording, or any zarr Store.
@@ -37,11 +48,6 @@ class RecorderCallback(TrainerCallback):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    def __init__(self, store: StoreLike, **options: Any):
-        self._store = store
-        self._options = options
-        self.recorder: Recorder | None = None
-
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -53,15 +59,28 @@ class RecorderCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Open the recording; see `Recorder.attach`."""
-        self.close()  # an earlier training may have ended in an exception
         several = args.world_size > 1 and torch.distributed.is_initialized()
-        options: dict[str, Any] = {
-            "write": state.is_world_process_zero,
-            "process_group": torch.distributed.group.WORLD if several else None,
-            "resume_at": state.global_step or None,
-            **self._options,
-        }
-        self.recorder = Recorder(model, optimizer, self._store, **options).attach()
+        noted = state.stateful_callbacks.setdefault(_NOTED, {})
+        recorder = self._begin(
+            model,
+            optimizer,
+            noted.get(name_of(self._store)) if isinstance(noted, dict) else None,
+            write=state.is_world_process_zero,
+            process_group=torch.distributed.group.WORLD if several else None,
+            resume_at=state.global_step or None,
+        )
+        if recorder is not None and isinstance(noted, dict):
+            noted[name_of(self._store)] = recorder.store_name
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Hand over the last record, to which nothing is added any more.
+
+        The Trainer tells no callback of an exception that comes before the next record.
+        """
+        if self.recorder is not None:
+            self.recorder.hand_over()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -110,9 +129,3 @@ class RecorderCallback(TrainerCallback):
         # does not repeat the steps before it.
         if self.recorder is not None and control.should_save:
             self.recorder.flush()
-
-    def close(self) -> None:
-        """Finish the recording and leave the model as it was. Safe to call twice."""
-        if self.recorder is not None:
-            recorder, self.recorder = self.recorder, None
-            recorder.close()

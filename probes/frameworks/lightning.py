@@ -6,7 +6,7 @@ import torch
 
 from dynamics.errors import require_extra
 from dynamics.recordings import StoreLike
-from probes.recorder import Recorder
+from probes.frameworks.attaching import AttachesRecorder
 
 try:
     from lightning.pytorch import Callback
@@ -14,13 +14,18 @@ except ImportError as error:
     raise require_extra("lightning", error) from error
 
 
-class RecorderCallback(Callback):
+class RecorderCallback(AttachesRecorder, Callback):
     """Attaches a `Recorder` when fitting begins and closes it when fitting ends.
 
     Steps are the `global_step` of Lightning. With several optimizers (manual optimization), steps
     are counted by the last one. A fit that starts from a checkpoint continues the recording there.
     The scalar `loss` is what `training_step` returns, averaged over the micro-batches of a step on
     this rank. Log other values with `callback.recorder.log`.
+
+    `if_exists` is "next" by default: a fit that starts at step 0 where there is a recording gets a
+    store of its own, run-2.zarr, run-3.zarr, ... The checkpoints say which of them their training
+    was recorded to, and a fit that starts from a checkpoint continues that one. Lightning's tuners
+    (batch size, learning rate) take all callbacks off while they try, so trials are not recorded.
 
     Args:
         store: path or URL of the recording, or any zarr Store.
@@ -49,12 +54,10 @@ class RecorderCallback(Callback):
     """
 
     def __init__(self, store: StoreLike, **options: Any):
-        self._store = store
-        self._options = options
-        self._restored_step: int | None = None
+        super().__init__(store, **options)
+        self._restored: dict[str, Any] = {}
         self._losses: list[torch.Tensor] = []
         self._seen_step = 0
-        self.recorder: Recorder | None = None
 
     @property
     def state_key(self) -> str:
@@ -62,33 +65,34 @@ class RecorderCallback(Callback):
         return self._generate_state_key(store=str(self._store))
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, for Lightning's checkpoint."""
-        return {} if self.recorder is None else {"step": self.recorder.step}
+        """The step and the store, for Lightning's checkpoint."""
+        if self.recorder is None:
+            return {}
+        return {"step": self.recorder.step, "store": self.recorder.store_name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the step from the checkpoint from which a fit starts."""
-        self._restored_step = state_dict.get("step")
+        """Take the step and the store from the checkpoint from which a fit starts."""
+        self._restored = dict(state_dict)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the recording; see `Recorder.attach`.
 
         Lightning calls this after the strategy has wrapped the model and restored the optimizers.
         """
-        self.close()
         several = trainer.world_size > 1 and torch.distributed.is_initialized()
         one = len(trainer.optimizers) == 1
-        step = trainer.global_step if one else self._restored_step
-        options: dict[str, Any] = {
-            "write": trainer.is_global_zero,
-            "process_group": torch.distributed.group.WORLD if several else None,
-            "grad_scaler": getattr(trainer.precision_plugin, "scaler", None),
-            "resume_at": step or None,
-            **self._options,
-        }
-        # The model of the strategy, so that the recorder refuses wrappers it cannot record.
-        model = trainer.strategy.model
-        self.recorder = Recorder(model, trainer.optimizers, self._store, **options).attach()
-        self._restored_step, self._losses, self._seen_step = None, [], self.recorder.step
+        step = trainer.global_step if one else self._restored.get("step")
+        recorder = self._begin(
+            trainer.strategy.model,  # with its wrappers, so that the recorder refuses some of them
+            trainer.optimizers,
+            self._restored.get("store"),
+            write=trainer.is_global_zero,
+            process_group=torch.distributed.group.WORLD if several else None,
+            grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
+            resume_at=step or None,
+        )
+        self._restored, self._losses = {}, []
+        self._seen_step = 0 if recorder is None else recorder.step
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -108,6 +112,11 @@ class RecorderCallback(Callback):
             self.recorder.log(at=self.recorder.step, loss=torch.stack(self._losses).sum())
         self._losses, self._seen_step = [], self.recorder.step
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the records before the checkpoint: a fit that starts from it misses none."""
+        if self.recorder is not None:
+            self.recorder.flush()
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish the recording."""
         self.close()
@@ -115,9 +124,3 @@ class RecorderCallback(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Finish the recording and leave the model as it was."""
         self.close()
-
-    def close(self) -> None:
-        """Finish the recording and leave the model as it was. Safe to call twice."""
-        if self.recorder is not None:
-            recorder, self.recorder = self.recorder, None
-            recorder.close()

@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from numbers import Integral
 
 from dynamics.errors import DynamicsError, one_line
 from dynamics.recordings import RecordingWriter
@@ -40,6 +41,7 @@ class BackgroundWriter:
         self._room = threading.BoundedSemaphore(queue_size)
         self._jobs: queue.SimpleQueue[tuple[Job, bool] | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        self._done = threading.Event()
         # A daemon, so that a training script that dies without closing can still exit.
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
@@ -79,20 +81,29 @@ class BackgroundWriter:
         self._raise()
 
     def close(self) -> None:
-        """Finish all queued jobs and end the thread.
+        """Finish all queued jobs and end the thread. An interrupted call can be repeated.
 
         Raises:
             RuntimeError: a job failed.
         """
-        if self._thread.is_alive():
-            self._jobs.put(None)
-            self._thread.join()
+        self._end()
         if self._error is None:
             self._recording.close()
             return
         with suppress(Exception):  # the first error is the one to report
             self._recording.release()
         self._raise()
+
+    def discard(self) -> None:
+        """End the thread and discard a recording that it began; for use before the first job."""
+        self._end()
+        self._recording.discard()
+
+    def _end(self) -> None:
+        # Not by Thread.join: where Ctrl-C interrupts it, the thread counts as ended (bpo-45274).
+        if not self._done.is_set():
+            self._jobs.put(None)
+            self._done.wait()
 
     def _work(self) -> None:
         while (queued := self._jobs.get()) is not None:
@@ -105,6 +116,7 @@ class BackgroundWriter:
                 job()
             except BaseException as error:
                 self._error = error
+        self._done.set()
 
     def _raise(self) -> None:
         if self._error is None:
@@ -126,5 +138,5 @@ def check_policy(queue_size: int, when_full: str) -> None:
     """
     if when_full not in (BLOCK, SKIP):
         raise DynamicsError(f"when_full takes {BLOCK!r} or {SKIP!r}; found {when_full!r}.")
-    if queue_size < 1:
+    if not isinstance(queue_size, Integral) or isinstance(queue_size, bool) or queue_size < 1:
         raise DynamicsError(f"queue_size takes 1 or more records; found {queue_size!r}.")

@@ -63,6 +63,9 @@ class CpuBuffers:
     def _buffer(self, shape: torch.Size, dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
         with self._lock:
             free = self._free[shape, dtype, pinned]
-            buffer = free.pop() if free else torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            if free:
+                buffer = free.pop()
+            else:  # on the CPU, whatever torch.set_default_device says
+                buffer = torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
             self._in_use.add(buffer.data_ptr())
         return buffer

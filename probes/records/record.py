@@ -1,35 +1,13 @@
 """One record on its way from the training thread to the store."""
 
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsFloat, SupportsInt
 
 import numpy as np
 import torch
 
-from dynamics.errors import DynamicsError
-from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter
-
-_STORABLE = ("float64", "float32", "float16", "bfloat16")
-
-
-class StorageOverflowWarning(UserWarning):
-    """Numbers of a record are beyond the range of the dtype that they are stored in."""
-
-
-def dtype_to_store(name: str | None) -> torch.dtype | None:
-    """The dtype that weights and gradients are rounded to for storage; None keeps their own.
-
-    Raises:
-        DynamicsError: an unknown name.
-    """
-    if name is None:
-        return None
-    if name not in _STORABLE:
-        raise DynamicsError(f"storage_dtype takes one of {', '.join(_STORABLE)}; found {name!r}.")
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+from dynamics.recordings import RecordingWriter
+from probes.records.rounding import StorageRounding, StorageWarning, as_numpy
 
 
 class Record:
@@ -38,15 +16,19 @@ class Record:
     Attributes:
         step: optimizer steps done.
         logged: name -> value of its scalars.
+        tokens: seen so far; None where unknown.
         copied: events of a GPU; when they have happened, the copies are complete.
         defects: array path -> one line that says what is wrong with it.
+        losses: what rounding to the stored dtype lost, once it is written.
     """
 
-    def __init__(self, step: int, logged: dict[str, Any]):
+    def __init__(self, step: int, logged: dict[str, SupportsFloat]):
         self.step = step
         self.logged = logged
+        self.tokens: SupportsInt | None = None
         self.copied: list[torch.cuda.Event] = []
         self.defects: dict[str, str] = {}
+        self.losses: list[StorageWarning] = []
         self._tensors: dict[str, torch.Tensor] = {}
         self._attrs: dict[str, dict[str, Any]] = {}
 
@@ -60,15 +42,12 @@ class Record:
         """The copies."""
         return list(self._tensors.values())
 
-    def write(
-        self, recording: RecordingWriter, stored_as: torch.dtype | None = None
-    ) -> dict[str, np.ndarray]:
+    def write(self, recording: RecordingWriter, rounding: StorageRounding) -> dict[str, np.ndarray]:
         """Append this record to the recording; the writer's thread calls it.
 
         Args:
             recording: where to.
-            stored_as: round weights and gradients of more precision to this dtype. LoRA factors
-                are never rounded: they are small, and the base weight is computed from them.
+            rounding: to the dtype that weights and gradients are stored in.
 
         Returns:
             Array path -> its numbers before rounding.
@@ -77,45 +56,18 @@ class Record:
             event.synchronize()
         matrices, stored = {}, {}
         for path, tensor in self._tensors.items():
-            matrices[path] = stored[path] = _as_numpy(tensor)
-            dtype = tensor.dtype
-            if stored_as is not None and _is_rounded(path, dtype, stored_as):
-                stored[path] = _as_numpy(tensor.to(dtype := stored_as))
-                self._warn_of_overflow(path, matrices[path], stored[path], dtype)
-            self._attrs[path]["source_dtype"] = str(dtype).removeprefix("torch.")
+            matrices[path] = stored[path] = as_numpy(tensor)
+            kept = rounding.round(path, tensor)
+            if kept is not tensor:
+                stored[path] = as_numpy(kept)
+                self.losses += rounding.losses(self.step, path, matrices[path], kept)
+            self._attrs[path]["source_dtype"] = str(kept.dtype).removeprefix("torch.")
         scalars = {name: float(value) for name, value in self.logged.items()}
-        tokens = scalars.pop("tokens", None)
         recording.append(
             self.step,
             stored,
             attrs=self._attrs,
             scalars=scalars,
-            tokens=None if tokens is None else int(tokens),
+            tokens=None if self.tokens is None else int(self.tokens),
         )
         return matrices
-
-    def _warn_of_overflow(
-        self, path: str, numbers: np.ndarray, stored: np.ndarray, dtype: torch.dtype
-    ) -> None:
-        lost = int(np.count_nonzero(np.isinf(stored) & np.isfinite(numbers)))
-        if lost:
-            warnings.warn(
-                f"Step {self.step}: {lost} numbers of {path} are beyond the range of "
-                f"{str(dtype).removeprefix('torch.')} and stored as Inf; record with "
-                "storage_dtype='bfloat16'.",
-                StorageOverflowWarning,
-                stacklevel=2,
-            )
-
-
-def _is_rounded(path: str, dtype: torch.dtype, stored_as: torch.dtype) -> bool:
-    """Whether to round: only weights and gradients, and only to less precision than they have."""
-    of_a_weight = path.startswith((f"{WEIGHT}/", f"{GRADIENT}/"))
-    return of_a_weight and torch.finfo(dtype).eps < torch.finfo(stored_as).eps
-
-
-def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The same numbers in a dtype of Zarr; float32 holds bfloat16 and float8 exactly."""
-    if tensor.dtype not in (torch.float64, torch.float32, torch.float16):
-        tensor = tensor.to(torch.float32)
-    return tensor.numpy()

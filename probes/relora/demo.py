@@ -71,7 +71,8 @@ def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.
     for method in METHODS:
         console.print(f"Training {method}: {config.max_steps} steps", soft_wrap=True)
         twin = replace(config, method=method)
-        recorder = RecorderCallback(output / method / RECORDING_NAME, every=config.record_every)
+        store = output / method / RECORDING_NAME
+        recorder = RecorderCallback(store, every=config.record_every, if_exists="refuse")
         train(
             twin,
             data,

@@ -139,7 +139,9 @@ def run_experiment(
         announce(f"Resuming after step {step_of(checkpoint)}")
     recorder = None
     if record:
-        options = {"resume_at": 0} if resume and checkpoint is None else {}
+        options: dict[str, Any] = {"if_exists": "refuse"}
+        if resume and checkpoint is None:
+            options["resume_at"] = 0
         recorder = RecorderCallback(output / RECORDING_NAME, every=config.record_every, **options)
     callbacks: list[TrainerCallback] = [recorder] if recorder else []
     if evaluations:
