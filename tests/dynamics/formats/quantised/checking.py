@@ -25,7 +25,7 @@ def read(folder, name=NAME):
     """The matrix of that name, as a run gives it."""
     run = dy.open_run(folder)
     assert not run.problems
-    return run.read(name, 0, "weight")
+    return run.read(name, int(run.steps[0]), "weight")
 
 
 def left_out(folder):

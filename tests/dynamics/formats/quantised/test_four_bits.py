@@ -145,7 +145,7 @@ def test_experts_of_gpt_oss(tmp_path):
             ("up_proj", up[:, 1::2]),
             ("down_proj", expected["down_proj"][expert]),
         ):
-            found = run.read(f"{path}.{expert}.{module}.weight", 0, "weight")
+            found = run.read(f"{path}.{expert}.{module}.weight", int(run.steps[0]), "weight")
             np.testing.assert_array_equal(found.values, values)
             assert found.errors.variance().shape == values.shape
     original = matrix(shape=(64, 64), seed=1).T
@@ -169,7 +169,7 @@ def test_one_expert_is_read_alone(tmp_path, monkeypatch):
         "read_range",
         lambda path, first, length: read_bytes.append(length) or read_range(path, first, length),
     )
-    run.read(f"{path}.5.down_proj.weight", 0, "weight")
+    run.read(f"{path}.5.down_proj.weight", int(run.steps[0]), "weight")
     assert sum(read_bytes) == 64 * 64 // 2 + 64 * 2
 
 

@@ -224,3 +224,44 @@ def test_torchao(tmp_path, name):
     np.testing.assert_allclose(dense.values, expected, rtol=2**-22)
     assert list(dy.open_run(folder).matrices) == [NAME]
     assert 1 < floor_over_error(dense, matrix("rows")) < 1.8
+
+
+def by_gptq(weight, inputs, bits=4):
+    """GPTQ (Frantar et al. 2022): each column is rounded, the next ones make up for its errors.
+
+    Returns:
+        (The rounded weight, the scale of each row.)
+    """
+    hessian = inputs.T @ inputs
+    hessian += 0.01 * np.trace(hessian) / len(hessian) * np.eye(len(hessian))
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    scale = np.abs(weight).max(axis=1) / (2 ** (bits - 1) - 1)
+    rest, rounded = weight.astype(np.float64).copy(), np.empty_like(weight, dtype=np.float64)
+    for col in range(weight.shape[1]):
+        limit = 2 ** (bits - 1) - 1
+        rounded[:, col] = np.clip(np.round(rest[:, col] / scale), -limit, limit) * scale
+        error = (rest[:, col] - rounded[:, col]) / upper[col, col]
+        rest[:, col:] -= np.outer(error, upper[col, col:])
+    return rounded, scale
+
+
+def test_the_errors_of_gptq_exceed_the_floor(tmp_path):
+    rng = np.random.default_rng(0)
+    original = matrix(shape=(64, 96))
+    inputs = rng.standard_normal((512, 96)) @ (rng.standard_normal((96, 96)) * 0.3 + np.eye(96))
+    rounded, scale = by_gptq(original, inputs)
+    codes = np.round(rounded / scale[:, None]).astype(np.uint32) + 8
+    words = np.zeros((12, 64), dtype=np.uint32)
+    for at in range(96):
+        words[at // 8] |= codes[:, at] << np.uint32(4 * (at % 8))
+    stored = {
+        f"{MODULE}.qweight": torch.tensor(words.view(np.int32)),
+        f"{MODULE}.qzeros": torch.full((1, 8), 0x77777777, dtype=torch.int32),
+        f"{MODULE}.scales": torch.tensor(scale[None].astype(np.float32)),
+        f"{MODULE}.g_idx": torch.zeros(96, dtype=torch.int32),
+    }
+    dense = read(write(tmp_path, stored, {"quant_method": "gptq", "bits": 4, "group_size": -1}))
+    np.testing.assert_allclose(dense.values, rounded, rtol=1e-5)
+    # The errors make up for each other where the inputs are large: their norm is not that of
+    # independent ones. The floor is a lower bound.
+    assert 0.4 < floor_over_error(dense, original) < 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dynamics as dy
-from dynamics.errors import FormatError
+from dynamics.errors import MissingError
 from tests.dynamics.formats.quantised.checking import matrix, write
 
 torch = pytest.importorskip("torch")
@@ -64,5 +64,5 @@ def test_a_base_that_is_not_dequantised_is_named(run):
     path, _, _ = run
     config = {"quantization_config": {"quant_method": "quark"}}
     (path / "base/config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match="quantised by quark, not dequantised"):
+    with pytest.raises(MissingError, match="quantised by quark, not dequantised"):
         dy.analyze(path)
