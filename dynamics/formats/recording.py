@@ -14,6 +14,7 @@ from dynamics.formats.shared.evaluations import with_evaluations
 from dynamics.formats.storage.files import is_remote
 from dynamics.recordings import (
     ADAPTER,
+    BASE,
     GRADIENT,
     WEIGHT,
     Recording,
@@ -71,6 +72,7 @@ class RecordingRun(Run):
         self.account = Account.from_json(self.attrs.get("account"))
         self._index = {int(step): index for index, step in enumerate(self.steps)}
         self._with_adapter = set(self._recording.parameters(ADAPTER))
+        self._with_base = set(self._recording.parameters(BASE))
         self._spectra = SpectraReader(self._recording)
         self.spectrum_kinds = tuple(self._spectra.shapes)
         of_spectra = (shapes.items() for shapes in self._spectra.shapes.values())
@@ -89,7 +91,7 @@ class RecordingRun(Run):
         weights = self._recording.parameters(WEIGHT)
         self.stored_kinds = (
             *((schema.WEIGHT,) if weights else ()),
-            *((schema.BASE,) if weights and self._with_adapter else ()),
+            *((schema.BASE,) if weights and self._with_adapter | self._with_base else ()),
             *((schema.ADAPTER,) if self._with_adapter else ()),
             *((schema.GRADIENT,) if self._recording.parameters(GRADIENT) else ()),
         )
@@ -98,9 +100,13 @@ class RecordingRun(Run):
         """A stored matrix; see `Run.read`.
 
         `base` is the recorded effective weight minus s·B·A. It is exact up to the rounding of the
-        dtype in which the two were added; this rounding is the weight's own noise.
+        dtype in which the two were added; this rounding is the weight's own noise. Where the weight
+        is no such sum, the base itself was recorded.
         """
         index = self._index[step]
+        if kind == schema.BASE and name in self._with_base:
+            at = self._base_index(name, index)
+            return None if at is None else self._dense(BASE, name, at)
         if kind == schema.ADAPTER:
             return self._adapter(name, index)
         if kind == schema.BASE:
@@ -116,6 +122,10 @@ class RecordingRun(Run):
 
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """The chunks that `read` takes the matrix from; see `Run.origin`."""
+        if kind == schema.BASE and name in self._with_base:
+            at = self._base_index(name, self._index[step])
+            origin = None if at is None else self._recording.origin(matrix_path(BASE, name), at)
+            return None if origin is None else f"{kind} {origin}"
         has_factors = kind in (schema.ADAPTER, schema.BASE) and name in self._with_adapter
         paths = [factor_path(name, factor) for factor in "AB"] if has_factors else []
         if kind != schema.ADAPTER:
@@ -133,6 +143,11 @@ class RecordingRun(Run):
             return 0
         merges = (event.step for event in self.events if event.kind == schema.MERGE)
         return sum(before <= step < now for step in merges)
+
+    def _base_index(self, name: str, index: int) -> int | None:
+        """The record that holds the base weight as it was in record `index`."""
+        path = matrix_path(BASE, name)
+        return next((i for i in range(index, -1, -1) if self._recording.has(path, i)), None)
 
     def _dense(self, group: str, name: str, index: int) -> Dense | None:
         path = matrix_path(group, name)

@@ -14,6 +14,7 @@ from dynamics.recordings.numbered import (
 )
 from dynamics.recordings.paths import (
     ADAPTER,
+    BASE,
     GRADIENT,
     SPECTRA,
     WEIGHT,
@@ -30,6 +31,7 @@ from dynamics.recordings.writer import RecordingWriter
 
 __all__ = [
     "ADAPTER",
+    "BASE",
     "COMPRESSIONS",
     "GRADIENT",
     "SPECTRA",

@@ -7,6 +7,8 @@
       scalars/<name>        (step,) float64, NaN where nothing was logged
       weight/<parameter>    (step, out, in), one chunk per record, attrs: source_dtype
       gradient/<parameter>  the same
+      base/<parameter>      weights without adapters where W is not base + s·B·A (modules_to_save,
+                            DoRA): in the first record, and in those where they had changed
       adapter/<parameter>/  A (step, r, in), B (step, out, r), attrs: scaling, transposed
       spectra/<kind>/       in place of matrices: singular_value (step, matrix, index), padded with
                             NaN, attrs: matrices (name, rows, cols, ...); and
@@ -40,13 +42,15 @@ import zarr
 
 from dynamics.errors import FormatError
 
-WEIGHT, GRADIENT, ADAPTER, SPECTRA = "weight", "gradient", "adapter", "spectra"
+WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA = "weight", "gradient", "base", "adapter", "spectra"
 SINGULAR_VALUE, BOUNDS = "singular_value", "bounds"
 STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
 SCALARS, EVENTS = "scalars", "events"
 ROOT, WRITER = "zarr.json", "writer/zarr.json"
 # All that lies in the root of a recording, besides its own document and the lock.
-MEMBERS = frozenset((WEIGHT, GRADIENT, ADAPTER, SPECTRA, SCALARS, EVENTS, STEP, TOKENS, CHECKSUM))
+MEMBERS = frozenset(
+    (WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA, SCALARS, EVENTS, STEP, TOKENS, CHECKSUM)
+)
 EVENT_COLUMNS = ("step", "kind", "attrs")
 SERIES_CHUNK = 1024
 NO_TOKENS = NO_CHECKSUM = -1
@@ -143,7 +147,7 @@ def place(path: str, name: object = None) -> Place | None:
         name: its attribute `name`, if it has one.
     """
     group, _, rest = path.partition("/")
-    if group not in (WEIGHT, GRADIENT, ADAPTER, SCALARS) or not rest:
+    if group not in (WEIGHT, GRADIENT, BASE, ADAPTER, SCALARS) or not rest:
         return None
     factor = ""
     if group == ADAPTER:
@@ -152,7 +156,7 @@ def place(path: str, name: object = None) -> Place | None:
 
 
 def matrix_path(group: str, parameter: str) -> str:
-    """Path of a parameter's matrices: "weight/<parameter>" or "gradient/<parameter>"."""
+    """Path of a parameter's matrices in the group `weight`, `gradient` or `base`."""
     return Place(group, parameter).path
 
 
@@ -178,7 +182,7 @@ def event_path(column: str) -> str:
 
 def is_matrix(path: str) -> bool:
     """Whether an array has a matrix per record, and one chunk for each."""
-    return path.split("/")[0] in (WEIGHT, GRADIENT, ADAPTER, SPECTRA)
+    return path.split("/")[0] in (WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA)
 
 
 def is_event(path: str) -> bool:

@@ -110,6 +110,11 @@ class Recording:
             # Looked up first: zarr reads a missing chunk as a matrix of fill values.
             return np.asarray(array[index]) if _has_chunk(array, index) else None
 
+    def has(self, path: str, index: int) -> bool:
+        """Whether record `index` has this matrix."""
+        path = self.stored_paths.find(path)
+        return path in self.paths and _has_chunk(self.array(path), index)
+
     def origin(self, path: str, index: int) -> str | None:
         """A token of the chunk that `read` reads; see `Run.origin`.
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class AdaptedSource:
     layer: Any
     name: str  # of the weight inside of the base layer
     bases: Mapping[str, Source]  # name -> each weight that the base layer has itself
+    is_adapted: ClassVar[bool] = True
 
     def read(self) -> torch.Tensor:
         """The base weight with the active adapters."""
@@ -88,6 +89,7 @@ class AttentionSource:
 
     layer: Any
     name: str
+    is_adapted: ClassVar[bool] = True
 
     def read(self) -> torch.Tensor:
         """The base weight with the active adapters."""
@@ -118,6 +120,7 @@ class SavedSource:
     wrapper: Any
     original: Source
     copies: Mapping[str, Source]
+    is_adapted: ClassVar[bool] = True
 
     def read(self) -> torch.Tensor:
         """The weight of the active copy."""

@@ -23,7 +23,10 @@ class Factors(NamedTuple):
 
 
 class Source(Protocol):
-    """Where a weight is read from."""
+    """Where a weight is read from.
+
+    One with an attribute `is_adapted` may have an adapter between the base and the weight.
+    """
 
     def read(self) -> torch.Tensor:
         """The weight that the model computes with now, detached."""
@@ -105,6 +108,16 @@ class Weight:
     @torch.no_grad()
     def base(self) -> torch.Tensor:
         """The weight without its adapter. May be the parameter itself, detached."""
+        return self.source.base()
+
+    @torch.no_grad()
+    def own_base(self) -> torch.Tensor | None:
+        """The base weight where it does not follow from weight and factors; None elsewhere.
+
+        This is so for adapters that are more than s·B·A (DoRA) and for `modules_to_save`.
+        """
+        if not getattr(self.source, "is_adapted", False) or self.factors() is not None:
+            return None
         return self.source.base()
 
     def factors(self) -> Factors | None:

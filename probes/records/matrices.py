@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, factor_path, matrix_path
+from dynamics.recordings import ADAPTER, BASE, GRADIENT, WEIGHT, factor_path, matrix_path
+from dynamics.runs.stacks import Part
 from probes.gradients.of_step import Gradients
 from probes.model.parameters import Tracked
 from probes.model.sharding import gather
@@ -20,6 +21,7 @@ class MatrixContents(Contents):
     def __init__(self, tracked: Sequence[Tracked], record: frozenset[str], writes: bool):
         super().__init__(tracked, record, writes)
         self.buffers = CpuBuffers()
+        self._bases: dict[str, tuple[int, int]] = {}  # name -> address and version, as recorded
 
     def keep(self, gradient: torch.Tensor, *, owned: bool = False) -> torch.Tensor:
         """A copy of the gradient in CPU memory."""
@@ -38,6 +40,17 @@ class MatrixContents(Contents):
         """Take the record's buffers back."""
         self.buffers.release(record.tensors)
 
+    def _changed_base(self, each: Tracked) -> Iterator[tuple[Part, torch.Tensor]]:
+        """The matrices of a base weight of its own, in the first record and after a change."""
+        base = each.weight.own_base()
+        if base is None:
+            return
+        state = base.data_ptr(), base._version
+        values = gather(base, keep=self._writes)
+        if values is not None and self._bases.get(each.name) != state:
+            self._bases[each.name] = state
+            yield from each.matrices(values)
+
     def _matrices(self, each: Tracked) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
         """(array path, matrix, attributes of the array) of what is read from one weight."""
         if WEIGHT in self._record and each.weight.readable:
@@ -45,6 +58,8 @@ class MatrixContents(Contents):
             if weight is not None:
                 for part, matrix in each.matrices(weight):
                     yield matrix_path(WEIGHT, part.name), matrix, dict(part.attrs)
+            for part, base in self._changed_base(each):
+                yield matrix_path(BASE, part.name), base, dict(part.attrs)
         if ADAPTER in self._record:
             for part, factors in gathered_factors(each, keep=self._writes):
                 attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}

@@ -6,6 +6,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import zarr
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -131,3 +132,39 @@ def test_a_disabled_or_merged_adapter_adds_nothing():
     merged, none = effective()
     assert none is None
     assert torch.equal(merged, with_adapter)
+
+
+@pytest.mark.parametrize("what", ["modules_to_save", "dora"])
+def test_a_base_that_is_not_weight_minus_adapter_is_recorded_itself(tmp_path, what):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    options = {"modules_to_save": ["1"]} if what == "modules_to_save" else {"use_dora": True}
+    targets = ["0"] if what == "modules_to_save" else ["1"]
+    bases = [each.weight.detach().clone() for each in model]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, **options))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    with Recorder(model, optimizer, tmp_path / "run.zarr", every=1) as recorder:
+        for step in range(3):
+            model(torch.randn(4, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:  # as a training that merges by its own means does
+                frozen = {id(each) for each in trained}
+                (original,) = [
+                    each for name, each in model.named_parameters()
+                    if id(each) not in frozen and ("original_module" in name or "1.base" in name)
+                    and name.endswith("weight")
+                ]  # fmt: skip
+                with torch.no_grad():
+                    original.add_(1)
+                recorder.event("changed")
+    run = dy.open_run(tmp_path / "run.zarr")
+    for step, offset in ((0, 0), (1, 0), (2, 0), (3, 1)):
+        found = run.read("1.weight", step, "base")
+        assert torch.equal(torch.from_numpy(found.values), bases[1] + offset)
+    assert not torch.equal(torch.from_numpy(run.read("1.weight", 3, "weight").values), bases[1])
+    stored = zarr.open_group(tmp_path / "run.zarr", mode="r")["base/1.weight"]
+    chunks = list((tmp_path / "run.zarr/base/1.weight/c").iterdir())
+    assert (len(chunks), stored.shape[0]) == (2, 4)
+    assert not run.verify().damaged
