@@ -46,7 +46,9 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
     backend = backend or NumpyBackend()
     digest = hashlib.blake2b((_COMPUTED_BY + backend.version).encode(), digest_size=20)
     if isinstance(matrix, Factored):
-        other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed, matrix.noise)
+        other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
+        if matrix.noise is not None:  # of quantised factors; the keys of others stay what they were
+            other = (*other, matrix.noise)
         parts = [matrix.left, matrix.right]
     elif isinstance(matrix, Difference):
         other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
