@@ -117,7 +117,7 @@ class Checkpoint:
         if self.weights is None or kind not in (schema.WEIGHT, schema.BASE) or name in self.unknown:
             return None
         if name in self.effective and kind == schema.WEIGHT:
-            return _dense(self.effective[name])
+            return _with_errors_of(self.weights.get(name), _dense(self.effective[name]))
         if adapter is None or (self.is_merged and kind == schema.WEIGHT):
             return _dense(self.weights.get(name))
         if kind == schema.BASE:
@@ -258,6 +258,13 @@ class CheckpointsRun(Run):
             bases = [(each.weights or {}).get(name) for each in (one, other)]
             self._base_changes[key] = name in other.adapters and _differ(*bases)
         return self._base_changes[key]
+
+
+def _with_errors_of(base: Tensor | None, effective: Dense | None) -> Dense | None:
+    """What is computed from a quantised base has its errors, as far as it is near to the base."""
+    if effective is None or not isinstance(base, QuantisedTensor) or base.shape != effective.shape:
+        return effective
+    return replace(effective, errors=base.dense().errors)
 
 
 def _dense(tensor: Tensor | None) -> Dense | None:

@@ -27,6 +27,7 @@ from dynamics.formats.storage.files import (
     size_of,
 )
 from dynamics.formats.storage.tensors import (
+    CODE_BYTES,
     ITEM_BYTES,
     AssembledTensor,
     StoredTensor,
@@ -88,7 +89,7 @@ _Places = Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
 def _metadata(
     path: Path, root: Path
 ) -> tuple[dict[str, _Described], _Places, dict[str, tuple[str, ...]]]:
-    """(Floating-point tensors by key, place of each chunk, path of each key in the saved dicts).
+    """(Tensors by key, place of each chunk, path of each key in the saved dicts).
 
     A key is a path whose parts are joined. `planner_data` has the paths themselves, unless another
     planner than torch's saved the checkpoint.
@@ -100,7 +101,7 @@ def _metadata(
         if not entry.name.endswith(".TensorStorageMetadata"):
             continue
         dtype = entry.state["properties"].state[0]
-        if dtype not in ITEM_BYTES:
+        if dtype not in ITEM_BYTES and dtype not in CODE_BYTES:
             continue
         chunks = [
             (
@@ -144,7 +145,7 @@ def _unpickled(path: Path, root: Path) -> Inert:
 def _stand_in(module: str, name: str) -> Any:
     if (module, name) == ("torch", "Size"):
         return callable_from_files(lambda sizes=(): tuple(sizes))
-    return name if module == "torch" and name in ITEM_BYTES else None
+    return name if module == "torch" and (name in ITEM_BYTES or name in CODE_BYTES) else None
 
 
 def _no_storage(_: Any) -> Any:
@@ -164,8 +165,10 @@ def _of_the_model(
         for key, path in paths.items()
         if not any(_NO_MODEL.search(part) for part in path[:-1] or [path[0].split(".")[0]])
     }
-    if all(len(path) == 1 for path in kept.values()):
-        kept = _split(kept.keys())
+    # Floats tell where the model is; integers belong to it where they lie beside them.
+    floats = [key for key in kept if described[key][0] in ITEM_BYTES]
+    if all(len(kept[key]) == 1 for key in floats):
+        kept = _split(kept, floats)
     holders: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for key, path in kept.items():
         holders[path[:-1]][path[-1]] = key
@@ -173,7 +176,9 @@ def _of_the_model(
     candidates = named or [
         holder
         for holder, held in holders.items()
-        if any(len(described[key][1]) == 2 for key in held.values())
+        if any(
+            len(described[key][1]) == 2 and described[key][0] in ITEM_BYTES for key in held.values()
+        )
     ]
     if len(candidates) == 1:
         return holders[candidates[0]]
@@ -184,12 +189,15 @@ def _of_the_model(
     )
 
 
-def _split(keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Key -> path, where only keys are known: a prefix that all have is the name of the model."""
-    keys = list(keys)
+def _split(keys: Iterable[str], floats: list[str]) -> dict[str, tuple[str, ...]]:
+    """Key -> path, where only keys are known: what all floats begin with is the model's name."""
     for prefix in ("app.model.", *(f"{name}." for name in sorted(_MODELS - {"model"}))):
-        if keys and all(key.startswith(prefix) for key in keys):
-            return {key: (prefix[:-1].split(".")[-1], key.removeprefix(prefix)) for key in keys}
+        if floats and all(key.startswith(prefix) for key in floats):
+            within = (prefix[:-1].split(".")[-1],)
+            return {
+                key: (*within, key.removeprefix(prefix)) if key.startswith(prefix) else (key,)
+                for key in keys
+            }
     return {key: (key,) for key in keys}
 
 
@@ -228,7 +236,7 @@ def _assembled(
                 "checkpoint."
             )
         # Checked before memory is allocated: a file of torch.save is longer than its numbers.
-        if length < prod(sizes) * ITEM_BYTES[dtype]:
+        if length < prod(sizes) * (ITEM_BYTES | CODE_BYTES)[dtype]:
             raise _damage_error(
                 where, f"{key} would have a {dtype} chunk {sizes} in {length} bytes"
             )

@@ -185,3 +185,18 @@ def test_scales_that_are_missing_or_do_not_fit(tmp_path):
             write(tmp_path / "short", stored),
             f"{path.removesuffix('.down_proj')}.1.down_proj.weight",
         )
+
+
+def test_a_distributed_checkpoint_of_quantised_weights(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    stored, expected = by_bitsandbytes(matrix(), nested=True)
+    stored["model.norm_proj.weight"] = torch.ones(4, 4)
+    stored["model.mask"] = torch.ones(4, 4, dtype=torch.int64)
+    dcp.save({"model": stored}, checkpoint_id=tmp_path / "step-10", no_dist=True)
+    run = dy.open_run(tmp_path)
+    assert set(run.matrices) == {NAME, "model.norm_proj.weight"}
+    np.testing.assert_array_equal(run.read(NAME, 10, "weight").values, expected.numpy())
+    assert {each.name: each.reason for each in run.account.left_out} == {
+        "model.mask": "integers (indices, masks)"
+    }

@@ -11,6 +11,7 @@ from tests.dynamics.formats.quantised.checking import matrix, write
 
 torch = pytest.importorskip("torch")
 save_file = pytest.importorskip("safetensors.torch").save_file
+load_file = pytest.importorskip("safetensors.torch").load_file
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 FP8 = {"quant_method": "fp8", "weight_block_size": [64, 64]}
@@ -58,6 +59,23 @@ def test_the_errors_of_the_base_cancel_in_an_update(run):
     floor = measured["noise_floor"]
     # What remains is the rounding of the model's own dtype, bfloat16, as above a base in bfloat16.
     assert floor.sel(kind="update").item() < floor.sel(kind="base").item() / 5
+
+
+def test_dora_has_the_errors_of_its_base(run):
+    path, base, products = run
+    for step in (1, 2):
+        folder = path / f"checkpoint-{step}"
+        tensors = load_file(folder / "adapter_model.safetensors")
+        norms = torch.tensor(np.linalg.norm(base + products[step - 1], axis=1))
+        prefix = "base_model.model." + NAME.removesuffix(".weight")
+        tensors[f"{prefix}.lora_magnitude_vector"] = 1.01 * norms
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    weight = dy.open_run(path).read(NAME, 2, "weight")
+    np.testing.assert_allclose(weight.values, 1.01 * (base + products[1]), rtol=0, atol=1e-6)
+    floors = dy.analyze(path)["noise_floor"].sel(matrix=NAME, step=2)
+    assert floors.sel(kind="weight").item() == floors.sel(kind="base").item()
 
 
 def test_a_base_that_is_not_dequantised_is_named(run):
