@@ -185,9 +185,10 @@ def _holds_codes(name: str, tensor: Tensor, said: Said) -> bool:
     leaf = name.rpartition(".")[2]
     if tensor.dtype in FLOAT8:  # without a scale, they are numbers like others
         return bool(said.method)
-    if tensor.dtype in ("int64", "bool") or leaf.endswith(("bias", "mask", "position_ids")):
-        return False
-    return bool(said.method) or _CODE_LEAVES.fullmatch(leaf) is not None
+    if _CODE_LEAVES.fullmatch(leaf):
+        return True
+    no_code = leaf.endswith(("bias", "mask", "position_ids"))
+    return bool(said.method) and tensor.dtype not in ("int64", "bool") and not no_code
 
 
 def _above(name: str) -> Iterator[str]:
