@@ -142,6 +142,9 @@ def _detected_format(path: Path) -> Format:
     for format in candidates:
         if format.recognises(path):
             return format
+    for format in candidates:
+        if format.resembles(path):
+            return format
     recognised = "; ".join(format.description for format in candidates)
     if is_file:
         raise FormatError(

@@ -65,6 +65,13 @@ class Format(ABC):
             path: an existing directory; an existing file only where `single_files` is set.
         """
 
+    def resembles(self, path: Path) -> bool:
+        """Whether an incomplete run of this format lies at `path`, if none recognises it.
+
+        To open it gives a better reason than that nothing was recognised.
+        """
+        return False
+
     @abstractmethod
     def open(self, path: Path, options: OpenOptions) -> Run:
         """The run at `path`. No tensor is read yet.
@@ -91,7 +98,11 @@ class Format(ABC):
             )
         for option, value in vars(options).items():
             if value is not None and option not in self.options:
-                raise DynamicsError(
-                    f"{path} is of format {self.name!r}, which takes no {_OPTION_NAMES[option]}; "
-                    f"leave {option}= (--{option.replace('_', '-')}) out."
-                )
+                raise self.takes_no(option, path)
+
+    def takes_no(self, option: str, path: Path) -> DynamicsError:
+        """What to raise where an option would have no effect on the run at a path."""
+        return DynamicsError(
+            f"{path} is of format {self.name!r}, which takes no {_OPTION_NAMES[option]}; "
+            f"leave {option}= (--{option.replace('_', '-')}) out."
+        )

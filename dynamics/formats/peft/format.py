@@ -21,7 +21,7 @@ from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.full_checkpoints import with_clean_names
 from dynamics.formats.shared.hugging_face_files import logged_scalars, trainer_step
 from dynamics.formats.shared.series import Look, Series, find_series
-from dynamics.formats.storage.files import contained, read_json, root_of
+from dynamics.formats.storage.files import contained, entries, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor, floats
 from dynamics.runs.account import LeftOut
@@ -38,6 +38,14 @@ class PeftFormat(Format):
     options = ("base", "adapter", "lora_alpha", "expert_blocks")
 
     def recognises(self, path: Path) -> bool:
+        """Whether a checkpoint below (or at) `path` has an adapter_config.json and weights.
+
+        The config may lie beside a whole model, in a file of another format.
+        """
+        series = _series(path)
+        return series is not None and any(map(_has_weights, series.steps.values()))
+
+    def resembles(self, path: Path) -> bool:
         """Whether a checkpoint below (or at) `path` has an adapter_config.json."""
         return _series(path) is not None
 
@@ -58,6 +66,14 @@ class PeftFormat(Format):
         run.places = {step: str(each) for step, each in series.steps.items()}
         run.passed_over = series.passed_over
         return run
+
+
+def _has_weights(directory: Path) -> bool:
+    if has_model(directory, ADAPTER):
+        return True
+    if not directory.is_dir():
+        return False
+    return any(each.is_dir and has_model(each.path, ADAPTER) for each in entries(directory)[:64])
 
 
 def _series(path: Path) -> Series | None:

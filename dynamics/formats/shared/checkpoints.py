@@ -196,7 +196,8 @@ class CheckpointsRun(Run):
             kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
         )
         self._with_adapter = {name for each in self._checkpoints.values() for name in each.adapters}
-        if self.absent_kinds:  # parameters without adapter cannot be measured at every step
+        # Without a base, parameters without adapter cannot be measured at every step.
+        if schema.WEIGHT in self.absent_kinds:
             shapes = {name: shape for name, shape in shapes.items() if name in self._with_adapter}
         self.matrices = matrices_of(shapes)
         if not self.matrices:
@@ -232,6 +233,13 @@ class CheckpointsRun(Run):
     def origin(self, name: str, step: int, kind: str) -> str | None:
         """See `Run.origin`."""
         return None if step in self.problems else self._checkpoints[step].origin(name, kind)
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any checkpoint holds a part of an adapter, be it measured or not."""
+        return any(
+            each.adapters or each.effective or each.unknown for each in self._checkpoints.values()
+        )
 
     @property
     def scalars(self) -> dict[str, np.ndarray]:

@@ -8,19 +8,27 @@ the prefixes of wrappers, and a tied weight is measured once.
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
 from dynamics.formats.quantised.dequantise import dequantised
+from dynamics.formats.shared.adapters.inside import (
+    Inside,
+    adapters_inside,
+    may_hold_adapters,
+    with_clean_names_left_out,
+)
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.series import Look, Series, find_series
 from dynamics.formats.shared.steps import step_in_name
 from dynamics.formats.storage.files import reporting_unreadable, root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
+from dynamics.runs.account import LeftOut
 from dynamics.runs.attention_config import tied_aliases
 from dynamics.runs.run import Run
 
@@ -43,20 +51,31 @@ class FullCheckpoint:
     attrs: Callable[[], Mapping[str, Any]] = dict
     scalars: Callable[[], Mapping[str, float]] = dict
 
-    def open(self) -> Checkpoint:
-        """The checkpoint: dequantised, with clean names, each tied weight under one name only."""
+    def open(self, root: Path | None = None, options: OpenOptions | None = None) -> Checkpoint:
+        """The checkpoint: dequantised, with clean names, each tied weight under one name only.
+
+        Args:
+            root: the directory that no file may lead out of; its own directory by default.
+            options: what the user said of adapters in it.
+        """
         with reporting_unreadable(self.where):
             attrs = self.attrs()
-            stored, left_out = dequantised(self.tensors(), attrs.get("config"))
-            tensors = with_clean_names(stored, self.where)
-            return Checkpoint(
-                without_tied_names(tensors, attrs),
-                left_out=tuple(
-                    replace(each, name=parameter_names.clean_name(each.name)) for each in left_out
-                ),
-                attrs=attrs,
-                scalars=self.scalars(),
-            )
+            stored, not_read = dequantised(self.tensors(), attrs.get("config"))
+            left_out = with_clean_names_left_out(not_read)
+            scalars = self.scalars()
+            if may_hold_adapters(stored):
+                inside = adapters_inside(
+                    stored,
+                    self.where,
+                    root or root_of(self.where if self.where.is_dir() else self.where.parent),
+                    attrs,
+                    options or OpenOptions(),
+                    partial(_as_weights, where=self.where, attrs=attrs),
+                )
+                if inside is not None:
+                    return _checkpoint_of(inside, left_out, attrs, scalars)
+            weights = _as_weights(stored, self.where, attrs)
+            return Checkpoint(weights, left_out=left_out, attrs=attrs, scalars=scalars)
 
     @classmethod
     def unreadable(cls, where: Path, problem: FormatError) -> "FullCheckpoint":
@@ -86,6 +105,8 @@ class Found:
 class FullCheckpointsFormat(Format):
     """A format whose checkpoints are complete; it says which there are."""
 
+    options = ("adapter", "lora_alpha", "expert_blocks")
+
     @abstractmethod
     def checkpoints(self, path: Path, root: Path) -> Found | dict[int, FullCheckpoint]:
         """The checkpoints of a run, or step -> checkpoint, none of them opened.
@@ -105,7 +126,12 @@ class FullCheckpointsFormat(Format):
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""
-        return run_of(path, self.name, self.found(path))
+        run = run_of(path, self.name, self.found(path), options)
+        if not run.has_adapters:
+            for option in self.options:
+                if getattr(options, option) is not None:
+                    raise self.takes_no(option, path)
+        return run
 
 
 class SeriesFormat(FullCheckpointsFormat):
@@ -211,12 +237,45 @@ def found_in_files(
     return Found(checkpoints, passed_over)
 
 
-def run_of(path: Path, format: str, found: Found) -> Run:
+def run_of(
+    path: Path, format: str, found: Found, options: OpenOptions | None = None
+) -> CheckpointsRun:
     """The run of the checkpoints that a format found."""
-    run = CheckpointsRun(path, format, {s: each.open for s, each in found.checkpoints.items()})
+    root = root_of(path if path.is_dir() else path.parent)
+    run = CheckpointsRun(
+        path,
+        format,
+        {step: partial(each.open, root, options) for step, each in found.checkpoints.items()},
+    )
     run.passed_over = found.passed_over
     run.places = {step: str(each.where) for step, each in found.checkpoints.items()}
     return run
+
+
+def _as_weights(
+    tensors: Mapping[str, Tensor], where: Path, attrs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    return without_tied_names(with_clean_names(tensors, where), attrs)
+
+
+def _checkpoint_of(
+    inside: Inside,
+    left_out: tuple[LeftOut, ...],
+    attrs: Mapping[str, Any],
+    scalars: Mapping[str, float],
+) -> Checkpoint:
+    adapted = inside.adapted
+    return Checkpoint(
+        adapted.weights,
+        adapted.adapters,
+        adapted.effective,
+        adapted.unknown,
+        left_out=(*left_out, *adapted.left_out),
+        no_base=inside.no_base,
+        no_scale=inside.no_scale,
+        attrs={**attrs, "adapter_config": dict(inside.config)} if inside.config else attrs,
+        scalars=scalars,
+    )
 
 
 def with_clean_names(tensors: Mapping[str, Tensor], where: Path) -> dict[str, Tensor]:

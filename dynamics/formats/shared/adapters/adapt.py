@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.adapters import experts, lora
+from dynamics.formats.shared.adapters import experts, fused, lora
 from dynamics.formats.shared.adapters.computed import ComputedTensor
 from dynamics.formats.shared.adapters.lora import LayerResult
 from dynamics.formats.shared.adapters.methods import METHODS, NotComputed, Place, lora_variants
@@ -42,15 +43,31 @@ class Settings:
         model_config: config.json of the model.
         shared: parts that all layers use.
         by_blocks: whether an expert's columns of lora_B lie together.
+        no_scale: why the scaling of LoRA is not known, where the config has no alpha.
+        scales: path -> alpha of a layer that is stored with it, or its trained scaling.
+        hyperparameters: litgpt's, which say what of a fused projection has an adapter.
     """
 
     config: Mapping[str, Any]
     model_config: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     by_blocks: bool = False
+    no_scale: str = ""
+    scales: Mapping[str, float | Tensor] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
-    def scale(self, path: str, rank: int) -> float:
-        """S of a module, or of a parameter with all experts; FormatError without an alpha."""
+    def scale(self, path: str, rank: int) -> float | Tensor:
+        """The scaling of a module, or of a parameter with all experts; a tensor where it trained.
+
+        Raises:
+            FormatError: the config has no usable alpha.
+            NotComputed: there is no config.
+        """
+        own = self.scales.get(path)
+        if own is not None:
+            return own / rank if isinstance(own, float) else own
+        if self.no_scale:
+            raise NotComputed(self.no_scale)
         return scaling(self.config, path, rank)
 
     @property
@@ -128,7 +145,24 @@ def adapt(
             result.leave_out(name, _shape(layer), found.unknown)
     for path, wrappers in of_experts.items():
         _experts(path, wrappers, weights, settings, result)
+    if result.weights is not None:
+        _check_shapes(result, settings)
     return result
+
+
+def _check_shapes(result: Adapted, settings: Settings) -> None:
+    """Leave out the weights that an adapter has no base for, or one of another shape."""
+    assert result.weights is not None
+    stored = as_matrices(result.weights, settings.model_config).matrices
+    for name, adapter in result.adapters.items():
+        if name in result.unknown:
+            continue
+        if name not in stored:
+            result.leave_out(name, adapter.shape, "adapters without their base weights")
+        elif stored[name].shape != adapter.shape:
+            shape = stored[name].shape
+            result.misfits.append(f"{name} in shape {shape}, but the adapter fits {adapter.shape}")
+            result.leave_out(name, shape, _MISFIT)
 
 
 def _apply(
@@ -147,6 +181,9 @@ def _apply(
     if layer.method == "lora":
         if (variant := lora.variant(config)) is not None:
             raise NotComputed(f"{variant} adapters, whose weight is more than s·B·A")
+        of_parts = _fused(layer, base, settings)
+        if of_parts is not None:
+            return LayerResult(of_parts, base)
         a, b, is_embedding = lora.factors(layer)
         out_in = b.shape[0], _product(a.shape[1:])
         if base is not None and out_in not in _views(base.shape):
@@ -175,6 +212,27 @@ def _apply(
         raise NotComputed(f"{place.method} adapters without their base weights")
     recipe = method(place)
     return LayerResult(weight=ComputedTensor(name, base, recipe.parts, recipe.formula))
+
+
+def _fused(layer: AdapterLayer, base: Tensor | None, settings: Settings) -> Adapter | None:
+    """The adapter of a fused projection whose parts have factors of their own; None for others."""
+    parts = layer.parts
+    if not {"lora_A", "lora_B"} <= set(parts) or "lora_magnitude_vector" in parts:
+        return None
+    a, b = parts["lora_A"], parts["lora_B"]
+    if len(a.shape) != 2 or len(b.shape) != 2 or not b.shape[1] or a.shape[0] == b.shape[1]:
+        return None
+    count, rest = divmod(a.shape[0], b.shape[1])
+    if rest or count not in (2, 3) or base is None or base.shape[1:] != a.shape[1:]:
+        return None
+    rows = base.shape[0]
+    found = fused.fused_parts(a, b, rows, settings.model_config, settings.hyperparameters)
+    if found is None:
+        raise NotComputed(
+            "LoRA on some of query, key and value in one matrix: which of them is not known"
+        )
+    scale = settings.scale(layer.path, b.shape[1])
+    return fused.FusedAdapter(a, b, scale, rows=rows, parts=found)
 
 
 def _tokens(
@@ -208,6 +266,7 @@ def _experts(
     names = _parameters(path, weights, settings)
     wrappers = sorted(wrappers, key=lambda each: -each.depth)
     try:
+        names = _fitting(names, wrappers, weights)
         if len(names) != len(wrappers):
             raise NotComputed("LoRA on parameters of one module, which the config does not name")
         if (variant := lora.variant(settings.config)) is not None:
@@ -217,6 +276,26 @@ def _experts(
     except (NotComputed, FormatError) as reason:
         for name in names or [path]:
             _leave_out_experts(name, wrappers[0], str(reason), settings, result)
+
+
+def _fitting(
+    names: list[str], wrappers: list[AdapterLayer], weights: Mapping[str, Tensor] | None
+) -> list[str]:
+    """Of more parameters than have an adapter, those that fit; all where several ways do."""
+    if weights is None or len(names) <= len(wrappers):
+        return names
+
+    def fits(name: str, layer: AdapterLayer) -> bool:
+        a, b, _ = lora.factors(layer)
+        shape = weights[name].shape if name in weights else ()
+        return sorted(shape[1:]) == sorted((b.shape[0], a.shape[1]))
+
+    ways = [
+        list(way)
+        for way in combinations(names, len(wrappers))
+        if all(fits(name, layer) for name, layer in zip(way, wrappers, strict=True))
+    ]
+    return ways[0] if len(ways) == 1 else names
 
 
 def _of_experts(

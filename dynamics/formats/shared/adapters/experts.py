@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dynamics.formats.shared.lora_factors import Adapter
+from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs.stacks import Part, parts_of, stores_in_out
 
 
@@ -77,9 +78,9 @@ def parameter_shape(
 
 def expert_adapters(
     name: str,
-    a: Any,
-    b: Any,
-    scale: float,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
     shape: tuple[int, ...],
     config: Mapping[str, Any],
     *,

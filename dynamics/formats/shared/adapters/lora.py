@@ -81,7 +81,7 @@ def factors(layer: AdapterLayer) -> tuple[Tensor, Tensor, bool]:
 def lora_layer(
     layer: AdapterLayer,
     base: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     in_out: bool,
     config: Mapping[str, Any],
 ) -> LayerResult:
@@ -103,6 +103,8 @@ def lora_layer(
     if "lora_magnitude_vector" in layer.parts:
         if changed or base is None:
             raise NotComputed(changed or "DoRA adapters without their base weights")
+        if not isinstance(scale, float):
+            raise NotComputed("DoRA adapters with a trained scaling")
         parts = {"A": a, "B": b, "magnitude": layer.parts["lora_magnitude_vector"]}
         formula = partial(lora_variants.dora, scale=scale, in_out=in_out)
         return LayerResult(base=base, weight=ComputedTensor(layer.name, base, parts, formula))
@@ -114,7 +116,7 @@ def lora_layer(
 def _base(
     layer: AdapterLayer,
     base: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     in_out: bool,
     config: Mapping[str, Any],
     rank: int,
@@ -128,7 +130,7 @@ def _base(
         return base, changed
     if init.lower() == "pissa":
         formula = partial(lora_variants.without_principal, rank=rank, dtype=base.dtype)
-    elif init.lower() == "olora" and not in_out:
+    elif init.lower() == "olora" and not in_out and isinstance(scale, float):
         formula = partial(lora_variants.without_basis, rank=rank, scale=scale, dtype=base.dtype)
     else:
         return base, changed

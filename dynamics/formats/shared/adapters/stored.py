@@ -1,7 +1,7 @@
 """The parts of adapters among the tensors of a file: to which layer each of them belongs."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from dynamics.formats.storage.tensors import Tensor
@@ -121,6 +121,14 @@ def stored_adapters(tensors: Mapping[str, Tensor], *, in_model: bool = False) ->
     return StoredAdapters(named, shared, others)
 
 
+def _is_wrapped(path: str, wrapped: set[str]) -> bool:
+    """Whether PEFT wraps the module at a path; parts that layers share lie in the model itself."""
+    if path == "base_model" or path.endswith(".base_model"):
+        return bool(wrapped)
+    path = path.partition(BASE_LAYER)[0]
+    return path in wrapped or f"{path}.token_adapter" in wrapped
+
+
 def _part(name: str, wrapped: set[str] | None) -> tuple[str, str, str, str] | None:
     """(Path, part, name of the adapter, leaf) of a tensor that is a part of an adapter."""
     components = name.split(".")
@@ -131,10 +139,11 @@ def _part(name: str, wrapped: set[str] | None) -> tuple[str, str, str, str] | No
         if not _PEFT_PART.fullmatch(part):
             continue
         path, rest = ".".join(components[:index]).removesuffix(".token_adapter"), components[index:]
-        is_own = wrapped is not None and not (
-            path in wrapped or path.partition(BASE_LAYER)[0] in wrapped
-        )
-        if is_own and not _LORA_PART.fullmatch(part):
+        if (
+            wrapped is not None
+            and not _is_wrapped(path, wrapped)
+            and not _LORA_PART.fullmatch(part)
+        ):
             continue
         leaf = rest.pop() if len(rest) > 1 and rest[-1] in ("weight", "bias") else ""
         if len(rest) > 2:
@@ -144,8 +153,3 @@ def _part(name: str, wrapped: set[str] | None) -> tuple[str, str, str, str] | No
         spelled = next(match[group] for group in ("one", "two", "three", "four") if match[group])
         return match["path"], _CANONICAL[spelled], "", "weight"
     return None
-
-
-def holds_adapters(names: Iterable[str]) -> bool:
-    """Whether any of the names is that of an adapter's part in a whole model. Cheap."""
-    return any("lora" in name or BASE_LAYER in name or ".adapter." in name for name in names)
