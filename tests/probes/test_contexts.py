@@ -129,6 +129,29 @@ def test_training_and_records_have_their_bits_in_any_context(tmp_path, where, na
             assert run.scalars["loss"][-1] == losses[-1]
 
 
+@pytest.mark.slow  # the compiler takes seconds
+def test_a_compiled_model_under_autocast_trains_the_same_bits(tmp_path):
+    ends = []
+    for every in (None, 1, 2):
+        torch._dynamo.reset()
+        model = adapted_model()
+        optimizer, fast = adam(model), torch.compile(model, backend="aot_eager")
+        with ExitStack() as stack:
+            if every is not None:
+                store = tmp_path / f"{every}.zarr"
+                stack.enter_context(Recorder(model, optimizer, store, every=every))
+            for step in range(1, 5):
+                with bfloat16():
+                    fast(input_ids=tokens(step), labels=tokens(step)).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        ends.append(list(model.parameters()))
+    for found in ends[1:]:
+        assert all(map(torch.equal, found, ends[0]))
+    run = dy.open_run(tmp_path / "2.zarr")
+    assert all(run.read(name, 4, "gradient") is not None for name in run.matrices)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AROUND_STEP)
 def test_a_probed_gradient_is_the_same_whatever_is_around_the_update(tmp_path, name):
