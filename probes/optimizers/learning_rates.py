@@ -13,7 +13,7 @@ def learning_rates(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any
     """Scalar name -> learning rate, as a number or a tensor; without those that cannot be told.
 
     `learning_rate` is that of the first parameter group of the first optimizer. Where groups
-    differ, `learning_rate.NAME` are those of all groups: NAME is the `name` of the group, or its
+    differ, `learning_rate/NAME` are those of all groups: NAME is the `name` of the group, or its
     number, counted over all optimizers.
 
     An optimizer that makes its own rate is asked for it: Adafactor of transformers (for the first
@@ -24,7 +24,7 @@ def learning_rates(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any
         >>> model = torch.nn.Linear(2, 2)
         >>> groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias]}]
         >>> learning_rates([torch.optim.SGD(groups, lr=0.2)])
-        {'learning_rate': 0.1, 'learning_rate.0': 0.1, 'learning_rate.1': 0.2}
+        {'learning_rate': 0.1, 'learning_rate/0': 0.1, 'learning_rate/1': 0.2}
     """
     groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     rates = [_rate(optimizer, group) for optimizer, group in groups]
@@ -35,7 +35,7 @@ def learning_rates(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any
         names = [str(group.get("name", number)) for number, (_, group) in enumerate(groups)]
         if len(set(names)) < len(names):
             names = [str(number) for number in range(len(names))]
-        found |= {f"{LEARNING_RATE}.{n}": rate for n, rate in zip(names, rates, strict=True)}
+        found |= {f"{LEARNING_RATE}/{n}": rate for n, rate in zip(names, rates, strict=True)}
     return {name: rate for name, rate in found.items() if rate is not None}
 
 
