@@ -1,9 +1,9 @@
 # The one list of public names. `__init__.py` reads it and imports each name when it is first used.
 from .analysis.analyze import analyze
-from .analysis.comparison import compare, difference, select_run
+from .analysis.comparison import compare, select_run
 from .analysis.execution import Execution
 from .analysis.following import follow
-from .analysis.statistics import mean_interval
+from .analysis.statistics import difference, mean_interval, over
 from .analysis.storage import load, save
 from .auditing import audit
 from .directions.expressibility import gradient_expressibility
@@ -37,6 +37,7 @@ __all__ = [
     "load_example",
     "mean_interval",
     "open_run",
+    "over",
     "plot_comparison",
     "plot_heatmap",
     "plot_spectrum",

@@ -18,7 +18,7 @@ from probes.gradients.of_step import StepGradients
 from probes.gradients.stepped import warn_of_no_optimizer, watched_weights
 from probes.model.account import announce
 from probes.model.parameters import Selection, Tracked, track
-from probes.model.provenance import model_config, package_versions
+from probes.model.provenance import adapter_config, model_config, package_versions
 from probes.model.sharding import is_rank_0, refuse_unreadable, wait_for_ranks
 from probes.model.weights import weight_wrappers
 from probes.optimizers.changes import WeightVersions, warn_of_changes, warn_of_no_step
@@ -108,7 +108,8 @@ class Recorder:
             more precision. The noise floors account for it. By default they keep their own dtype.
         compression: "lz4", "zstd" (both over transposed bits) or "none".
         level: compression level; see `dynamics.recordings.Compression`.
-        attrs: further JSON-like attributes for a new recording.
+        attrs: further JSON-like attributes for a new recording, such as {"seed": 0}. Those in which
+            runs differ are coordinates of `dynamics.compare`.
         write: whether this process writes; by default, rank 0 of torch.distributed does.
         process_group: the ranks over which the recorder averages gradients: those of frozen
             weights and those before clipping. By default, the group of DDP.
@@ -210,6 +211,7 @@ class Recorder:
             self._resume_at,
             {
                 "config": model_config(model),
+                **adapter_config(model),
                 "account": self.account.to_json(),
                 "gradient": self._gradients.definition,
                 "versions": package_versions(),

@@ -1,4 +1,4 @@
-"""compare() and difference(): several runs in one Dataset, along the dimension `run`."""
+"""compare(): several runs in one Dataset, along the dimension `run`."""
 
 import json
 import warnings
@@ -13,6 +13,7 @@ from dynamics import schema
 from dynamics.analysis.analyze import Progress, measure
 from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
 from dynamics.analysis.selection import Selection, SelectionOptions, Steps, selection_of
+from dynamics.analysis.settings import with_settings
 from dynamics.analysis.storage import is_analysis, load
 from dynamics.errors import DynamicsError, IntervalWarning, MissingError
 from dynamics.formats import open_run
@@ -58,8 +59,10 @@ def compare(
     Returns:
         The union of their kinds, steps and matrices with a new first dimension `run`. Where one
         run lacks what another one has, values are NaN and `status` is "not_recorded". `rows` and
-        `cols` get the dimension `run` too where the runs' shapes differ. The attributes `events`,
-        `problems`, `account` and `left_out` become JSON objects by run.
+        `cols` get the dimension `run` too where the runs' shapes differ. Each setting in which the
+        runs differ is a coordinate along `run`: of the model's config, the trainer's arguments, the
+        adapter, and the recorder's `attrs`; NaN or "" where a run does not have it. The attributes
+        `events`, `problems`, `account` and `left_out` become JSON objects by run.
 
     Warns:
         IntervalWarning: updates or displacements of one step are over different intervals.
@@ -139,6 +142,7 @@ def compare(
         by_run = {label: json.loads(each.attrs.get(name, none)) for label, each in analyses.items()}
         both.attrs[name] = json.dumps(by_run)
     both = both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
+    both = with_settings(both, analyses)
     for line in (*_unavailable(planned), *_differing_intervals(both)):
         warnings.warn(line, IntervalWarning, stacklevel=2)
     return both
@@ -249,47 +253,6 @@ def _and_more(steps: Sequence[int]) -> str:
 
 def _labelled(progress: Progress | None, label: str) -> Progress | None:
     return progress and (lambda done, total, name: progress(done, total, f"{label}: {name}"))
-
-
-def difference(comparison: xr.Dataset, *, baseline: str) -> xr.Dataset:
-    """Every other run minus the baseline run, value by value.
-
-    NaN where either was not measured. The variables `status`, `singular_value_error` and
-    `noise_floor` describe single runs and are left out. `reference_step` is -1 where those of the
-    two runs differ.
-
-    Raises:
-        DynamicsError: `comparison` has no dimension `run`.
-        MissingError: no run is called `baseline`.
-
-    Example:
-        >>> runs = {"full": "full/run.zarr", "relora": "relora/run.zarr"}
-        >>> both = dy.compare(runs, kinds=["weight"])
-        >>> dy.difference(both, baseline="full").run.values.tolist()
-        ['relora']
-    """
-    if schema.RUN not in comparison.dims:
-        raise DynamicsError("difference() takes what compare() returns: it has a dimension 'run'.")
-    labels = comparison[schema.RUN].values.tolist()
-    if baseline not in labels:
-        raise MissingError(f"No run {baseline!r} in this comparison; it has {', '.join(labels)}.")
-    described = (
-        schema.STATUS,
-        schema.SINGULAR_VALUE_ERROR,
-        schema.NOISE_FLOOR,
-        schema.REFERENCE_STEP,
-    )
-    values = comparison.drop_vars(described, errors="ignore")
-    other = [label for label in labels if label != baseline]
-    with xr.set_options(keep_attrs=True):
-        result = values.sel({schema.RUN: other}) - values.sel({schema.RUN: baseline}, drop=True)
-        if schema.REFERENCE_STEP in comparison:
-            starts = comparison[schema.REFERENCE_STEP]
-            ours, theirs = starts.sel({schema.RUN: other}), starts.sel({schema.RUN: baseline})
-            result[schema.REFERENCE_STEP] = ours.where(
-                ours == theirs.drop_vars(schema.RUN), schema.NO_STEP
-            )
-    return result.assign_attrs(comparison.attrs, baseline=baseline)
 
 
 def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:

@@ -10,10 +10,11 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.analysis.analyze import Progress, measure
-from dynamics.analysis.comparison import compare, difference
+from dynamics.analysis.comparison import compare
 from dynamics.analysis.execution import Execution
 from dynamics.analysis.following import follow
 from dynamics.analysis.selection import Selection, SelectionOptions, selection_of
+from dynamics.analysis.statistics import difference
 from dynamics.analysis.storage import check_output, is_analysis, load, save
 from dynamics.errors import FormatError, MissingError, OutputExistsError
 from dynamics.runs.run import Run

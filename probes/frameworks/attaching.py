@@ -55,7 +55,9 @@ class AttachesRecorder:
             self.close()  # an earlier training may have ended in an exception
         except RuntimeError as error:
             warnings.warn(str(error), NotRecordedWarning, stacklevel=3)
-        recorder = Recorder(model, optimizer, self._store, **{**defaults, **self._options})
+        options = {**defaults, **self._options}
+        options["attrs"] = {**defaults["attrs"], **(self._options.get("attrs") or {})}
+        recorder = Recorder(model, optimizer, self._store, **options)
         try:
             recorder.attach(continuing=continuing)
         except (OutputExistsError, RecordingHeldError) as error:

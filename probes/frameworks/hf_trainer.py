@@ -7,6 +7,7 @@ import torch
 from dynamics.errors import require_extra
 from dynamics.recordings import name_of
 from probes.frameworks.attaching import AttachesRecorder
+from probes.model.provenance import settings
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -36,6 +37,9 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
     After an exception in training, the Trainer calls no callback. The recording is then closed when
     the next training begins, or when the process ends; call `close` yourself if you need the model
     or the recording before.
+
+    The recording keeps the settings of the `TrainingArguments`, without tokens and output folders;
+    `dynamics.compare` has those in which runs differ.
 
     Args:
         store: path or URL of the recording, or any zarr Store.
@@ -68,6 +72,7 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
             write=state.is_world_process_zero,
             process_group=torch.distributed.group.WORLD if several else None,
             resume_at=state.global_step or None,
+            attrs={"training_arguments": settings(args.to_dict())},
         )
         if recorder is not None and isinstance(noted, dict):
             noted[name_of(self._store)] = recorder.store_name

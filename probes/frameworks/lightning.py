@@ -7,6 +7,7 @@ import torch
 from dynamics.errors import require_extra
 from dynamics.recordings import StoreLike
 from probes.frameworks.attaching import AttachesRecorder
+from probes.model.provenance import settings
 
 try:
     from lightning.pytorch import Callback
@@ -20,7 +21,8 @@ class RecorderCallback(AttachesRecorder, Callback):
     Steps are the `global_step` of Lightning. With several optimizers (manual optimization), steps
     are counted by the last one. A fit that starts from a checkpoint continues the recording there.
     The scalar `loss` is what `training_step` returns, averaged over the micro-batches of a step on
-    this rank. Log other values with `callback.recorder.log`.
+    this rank. Log other values with `callback.recorder.log`. The recording keeps what the module
+    and the datamodule saved with `save_hyperparameters()`.
 
     `if_exists` is "next" by default: a fit that starts at step 0 where there is a recording gets a
     store of its own, run-2.zarr, run-3.zarr, ... The checkpoints say which of them their training
@@ -90,6 +92,7 @@ class RecorderCallback(AttachesRecorder, Callback):
             process_group=torch.distributed.group.WORLD if several else None,
             grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             resume_at=step or None,
+            attrs=_hyperparameters(pl_module, getattr(trainer, "datamodule", None)),
         )
         self._restored, self._losses = {}, []
         self._seen_step = 0 if recorder is None else recorder.step
@@ -124,3 +127,9 @@ class RecorderCallback(AttachesRecorder, Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Finish the recording and leave the model as it was."""
         self.close()
+
+
+def _hyperparameters(*holders: Any) -> dict[str, Any]:
+    """What a module and a datamodule saved with `save_hyperparameters()`."""
+    given = {name: each for at in holders for name, each in getattr(at, "hparams", {}).items()}
+    return {"hyperparameters": settings(given)} if given else {}

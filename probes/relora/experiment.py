@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from dynamics.errors import DynamicsError, MissingError
 from probes.frameworks.hf_trainer import RecorderCallback
+from probes.model.provenance import settings
 from probes.relora.config import TrainConfig
 from probes.relora.data.text import (
     TextData,
@@ -142,7 +143,13 @@ def run_experiment(
         options: dict[str, Any] = {"if_exists": "refuse"}
         if resume and checkpoint is None:
             options["resume_at"] = 0
-        recorder = RecorderCallback(output / RECORDING_NAME, every=config.record_every, **options)
+        recorder = RecorderCallback(
+            output / RECORDING_NAME,
+            every=config.record_every,
+            # Without the digest of the data, which follows from the seed.
+            attrs={"train_config": settings(dataclasses.asdict(config))},
+            **options,
+        )
     callbacks: list[TrainerCallback] = [recorder] if recorder else []
     if evaluations:
         tokenizer = None if data.tokenizer is None else as_transformers(data.tokenizer)

@@ -13,7 +13,6 @@ import xarray as xr
 
 import dynamics as dy
 from dynamics import schema
-from dynamics.analysis.statistics import mean_interval
 from dynamics.errors import DynamicsError, MissingError
 from probes.relora.model import parameter_counts
 from probes.relora.sweep_plan import SweepRun, tokens_per_step, train_words, warn_of_schedules
@@ -148,9 +147,13 @@ def over_seeds(
         level: the confidence level, see `mean_interval`.
 
     Returns:
-        `mean`, `lower`, `upper` and `count` (see `mean_interval`) along `run`. All seeds of a
+        `mean`, `lower`, `upper` and `count` along `run`, see `dynamics.over`. All seeds of a
         setting become one entry, with the coordinates of the setting. Its name is the name of the
         run without the seed.
+
+    Raises:
+        DynamicsError: no two runs differ in their seed alone.
+        MissingError: neither a coordinate `seed` nor the names of the runs tell their seeds.
 
     Example:
         >>> import xarray as xr
@@ -170,22 +173,16 @@ def over_seeds(
         values = (
             inside.groupby("layer").mean(schema.MATRIX) if by_layer else inside.mean(schema.MATRIX)
         )
-    labels = [name.rpartition(f"-{SEED}=")[0] for name in comparison[schema.RUN].values.tolist()]
-    results = []
-    for label in dict.fromkeys(labels):
-        members = [index for index, each in enumerate(labels) if each == label]
-        interval = mean_interval(values.isel({schema.RUN: members}), schema.RUN, level=level)
-        first = comparison.isel({schema.RUN: members[0]})
-        kept = {
-            name: first[name].item()
-            for name, coord in comparison.coords.items()
-            if coord.dims == (schema.RUN,) and name not in (schema.RUN, SEED)
-        }
-        named = {name: (schema.RUN, [value]) for name, value in kept.items()}
-        results.append(interval.expand_dims({schema.RUN: [label]}).assign_coords(named))
-    return xr.concat(
-        results, schema.RUN, coords="minimal", compat="override", combine_attrs="override"
-    )
+    if SEED not in comparison.coords:
+        named = [name.rpartition(f"-{SEED}=") for name in comparison[schema.RUN].values.tolist()]
+        if all(found for _, found, _ in named):
+            values = values.assign_coords(
+                {
+                    "setting": (schema.RUN, [setting for setting, _, _ in named]),
+                    SEED: (schema.RUN, [seed for _, _, seed in named]),
+                }
+            )
+    return dy.over(values, SEED, level=level)
 
 
 def _train(run: SweepRun, preset: str, output: Path, text: Path | None, workers: int) -> str | None:
