@@ -39,6 +39,20 @@ def test_blocks_are_dequantised_as_transformers_does(tmp_path, scale_fmt):
     np.testing.assert_array_equal(read(write(tmp_path, stored, BLOCKS)).values, expected)
 
 
+def test_experts_in_blocks_are_dequantised_as_transformers_does(tmp_path):
+    path = "model.layers.0.mlp.experts.down_proj"
+    config = SimpleNamespace(weight_block_size=(64, 32), scale_fmt="float")
+    quantizer = SimpleNamespace(quantization_config=config)
+    weights = torch.tensor(np.stack([matrix(shape=(128, 64), seed=e) for e in range(3)]))
+    stored = fp8.Fp8Quantize(quantizer)._quantize_one(path, weights)
+    expected = fp8.Fp8Dequantize(quantizer)._dequantize_one(*stored.values(), torch.float32)
+    folder = write(tmp_path, stored, BLOCKS, model_type="qwen3_moe")
+    for expert in range(3):
+        dense = read(folder, f"model.layers.0.mlp.experts.{expert}.down_proj.weight")
+        np.testing.assert_array_equal(dense.values, expected[expert].numpy())
+        assert 1 < floor_over_error(dense, weights[expert].numpy()) < 1.6
+
+
 def test_the_last_block_may_be_smaller(tmp_path):
     weight = torch.tensor(matrix(shape=(100, 70)))
     scale = torch.rand(2, 3) + 0.5

@@ -163,6 +163,10 @@ SCHEMES = {
     "int3 by channel": ("pack-quantized", {**INTEGERS, "num_bits": 3, "strategy": "channel"}),
     "int8 packed": ("pack-quantized", {**INTEGERS, "num_bits": 8, "group_size": 64}),
     "mxfp4": ("mxfp4-pack-quantized", {**FLOATS, "num_bits": 4, "group_size": 32}),
+    "mxfp8": (
+        "mxfp8-quantized",
+        {**FLOATS, "num_bits": 8, "group_size": 32, "scale_dtype": "torch.uint8"},
+    ),
     "nvfp4": (
         "nvfp4-pack-quantized",
         {**FLOATS, "num_bits": 4, "group_size": 16, "strategy": "tensor_group"},
