@@ -259,6 +259,7 @@ def _provenance(run: Run, backend: str) -> dict[str, str | int]:
         "source_format": run.format,
         "source_attrs": json.dumps(dict(run.attrs), default=str),
         "events": json.dumps([asdict(event) for event in run.events]),
+        "passed_over": json.dumps(dict(run.passed_over)),
         "account": json.dumps(run.account and run.account.to_json()),
         "left_out": json.dumps(
             {each.name: each.reason for each in run.account.left_out} if run.account else {}

@@ -27,7 +27,7 @@ from dynamics.cli.options import (
     MetricsOption,
     NoCacheOption,
     OverwriteOption,
-    RunPath,
+    RunPaths,
     SchedulerOption,
     SelectOption,
     StepsOption,
@@ -44,7 +44,7 @@ from dynamics.cli.output import (
     progress_bar,
     report_problems,
 )
-from dynamics.cli.values import choice_of, execution_of, named_paths, run_name
+from dynamics.cli.values import choice_of, execution_of, named_paths, run_name, run_of
 from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
@@ -65,10 +65,11 @@ app = typer.Typer(
     "  dynamics analyze checkpoints/ -o ranks.zarr --kinds weight,update --steps 0:1000\n\n"
     "  dynamics analyze run.zarr --follow\n\n"
     "  dynamics analyze checkpoints/ --workers 8\n\n"
+    "  dynamics analyze ckpts/*.pt\n\n"
     "A second time with the same output, it measures only what is new."
 )
 def analyze(
-    run: RunPath,
+    run: RunPaths,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -104,7 +105,7 @@ def analyze(
 ) -> None:
     """Measure a run and save the result. What an earlier result has is not measured again."""
     from dynamics.analysis.saved import analyze_and_save, follow_and_save
-    from dynamics.cli.tables import summary_table
+    from dynamics.cli.tables import passed_over_lines, summary_table
     from dynamics.formats import open_run
 
     output = output or Path(f"{run_name(run)}.analysis.zarr")
@@ -112,7 +113,7 @@ def analyze(
     choice = choice_of(metrics, components, kinds, steps, select, lag)
     opened = partial(
         open_run,
-        run,
+        run_of(run),
         format=format,
         base=base,
         adapter=adapter,
@@ -141,6 +142,8 @@ def analyze(
         )
     console().print(summary_table(result))
     print_account(result.attrs["account"])
+    for line in passed_over_lines(json.loads(result.attrs["passed_over"])):
+        print_line(line)
     print_line(f"Saved to {output}")
     report_problems(json.loads(result.attrs["problems"]))
 
@@ -290,7 +293,7 @@ def plot(
     "  dynamics inspect run.zarr --verify"
 )
 def inspect(
-    run: RunPath,
+    run: RunPaths,
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
@@ -305,12 +308,17 @@ def inspect(
     ] = False,
 ) -> None:
     """Show what a run holds: its format, steps, kinds, matrices, scalars and events."""
-    from dynamics.cli.tables import contents_table, matrices_table, verification_lines
+    from dynamics.cli.tables import (
+        contents_table,
+        matrices_table,
+        passed_over_lines,
+        verification_lines,
+    )
     from dynamics.formats import open_run
     from dynamics.formats.recording import RecordingRun
 
     opened = open_run(
-        run,
+        run_of(run),
         format=format,
         base=base,
         adapter=adapter,
@@ -319,6 +327,8 @@ def inspect(
         split_fused=not (keep_fused or verify),
     )
     console().print(contents_table(opened))
+    for line in passed_over_lines(opened.passed_over):
+        print_line(line)
     console().print(matrices_table(opened))
     problems = [*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())]
     if verify:
@@ -341,7 +351,7 @@ def inspect(
     "  dynamics audit checkpoints/ --json > audit.json"
 )
 def audit(
-    run: RunPath,
+    run: RunPaths,
     format: FormatOption = None,
     base: BaseOption = None,
     adapter: AdapterOption = None,
@@ -357,7 +367,7 @@ def audit(
     from dynamics.formats import open_run
 
     opened = open_run(
-        run,
+        run_of(run),
         format=format,
         base=base,
         adapter=adapter,

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-RunPath = Annotated[
-    str,
+RunPaths = Annotated[
+    list[str],
     typer.Argument(
-        help="The path or URL of a recording, of a directory of checkpoints, or of one."
+        metavar="RUN...",
+        help="The path or URL of a recording, of a directory of checkpoints, or of one; or several "
+        "checkpoints of one run, or a glob of them.",
     ),
 ]
 FormatOption = Annotated[

@@ -1,5 +1,7 @@
 """Tables and lines for a terminal: results, contents of runs, audits."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import xarray as xr
 from rich import box
@@ -77,6 +79,8 @@ def contents_table(run: Run) -> Table:
     table.add_row("path", run.path)
     table.add_row("format", run.format)
     table.add_row("steps", abridged(run.steps.tolist()))
+    if run.places:
+        table.add_row("read from", escape(abridged(_relative_places(run), at_most=5)))
     table.add_row("kinds", ", ".join(run.kinds))
     table.add_row("scalars", ", ".join(run.scalars) or "none")
     events = [f"{event.kind} at {event.step}" for event in run.events]
@@ -87,6 +91,22 @@ def contents_table(run: Run) -> Table:
         others = f" {len(reasons) - 1} more likewise." if len(reasons) > 1 else ""
         table.add_row("kept whole", reasons[0] + others)
     return table
+
+
+def passed_over_lines(passed_over: Mapping[str, str]) -> list[str]:
+    """What lies beside a run and is no part of it, with the reasons; one line for many alike."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in passed_over.items():
+        groups.setdefault(reason, []).append(name)
+    return [f"passed over {abridged(names, 4)}: {reason}" for reason, names in groups.items()]
+
+
+def _relative_places(run: Run) -> list[str]:
+    above = run.path.rstrip("/") + "/"
+    return [
+        each.removeprefix(above) if each.startswith(above) else each.rpartition("/")[2]
+        for each in run.places.values()
+    ]
 
 
 def matrices_table(run: Run) -> Table:

@@ -58,8 +58,23 @@ def named_paths(runs: list[str]) -> dict[str, str]:
     return paths
 
 
-def run_name(run: str) -> str:
-    """What a run's path or URL is called, without `.zarr`: the stem of its results' names."""
+def run_of(paths: list[str]) -> str | tuple[str, ...]:
+    """The run that is given: one path, or the paths of its checkpoints."""
+    return paths[0] if len(paths) == 1 else tuple(paths)
+
+
+def run_name(paths: list[str]) -> str:
+    """What a run is called, without `.zarr`: the stem of its results' names.
+
+    It is the name of its path or URL; for several paths and for a glob, that of the directory that
+    they lie in.
+    """
+    from dynamics.formats.several import common_directory, is_glob
+    from dynamics.formats.storage.files import located
+
+    run = paths[0]
+    if len(paths) > 1 or is_glob(run):
+        run = str(common_directory([located(each) for each in paths]))
     path = run.rstrip("/").rpartition("/")[2] if "://" in run else Path(run).resolve().name
     return path.removesuffix(".zarr") or "run"
 

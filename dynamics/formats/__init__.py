@@ -1,6 +1,7 @@
 """What a run can be read from. A new format is one file here and one line of `FORMATS`."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from zarr.abc.store import Store
@@ -18,7 +19,9 @@ from dynamics.formats.pico import PicoFormat
 from dynamics.formats.plain_files import PlainFilesFormat
 from dynamics.formats.recording import RecordingFormat, RecordingRun
 from dynamics.formats.relora import ReLoRAFormat
+from dynamics.formats.several import expanded, open_several
 from dynamics.formats.shared.adapters.scaling import is_number
+from dynamics.formats.shared.found import CheckpointsFormat
 from dynamics.formats.storage.files import (
     entries,
     is_remote,
@@ -33,6 +36,7 @@ from dynamics.runs.run import Run
 # In the order of detection, as some directories fit several formats. A checkpoint with an adapter
 # may hold a base model too. A Trainer's checkpoint may hold the float32 masters of DeepSpeed beside
 # its own files, and a checkpoint of Lightning a distributed one.
+_LOOKED_AT = 3  # of several paths, to find their format
 FORMATS: tuple[Format, ...] = (
     RecordingFormat(),
     HubCacheFormat(),
@@ -49,7 +53,7 @@ FORMATS: tuple[Format, ...] = (
 
 
 def open_run(
-    path: StoreLike,
+    path: StoreLike | list[str | Path] | tuple[str | Path, ...],
     *,
     format: str | None = None,
     base: str | Path | None = None,
@@ -62,7 +66,8 @@ def open_run(
 
     Args:
         path: a recording, a directory of checkpoints, or a single checkpoint, which may be one
-            file: a path or URL. A zarr Store or an Icechunk repository is read as a recording.
+            file: a path or URL. Several paths, or a glob ("ckpts/*.pt"), are the checkpoints of
+            one run, one at each. A zarr Store or an Icechunk repository is read as a recording.
         format: the name of the format (`dynamics list formats`); by default it is detected.
         base: the directory of the base model of PEFT adapters.
         adapter: the name of one adapter, where checkpoints hold several.
@@ -96,8 +101,11 @@ def open_run(
     if isinstance(path, Store) or is_repository(path):
         run = RecordingRun(path)
     else:
-        path = located(path)
-        reporting = reporting_unreadable(path) if is_remote(path) else nullcontext()
+        given = list(path) if isinstance(path, list | tuple) else [path]
+        paths = [located(each) for each in given]
+        if not paths:
+            raise FormatError("No path is given; give at least one.")
+        reporting = reporting_unreadable(paths[0]) if is_remote(paths[0]) else nullcontext()
         with reporting, keeping_listings():
             options = OpenOptions(
                 base=None if base is None else located(base),
@@ -105,7 +113,13 @@ def open_run(
                 lora_alpha=_checked_alpha(lora_alpha),
                 expert_blocks=expert_blocks or None,
             )
-            run = _open(path, format, options)
+            matches = [expanded(each) for each in paths]
+            if len(paths) == 1 and matches[0] is None:
+                run = _open(paths[0], format, options)
+            else:
+                of_each = zip(paths, matches, strict=True)
+                paths = [each for path, found in of_each for each in found or [path]]
+                run = _open_several(list(dict.fromkeys(paths)), format, options)
     return fused.split_fused(run) if split_fused else run
 
 
@@ -122,6 +136,32 @@ def _checked_alpha(alpha: float | None) -> float | None:
     if alpha is None or (is_number(alpha) and alpha > 0):
         return alpha
     raise DynamicsError(f"lora_alpha is {alpha!r}; give a positive number (--lora-alpha).")
+
+
+def _open_several(paths: list[Path], format_name: str | None, options: OpenOptions) -> Run:
+    for path in paths:
+        if not path.exists() and not path.is_symlink():
+            raise FormatError(f"{path} does not exist.")
+    if format_name is not None:
+        formats = [_format_called(format_name)]
+    else:
+        formats = [each for each in FORMATS if any(map(partial(_fits, each), paths[:_LOOKED_AT]))]
+    if not formats:
+        return _open(paths[0], None, options)  # tells what was found there
+    format = formats[0]
+    if not isinstance(format, CheckpointsFormat):
+        raise FormatError(
+            f"{paths[0]} is of format {format.name!r}, of which one path is a whole run; give one "
+            "path, or compare several: dynamics compare NAME=RUN NAME=RUN."
+        )
+    for path in paths:
+        if _fits(format, path):
+            format.check_takes(path, options)
+    return open_several(paths, format, options)
+
+
+def _fits(format: Format, path: Path) -> bool:
+    return (format.single_files or path.is_dir()) and format.recognises(path)
 
 
 def _format_called(name: str) -> Format:

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from dynamics.errors import FormatError
-from dynamics.formats.shared.full_checkpoints import FullCheckpoint, FullCheckpointsFormat
+from dynamics.formats.shared.found import Found, Unopened, Unreadable
+from dynamics.formats.shared.full_checkpoints import FullCheckpointsFormat
 from dynamics.formats.shared.hugging_face_files import model_checkpoint
 from dynamics.formats.storage.files import children, contained, plain_name, read_range, size_of
 from dynamics.formats.storage.model_files import has_model
@@ -30,7 +31,7 @@ class HubCacheFormat(FullCheckpointsFormat):
         beside = (path / "refs", path / "blobs")
         return (path / "snapshots").is_dir() and any(each.is_dir() for each in beside)
 
-    def checkpoints(self, path: Path, root: Path) -> dict[int, FullCheckpoint]:
+    def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`.
 
         Refs without a step (`main`) are left out where other refs have one. Where none has one,
@@ -50,10 +51,12 @@ class HubCacheFormat(FullCheckpointsFormat):
                 )
             steps.setdefault(step, name)
         if steps:
-            return {
-                step: _checkpoint_of(path, root, name, refs[name], step)
-                for step, name in steps.items()
-            }
+            return Found(
+                {
+                    step: _checkpoint_of(path, root, name, refs[name], step)
+                    for step, name in steps.items()
+                }
+            )
         snapshots = [each for each in children(path / "snapshots") if has_model(each)]
         referred = {path / "snapshots" / _commit(ref, root) for ref in refs.values()}
         chosen = [each for each in snapshots if each in referred] or snapshots
@@ -62,20 +65,20 @@ class HubCacheFormat(FullCheckpointsFormat):
                 f"{path} has {len(chosen)} snapshots with models and no ref with a step "
                 f"({', '.join(refs) or 'none'}); open one directory below snapshots/ alone."
             )
-        return {0: model_checkpoint(chosen[0], root, 0)}
+        return Found({0: model_checkpoint(chosen[0], root, 0)}, is_guess=True)
 
 
-def _checkpoint_of(path: Path, root: Path, name: str, ref: Path, step: int) -> FullCheckpoint:
+def _checkpoint_of(path: Path, root: Path, name: str, ref: Path, step: int) -> Unopened:
     try:
         snapshot = path / "snapshots" / _commit(ref, root)
     except FormatError as problem:
-        return FullCheckpoint.unreadable(ref, problem)
+        return Unreadable(ref, problem)
     if not snapshot.is_dir():
         missing = FormatError(
             f"{ref} names the snapshot {snapshot.name}, which is not in {snapshot.parent}; "
             f"download the revision {name!r} again."
         )
-        return FullCheckpoint.unreadable(ref, missing)
+        return Unreadable(ref, missing)
     return model_checkpoint(snapshot, root, step)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
+from dynamics.formats.shared.found import Found
 from dynamics.formats.shared.full_checkpoints import (
-    Found,
     FullCheckpoint,
     FullCheckpointsFormat,
     OtherKindError,
@@ -89,21 +89,20 @@ def _holders(path: Path) -> list[Path]:
 
     The search goes no further below such a directory, and no deeper than loggers put them.
     """
-    if _checkpoints_in(path):
-        return [path]
     holders: list[Path] = []
-    level = [path] if path.is_dir() else []
-    for _ in range(_DEEPEST):
+    level = [path]
+    for _ in range(1 + _DEEPEST):
         below: list[Path] = []
         for directory in level[: _MOST_REMOTE if is_remote(path) else _MOST_DIRECTORIES]:
-            for each in entries(directory):
-                if each.name.startswith(".") or not each.is_dir:
-                    continue
-                try:
-                    found = _checkpoints_in(each.path)
-                except FormatError:  # a directory that may not be listed
-                    continue
-                (holders if found else below).append(each.path)
+            try:
+                if _checkpoints_in(directory):
+                    holders.append(directory)
+                elif directory.is_dir():
+                    inside = (e for e in entries(directory) if not e.name.startswith("."))
+                    below += [each.path for each in inside if each.is_dir]
+            except FormatError:  # a directory that may not be listed
+                if directory == path:
+                    raise
         level = below
     return holders
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
+from dynamics.formats.shared.found import Found
 from dynamics.formats.shared.full_checkpoints import (
-    Found,
     FullCheckpoint,
     FullCheckpointsFormat,
     OtherKindError,

@@ -14,13 +14,15 @@ has an adapter. s is lora_alpha/r or, with `trainable_scaling`, the tanh of the 
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.format import Format, OpenOptions
-from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
+from dynamics.formats.format import OpenOptions
+from dynamics.formats.shared.checkpoints import Checkpoint
+from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
@@ -29,7 +31,6 @@ from dynamics.formats.shared.steps import named_step
 from dynamics.formats.storage.files import contained, one_line, read_range, root_of, size_of
 from dynamics.formats.storage.model_files import has_model, model_tensors, pickled_tensors
 from dynamics.formats.storage.tensors import Tensor, floats
-from dynamics.runs.run import Run
 
 _CHECKPOINTS, _CONFIG, _DYNAMICS = "checkpoints", "training_config.yaml", "learning_dynamics"
 # The batches that gradients are taken on; that of the training data is preferred.
@@ -43,7 +44,7 @@ _GRADIENT = (
 )
 
 
-class PicoFormat(Format):
+class PicoFormat(CheckpointsFormat):
     """A run of pico-train, its checkpoints/, or one step_N/."""
 
     name = "pico"
@@ -53,8 +54,8 @@ class PicoFormat(Format):
         """Whether there are step_N/, and what only pico-train puts in or beside them."""
         return find_series(path, _look(path)) is not None
 
-    def open(self, path: Path, options: OpenOptions) -> Run:
-        """See `Format.open`."""
+    def found(self, path: Path, options: OpenOptions) -> Found:
+        """See `CheckpointsFormat.found`."""
         series = find_series(path, _look(path))
         if series is None:
             raise FormatError(f"{path} holds neither step_N/ nor a {_CHECKPOINTS}/ with step_N/.")
@@ -65,21 +66,11 @@ class PicoFormat(Format):
             for directory in series.steps.values()
             if (directory / _DYNAMICS / f"{split}_gradients.pt").is_file()
         )
-        split = next(with_gradients, None)
-        root = root_of(path)
-        run = CheckpointsRun(
-            path,
-            self.name,
-            {
-                step: series.unless_claimed_twice(
-                    step, partial(_open, directory, root, config, split, unread.get(_CONFIG))
-                )
-                for step, directory in series.steps.items()
-            },
+        split, root, why = next(with_gradients, None), root_of(path), unread.get(_CONFIG)
+        found = found_in_series(
+            series, lambda _, at: OpenedBy(at, partial(_open, at, root, config, split, why))
         )
-        run.places = {step: str(each) for step, each in series.steps.items()}
-        run.passed_over = {**series.passed_over, **unread}
-        return run
+        return replace(found, passed_over={**found.passed_over, **unread})
 
 
 def _look(path: Path) -> Look:

@@ -12,13 +12,14 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.quantised.gguf import gguf_tensors
-from dynamics.formats.shared.full_checkpoints import Found, FullCheckpoint, SeriesFormat
+from dynamics.formats.shared.found import Found
+from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesFormat
 from dynamics.formats.shared.series import Look
 from dynamics.formats.shared.steps import step_in_name, step_inside
 from dynamics.formats.storage.files import entries
 from dynamics.formats.storage.npz_files import npz_tensors
 from dynamics.formats.storage.safetensors_files import safetensors_tensors
-from dynamics.formats.storage.tensors import StoredTensor, Tensor
+from dynamics.formats.storage.tensors import StoredTensor, Tensor, UnreadTensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import Inert
 
@@ -162,13 +163,22 @@ def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
     saved = torch_file(path, root)
     if not isinstance(saved, Mapping):
         return tensors_of(saved, str(path))
-    at_top = any(isinstance(value, StoredTensor) and value.shape for value in saved.values())
+    at_top = {
+        str(name): value
+        for name, value in saved.items()
+        if isinstance(value, StoredTensor | UnreadTensor) and value.shape
+    }
     named = [name for name in _MODELS if isinstance(saved.get(name), Mapping | Inert)]
-    if len(named) + at_top > 1:
-        listed = " and ".join([*["the top"] * at_top, *map(repr, named)])
+    if len(named) > 1:
+        listed = " and ".join(map(repr, named))
         raise FormatError(f"{path} has tensors in {listed}; save the model's state dict alone.")
     if named:
-        return tensors_of(saved[named[0]], f"{path}: {named[0]!r}")
+        model = tensors_of(saved[named[0]], f"{path}: {named[0]!r}")
+        others = {
+            name: UnreadTensor(each.shape, f"beside the state dict {named[0]!r}")
+            for name, each in at_top.items()
+        }
+        return {**others, **model}
     if not at_top:
         listed = ", ".join(repr(str(key)[:40]) for key in list(saved)[:8]) or "nothing"
         raise FormatError(

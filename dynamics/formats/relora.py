@@ -16,51 +16,22 @@ from functools import partial
 from pathlib import Path
 
 from dynamics.errors import FormatError
-from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.format import OpenOptions
 from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
+from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
 from dynamics.formats.shared.series import Look, find_series
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
-from dynamics.runs.run import Run
 
 _CONFIG = "relora_config.json"
 _STATE = "training_state.json"
 _PART = re.compile(r"(?P<path>.+)\.(?:lora_(?P<part>[AB])\.weight|scaling)")
 _RENAMED = {"tokens_seen": "tokens"}
 _LOOK = Look(lambda directory: any((directory / each).is_file() for each in (_CONFIG, _STATE)))
-
-
-class ReLoRAFormat(Format):
-    """A `--save_dir` of the original ReLoRA, or one of its model_N/."""
-
-    name = "relora"
-    description = "model_N/ with relora_config.json or training_state.json (Guitaricet/relora)"
-
-    def recognises(self, path: Path) -> bool:
-        """Whether a model_N/ below (or at) `path` has what its trainer saves beside a model."""
-        return find_series(path, _LOOK) is not None
-
-    def open(self, path: Path, options: OpenOptions) -> Run:
-        """See `Format.open`."""
-        series = find_series(path, _LOOK)
-        if series is None:
-            raise FormatError(f"{path} holds no directory model_N/ of the original ReLoRA.")
-        root = root_of(path)
-        run = ReLoRARun(
-            path,
-            self.name,
-            {
-                step: series.unless_claimed_twice(step, partial(_open, at, root))
-                for step, at in series.steps.items()
-            },
-        )
-        run.places = {step: str(at) for step, at in series.steps.items()}
-        run.passed_over = series.passed_over
-        return run
 
 
 class ReLoRARun(CheckpointsRun):
@@ -79,6 +50,26 @@ class ReLoRARun(CheckpointsRun):
         counted = [restarts[self.steps == step].max(initial=0) for step in (before, now)]
         difference = counted[1] - counted[0]
         return max(changed, int(difference)) if difference > 0 else changed
+
+
+class ReLoRAFormat(CheckpointsFormat):
+    """A `--save_dir` of the original ReLoRA, or one of its model_N/."""
+
+    name = "relora"
+    description = "model_N/ with relora_config.json or training_state.json (Guitaricet/relora)"
+    run_class = ReLoRARun
+
+    def recognises(self, path: Path) -> bool:
+        """Whether a checkpoint below (or at) `path` has what its trainer saves beside a model."""
+        return find_series(path, _LOOK) is not None
+
+    def found(self, path: Path, options: OpenOptions) -> Found:
+        """See `CheckpointsFormat.found`."""
+        series = find_series(path, _LOOK)
+        if series is None:
+            raise FormatError(f"{path} holds no directory model_N/ of the original ReLoRA.")
+        root = root_of(path)
+        return found_in_series(series, lambda _, at: OpenedBy(at, partial(_open, at, root)))
 
 
 def _open(directory: Path, root: Path) -> Checkpoint:

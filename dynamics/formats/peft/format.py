@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError
-from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.format import OpenOptions
 from dynamics.formats.peft.base_model import ADAPTER_ALONE, BaseModel, BaseModels, base_tensors
 from dynamics.formats.peft.config import CONFIG, adapter_directory, has_adapter
 from dynamics.formats.shared.adapters.adapt import Adapted, Settings, adapt
 from dynamics.formats.shared.adapters.scaling import is_number
 from dynamics.formats.shared.adapters.stored import AdapterLayer, stored_adapters
-from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
+from dynamics.formats.shared.checkpoints import Checkpoint
+from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
 from dynamics.formats.shared.full_checkpoints import with_clean_names
 from dynamics.formats.shared.hugging_face_files import logged_scalars, trainer_step
 from dynamics.formats.shared.series import Look, Series, find_series
@@ -25,12 +26,11 @@ from dynamics.formats.storage.files import contained, entries, read_json, root_o
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor, floats
 from dynamics.runs.account import LeftOut
-from dynamics.runs.run import Run
 
 _MERGES = "num_lora_restarts"  # as axolotl's ReLoRA logs it
 
 
-class PeftFormat(Format):
+class PeftFormat(CheckpointsFormat):
     """A directory of PEFT checkpoints, or a single one."""
 
     name = "peft"
@@ -49,23 +49,15 @@ class PeftFormat(Format):
         """Whether a checkpoint below (or at) `path` has an adapter_config.json."""
         return _series(path) is not None
 
-    def open(self, path: Path, options: OpenOptions) -> Run:
-        """See `Format.open`."""
+    def found(self, path: Path, options: OpenOptions) -> Found:
+        """See `CheckpointsFormat.found`."""
         series = _series(path) or Series({0: path})
         bases = BaseModels(path, series.steps, options.base)
-        run = CheckpointsRun(
-            path,
-            self.name,
-            {
-                step: series.unless_claimed_twice(
-                    step, partial(_open, step, directory, root_of(path), bases, options)
-                )
-                for step, directory in series.steps.items()
-            },
+        root = root_of(path)
+        return found_in_series(
+            series,
+            lambda step, at: OpenedBy(at, partial(_open, step, at, root, bases, options)),
         )
-        run.places = {step: str(each) for step, each in series.steps.items()}
-        run.passed_over = series.passed_over
-        return run
 
 
 def _has_weights(directory: Path) -> bool:

@@ -14,7 +14,7 @@ from dynamics.formats.quantised import bitsandbytes, fp4, packed, scaled, torcha
 from dynamics.formats.quantised.config import Said, said_by
 from dynamics.formats.quantised.parts import FLOAT8, Parts
 from dynamics.formats.quantised.tensor import NotDequantised, QuantisedTensor
-from dynamics.formats.storage.tensors import CODE_BYTES, ITEM_BYTES, Tensor
+from dynamics.formats.storage.tensors import CODE_BYTES, ITEM_BYTES, Tensor, UnreadTensor
 from dynamics.runs.account import INTEGERS, LeftOut
 
 
@@ -128,7 +128,9 @@ def dequantised(
     for name, tensor in tensors.items():
         if name in used:
             continue
-        if _SCALES.fullmatch(name.rpartition(".")[2]):
+        if isinstance(tensor, UnreadTensor):
+            left_out.append(LeftOut(name, tensor.shape, tensor.reason))
+        elif _SCALES.fullmatch(name.rpartition(".")[2]):
             left_out.append(LeftOut(name, tensor.shape, "scales of quantised weights"))
         elif tensor.dtype in ITEM_BYTES:
             found[name] = tensor
@@ -175,6 +177,8 @@ def _quantised(
 
 
 def _may_be_codes(tensor: Tensor) -> bool:
+    if isinstance(tensor, UnreadTensor):
+        return False
     return tensor.dtype not in ITEM_BYTES or tensor.dtype in FLOAT8
 
 

@@ -8,13 +8,13 @@ the prefixes of wrappers, and a tied weight is measured once.
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from dynamics.errors import FormatError
-from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.format import OpenOptions
 from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.adapters.inside import (
     Inside,
@@ -23,6 +23,13 @@ from dynamics.formats.shared.adapters.inside import (
     with_clean_names_left_out,
 )
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
+from dynamics.formats.shared.found import (
+    CheckpointsFormat,
+    Found,
+    Unopened,
+    Unreadable,
+    found_in_series,
+)
 from dynamics.formats.shared.series import Look, Series, find_series
 from dynamics.formats.shared.steps import step_in_name
 from dynamics.formats.storage.files import reporting_unreadable, root_of
@@ -30,7 +37,6 @@ from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
 from dynamics.runs.account import LeftOut
 from dynamics.runs.attention_config import tied_aliases
-from dynamics.runs.run import Run
 
 _LAST = re.compile(r"last(?:-v\d+)?")
 
@@ -77,32 +83,8 @@ class FullCheckpoint:
             weights = _as_weights(stored, self.where, attrs)
             return Checkpoint(weights, left_out=left_out, attrs=attrs, scalars=scalars)
 
-    @classmethod
-    def unreadable(cls, where: Path, problem: FormatError) -> "FullCheckpoint":
-        """A checkpoint of which only the step is known; reading it raises `problem`."""
 
-        def fail() -> NoReturn:
-            raise problem
-
-        return cls(where, fail)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The checkpoints of a run, none of them opened.
-
-    Attributes:
-        checkpoints: step -> checkpoint.
-        passed_over: name -> why it is no checkpoint of the run, for what looks like one.
-        is_guess: whether there is one checkpoint, and nothing tells its step.
-    """
-
-    checkpoints: Mapping[int, FullCheckpoint]
-    passed_over: Mapping[str, str] = field(default_factory=dict)
-    is_guess: bool = False
-
-
-class FullCheckpointsFormat(Format):
+class FullCheckpointsFormat(CheckpointsFormat):
     """A format whose checkpoints are complete; it says which there are."""
 
     options = ("adapter", "lora_alpha", "expert_blocks")
@@ -119,14 +101,14 @@ class FullCheckpointsFormat(Format):
             FormatError: it is not clear which the checkpoints are.
         """
 
-    def found(self, path: Path) -> Found:
-        """The checkpoints at a path."""
+    def found(self, path: Path, options: OpenOptions) -> Found:
+        """See `CheckpointsFormat.found`."""
         found = self.checkpoints(path, root_of(path))
         return found if isinstance(found, Found) else Found(found)
 
-    def open(self, path: Path, options: OpenOptions) -> Run:
-        """See `Format.open`."""
-        run = run_of(path, self.name, self.found(path), options)
+    def run_of(self, path: Path, found: Found, options: OpenOptions) -> CheckpointsRun:
+        """See `CheckpointsFormat.run_of`. Without adapters, there is no use for options."""
+        run = super().run_of(path, found, options)
         if not run.has_adapters:
             for option in self.options:
                 if getattr(options, option) is not None:
@@ -178,10 +160,7 @@ class SeriesFormat(FullCheckpointsFormat):
         series = find_series(path, self.look()) or Series(
             {0: path}
         )  # reading it says what is missing
-        found = {step: self.checkpoint(at, root, step) for step, at in series.steps.items()}
-        for step, clash in series.clashes.items():
-            found[step] = FullCheckpoint.unreadable(series.steps[step], FormatError(clash))
-        return Found(found, series.passed_over, series.is_guess)
+        return found_in_series(series, lambda step, at: self.checkpoint(at, root, step))
 
 
 class OtherKindError(FormatError):
@@ -205,7 +184,7 @@ def found_in_files(
     Raises:
         FormatError: none has a step.
     """
-    claims: dict[int, list[tuple[Path, FullCheckpoint, bool]]] = {}
+    claims: dict[int, list[tuple[Path, Unopened, bool]]] = {}
     passed_over: dict[str, str] = {}
     for file in files:
         try:
@@ -215,14 +194,12 @@ def found_in_files(
             if named is None:
                 passed_over[file.name] = str(problem)
                 continue
-            claims.setdefault(named, []).append(
-                (file, FullCheckpoint.unreadable(file, problem), False)
-            )
+            claims.setdefault(named, []).append((file, Unreadable(file, problem), False))
         else:
             claims.setdefault(step, []).append((file, checkpoint, True))
     if not claims:
         raise FormatError(next(iter(passed_over.values()), f"{where} holds no checkpoint."))
-    checkpoints: dict[int, FullCheckpoint] = {}
+    checkpoints: dict[int, Unopened] = {}
     for step, claim in sorted(claims.items()):
         sound = [each for each in claim if each[2]] or claim
         chosen = [each for each in sound if not _LAST.fullmatch(each[0].stem)] or sound[:1]
@@ -230,26 +207,11 @@ def found_in_files(
         if len(chosen) > 1:
             one, other = sorted(each[0].name for each in chosen)[:2]
             clash = f"{where} holds {one} and {other}, both of step {step}; remove one of the two."
-            checkpoints[step] = FullCheckpoint.unreadable(chosen[0][0], FormatError(clash))
+            checkpoints[step] = Unreadable(chosen[0][0], FormatError(clash))
         for file, *_ in claim:
             if file not in [each[0] for each in chosen]:
                 passed_over[file.name] = f"{chosen[0][0].name} is of step {step} too"
     return Found(checkpoints, passed_over)
-
-
-def run_of(
-    path: Path, format: str, found: Found, options: OpenOptions | None = None
-) -> CheckpointsRun:
-    """The run of the checkpoints that a format found."""
-    root = root_of(path if path.is_dir() else path.parent)
-    run = CheckpointsRun(
-        path,
-        format,
-        {step: partial(each.open, root, options) for step, each in found.checkpoints.items()},
-    )
-    run.passed_over = found.passed_over
-    run.places = {step: str(each.where) for step, each in found.checkpoints.items()}
-    return run
 
 
 def _as_weights(

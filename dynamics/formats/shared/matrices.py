@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ def _view(tensor: StoredTensor, part: Part) -> StoredTensor | None:
     shape = part.rows, part.cols
     if not part.index:
         flat = tensor.strides is None
-        return StoredTensor(tensor.path, tensor.offset, tensor.dtype, shape) if flat else None
+        return replace(tensor, shape=shape) if flat else None
     strides = tensor.strides or tuple(
         int(np.prod(tensor.shape[axis + 1 :])) for axis in range(len(tensor.shape))
     )
@@ -124,10 +124,9 @@ def _view(tensor: StoredTensor, part: Part) -> StoredTensor | None:
     if piece.shape != shape:
         return None
     first = piece.ctypes.data - whole.ctypes.data
-    return StoredTensor(
-        tensor.path,
-        tensor.offset + first * tensor.item_bytes,
-        tensor.dtype,
-        shape,
-        None if piece.flags.c_contiguous else piece.strides,
+    return replace(
+        tensor,
+        offset=tensor.offset + first * tensor.item_bytes,
+        shape=shape,
+        strides=None if piece.flags.c_contiguous else piece.strides,
     )

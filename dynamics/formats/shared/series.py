@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from dynamics.errors import FormatError
 from dynamics.formats.shared.steps import BARE, NamedStep, named_step
@@ -42,14 +42,6 @@ class Series:
     clashes: dict[int, str] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
     is_guess: bool = False
-
-    def unless_claimed_twice(self, step: int, opens: Callable[[], T]) -> Callable[[], T]:
-        """`opens`, or for a step with several checkpoints a function that says so."""
-
-        def refuse() -> NoReturn:
-            raise FormatError(self.clashes[step])
-
-        return refuse if step in self.clashes else opens
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dynamics.formats.storage.files import (
     origin_of,
     plain_name,
     read_range,
+    refuse_pointer,
     size_of,
 )
 from dynamics.formats.storage.tensors import (
@@ -32,6 +33,7 @@ from dynamics.formats.storage.tensors import (
     AssembledTensor,
     StoredTensor,
     Tensor,
+    UnreadTensor,
     checked_shape,
 )
 from dynamics.formats.storage.torch_files import torch_file
@@ -101,8 +103,7 @@ def _metadata(
         if not entry.name.endswith(".TensorStorageMetadata"):
             continue
         dtype = entry.state["properties"].state[0]
-        if dtype not in ITEM_BYTES and dtype not in CODE_BYTES:
-            continue
+        dtype = dtype.name.removeprefix("torch.") if isinstance(dtype, Inert) else str(dtype)
         chunks = [
             (
                 checked_shape(each.state["offsets"], f"{where}: {key}"),
@@ -129,6 +130,7 @@ def _unpickled(path: Path, root: Path) -> Inert:
     size = size_of(path)
     if size > _LONGEST_METADATA:
         raise _damage_error(path, f"{size} bytes")
+    refuse_pointer(path, size)
     raw = read_range(path, 0, size)
     try:
         metadata = TensorUnpickler(io.BytesIO(raw), _stand_in, _no_storage).load()
@@ -177,7 +179,7 @@ def _of_the_model(
         holder
         for holder, held in holders.items()
         if any(
-            len(described[key][1]) == 2 and described[key][0] in ITEM_BYTES for key in held.values()
+            described[key][0] in ITEM_BYTES and len(described[key][1]) == 2 for key in held.values()
         )
     ]
     if len(candidates) == 1:
@@ -205,6 +207,8 @@ def _assembled(
     directory: Path, root: Path, key: str, described: _Described, places: _Places
 ) -> Tensor:
     dtype, shape, chunks = described
+    if dtype not in ITEM_BYTES and dtype not in CODE_BYTES:
+        return UnreadTensor(shape, f"numbers of the dtype {dtype}", dtype)
     where = directory / METADATA
     _check_covered(where, key, shape, chunks)
     pieces: list[tuple[tuple[slice, ...], Tensor]] = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.storage.files import children, entries
-from dynamics.formats.storage.tensors import ITEM_BYTES, StoredTensor, Tensor, checked_shape
+from dynamics.formats.storage.tensors import StoredTensor, Tensor, UnreadTensor, checked_shape
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import Inert
 from dynamics.formats.storage.zero_partitions import (
@@ -140,7 +140,7 @@ def _master_weights(
     tensors: dict[str, Tensor] = {
         name: tensor
         for name, tensor in model["module"].items()
-        if isinstance(tensor, StoredTensor) and tensor.dtype in ITEM_BYTES and name not in shared
+        if isinstance(tensor, StoredTensor | UnreadTensor) and name not in shared
         if not partitioned or name in (model.get("buffer_names") or ())
     }
     if partitioned:

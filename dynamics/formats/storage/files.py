@@ -17,6 +17,8 @@ from dynamics.errors import DynamicsError, FormatError, one_line, require_extra
 from dynamics.runs.origins import file_origin
 
 _LISTINGS: ContextVar[dict[Path, list["Entry"]] | None] = ContextVar("listings", default=None)
+# How a file begins that Git LFS put in the place of another, and how long it is at most.
+_POINTER, _LONGEST_POINTER = b"version https://git-lfs.github.com/spec/v1\n", 1024
 # A local file system raises these where a file is missing, forbidden, or not text.
 _UNREADABLE = (OSError, ValueError)
 
@@ -135,6 +137,23 @@ def origin_of(path: Path) -> str | None:
     return f"{path}|{info.get('size')}|{mark}" if mark else None
 
 
+def refuse_pointer(path: Path, size: int) -> None:
+    """Check that a file is itself, and not what Git LFS puts in its place.
+
+    Args:
+        path: the file.
+        size: its size in bytes.
+
+    Raises:
+        FormatError: it is a pointer.
+    """
+    if len(_POINTER) <= size < _LONGEST_POINTER and read_range(path, 0, len(_POINTER)) == _POINTER:
+        raise FormatError(
+            f"{path} ({size} bytes) is a pointer of Git LFS, and not the file that it stands for; "
+            "run 'git lfs pull' in its repository."
+        )
+
+
 def read_range(path: Path, offset: int, length: int) -> bytes:
     """The `length` bytes of a file that begin at byte `offset`.
 
@@ -162,6 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FormatError: the file cannot be read, or does not hold a JSON object.
     """
+    refuse_pointer(path, size_of(path))
     with reporting_unreadable(path):
         text = path.read_text(encoding="utf-8")
     try:

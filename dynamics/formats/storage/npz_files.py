@@ -7,6 +7,7 @@ it unpickles on request, and it allocates as much memory as a file claims to nee
 import io
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,8 +16,16 @@ from typing import Any
 import numpy as np
 
 from dynamics.errors import FormatError
-from dynamics.formats.storage.files import contained, one_line, origin_of, read_range, size_of
-from dynamics.formats.storage.tensors import checked_shape
+from dynamics.formats.storage.files import (
+    contained,
+    one_line,
+    origin_of,
+    read_range,
+    refuse_pointer,
+    size_of,
+)
+from dynamics.formats.storage.tensors import Tensor, UnreadTensor, checked_shape
+from dynamics.runs.account import INTEGERS
 
 _SUFFIX = ".npy"
 _FLOATS = {2: "float16", 4: "float32", 8: "float64"}
@@ -24,6 +33,7 @@ _FLOATS = {2: "float16", 4: "float32", 8: "float64"}
 _LONGEST_HEADER = 10_000 + 12
 # One bit of deflate stands for 129 bytes at most.
 _DEFLATE_RATIO = 1032
+_OBJECTS = "Python objects (pickles, which are not read)"
 
 
 @dataclass(frozen=True)
@@ -82,19 +92,19 @@ class NpzTensor:
         return array.astype(self.number.newbyteorder("="), copy=False)
 
 
-def npz_tensors(path: Path, root: Path) -> dict[str, NpzTensor]:
-    """Name -> array of each floating-point array in an .npz file; integers are left out.
+def npz_tensors(path: Path, root: Path) -> dict[str, Tensor]:
+    """Name -> array of each array in an .npz file. Only float16, float32 and float64 are read.
 
     Raises:
-        FormatError: the file is missing or damaged, or holds arrays of objects, or floating-point
-            arrays of other types than float16, float32 and float64.
+        FormatError: the file is missing or damaged, or holds no array that can be read.
     """
     contained(path, root)
     size = size_of(path)
+    refuse_pointer(path, size)
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-        arrays = {
+        arrays: dict[str, Tensor] = {
             member.filename.removesuffix(_SUFFIX): _array(path, size, member)
             for member in members
             if member.filename.endswith(_SUFFIX)
@@ -103,13 +113,12 @@ def npz_tensors(path: Path, root: Path) -> dict[str, NpzTensor]:
         raise
     except Exception as error:  # an archive that makes no sense can raise anything
         raise _damage_error(path, one_line(error)) from error
-    floats = {name: array for name, array in arrays.items() if array is not None}
-    if not floats:
-        raise FormatError(f"{path} holds no floating-point arrays.")
-    return floats
+    if not any(isinstance(array, NpzTensor) for array in arrays.values()):
+        raise _nothing_read_error(path, arrays)
+    return arrays
 
 
-def _array(path: Path, size: int, member: zipfile.ZipInfo) -> NpzTensor | None:
+def _array(path: Path, size: int, member: zipfile.ZipInfo) -> NpzTensor | UnreadTensor:
     name = member.filename
     if member.flag_bits & 1 or member.compress_type not in (
         zipfile.ZIP_STORED,
@@ -133,17 +142,11 @@ def _array(path: Path, size: int, member: zipfile.ZipInfo) -> NpzTensor | None:
         begin = _inflated(path, begin, _LONGEST_HEADER, whole=False)
     header, shape, fortran, number = _header(path, name, begin)
     if number.hasobject:
-        raise FormatError(
-            f"{path} holds Python objects as {name}; these are pickles, which are not read. Save "
-            "the file without them."
-        )
-    if number.kind in "iubSUMm":
-        return None
+        return UnreadTensor(shape, _OBJECTS)
+    if number.kind in "iub":
+        return UnreadTensor(shape, INTEGERS)
     if number.kind != "f" or number.itemsize not in _FLOATS:
-        raise FormatError(
-            f"{path} holds {name} as {number}; only float16, float32 and float64 are read "
-            "(NumPy has no bfloat16): save it as float32."
-        )
+        return UnreadTensor(shape, f"numbers of the dtype {number}", str(number))
     # Checked before memory is allocated: the size in the directory is what the header needs.
     if header + prod(shape) * number.itemsize != member.file_size:
         raise _damage_error(path, f"{name} is {number} {shape} in {member.file_size} bytes")
@@ -185,6 +188,21 @@ def _inflated(path: Path, packed: bytes, most: int, whole: bool = True) -> bytes
     except zlib.error as error:
         raise _damage_error(path, one_line(error)) from error
     return content
+
+
+def _nothing_read_error(path: Path, arrays: Mapping[str, Tensor]) -> FormatError:
+    for name, array in arrays.items():
+        if isinstance(array, UnreadTensor) and array.reason == _OBJECTS:
+            return FormatError(
+                f"{path} holds Python objects as {name}{_SUFFIX}; these are pickles, which are not "
+                "read. Save the file without them."
+            )
+        if array.dtype != "unread":
+            return FormatError(
+                f"{path} holds {name}{_SUFFIX} as {array.dtype}; only float16, float32 and float64 "
+                "are read (NumPy has no bfloat16): save it as float32."
+            )
+    return FormatError(f"{path} holds no floating-point arrays.")
 
 
 def _damage_error(path: Path, what: str) -> FormatError:

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dynamics.errors import FormatError, one_line
-from dynamics.formats.storage.files import contained, read_range, size_of
-from dynamics.formats.storage.tensors import CODE_BYTES, ITEM_BYTES, StoredTensor, checked_shape
+from dynamics.formats.storage.files import contained, read_range, refuse_pointer, size_of
+from dynamics.formats.storage.tensors import (
+    CODE_BYTES,
+    ITEM_BYTES,
+    StoredTensor,
+    checked_shape,
+)
 
 # The limit of the safetensors package.
 _LONGEST_HEADER = 100_000_000
@@ -51,6 +56,7 @@ def safetensors_tensors(path: Path, root: Path) -> dict[str, StoredTensor]:
     """
     contained(path, root)
     size = size_of(path)
+    refuse_pointer(path, size)
     header, data_start = _header(path, size)
     tensors: dict[str, StoredTensor] = {}
     stretches: list[tuple[int, int]] = []

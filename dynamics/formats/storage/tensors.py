@@ -78,6 +78,7 @@ class StoredTensor:
         shape: its shape.
         strides: counted in numbers; None for a contiguous tensor. Not None for example for a
             transposed tensor in a torch file.
+        negated: whether the file holds the negatives of the numbers, as for torch's negative views.
     """
 
     path: Path
@@ -85,17 +86,20 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
+    negated: bool = False
 
     @property
     def place(self) -> object:
         """See `Tensor.place`."""
-        return (str(self.path), self.offset, self.dtype, self.shape, self.strides)
+        sign = ("negated",) * self.negated
+        return (str(self.path), self.offset, self.dtype, self.shape, self.strides, *sign)
 
     @property
     def origin(self) -> str | None:
         """See `Tensor.origin`."""
         file = origin_of(self.path)
-        return file and f"{file}|{self.offset}|{self.dtype}|{self.shape}|{self.strides}"
+        sign = "|negated" * self.negated
+        return file and f"{file}|{self.offset}|{self.dtype}|{self.shape}|{self.strides}{sign}"
 
     @property
     def item_bytes(self) -> int:
@@ -113,6 +117,7 @@ class StoredTensor:
         """See `Tensor.read`."""
         raw = read_range(self.path, self.offset, self.extent * self.item_bytes)
         flat = decoded(raw, self.dtype)
+        flat = -flat if self.negated else flat
         if self.strides is None or 0 in self.shape:
             return flat.reshape(self.shape)
         strides = tuple(stride * flat.itemsize for stride in self.strides)
@@ -123,7 +128,40 @@ class StoredTensor:
         assert self.strides is None
         assert first + prod(shape) <= prod(self.shape)
         offset = self.offset + first * self.item_bytes
-        return StoredTensor(self.path, offset, self.dtype, shape)
+        return StoredTensor(self.path, offset, self.dtype, shape, negated=self.negated)
+
+
+@dataclass(frozen=True, eq=False)
+class UnreadTensor:
+    """A tensor that is stored, and whose numbers are not read.
+
+    Attributes:
+        shape: its shape.
+        reason: what it is, in a few words that others of its kind share: "complex numbers".
+        dtype: torch's name where it is known.
+    """
+
+    shape: tuple[int, ...]
+    reason: str
+    dtype: str = "unread"
+
+    @property
+    def place(self) -> object:
+        """See `Tensor.place`."""
+        return id(self)
+
+    @property
+    def origin(self) -> None:
+        """See `Tensor.origin`."""
+        return None
+
+    def read(self) -> np.ndarray:
+        """Not possible.
+
+        Raises:
+            FormatError: always.
+        """
+        raise FormatError(f"A tensor of shape {self.shape} is not read: {self.reason}.")
 
 
 @dataclass(frozen=True)

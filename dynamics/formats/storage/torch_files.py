@@ -11,14 +11,28 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dynamics.errors import FormatError
 from dynamics.formats.storage.file_parts import BoundedFile, open_part
-from dynamics.formats.storage.files import contained, one_line, read_range, size_of
-from dynamics.formats.storage.tensors import CODE_BYTES, ITEM_BYTES, StoredTensor, checked_shape
+from dynamics.formats.storage.files import (
+    contained,
+    one_line,
+    read_range,
+    refuse_pointer,
+    size_of,
+)
+from dynamics.formats.storage.tensors import (
+    CODE_BYTES,
+    ITEM_BYTES,
+    StoredTensor,
+    Tensor,
+    UnreadTensor,
+    checked_shape,
+)
 from dynamics.formats.storage.unpickling import Inert, TensorUnpickler, callable_from_files
 
 # More than the pickle of any state dict has: tensors lie outside of the pickle.
@@ -39,14 +53,23 @@ _STORAGES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
     "UntypedStorage": "uint8",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
 }
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A tensor that cannot be read, and why. This is an error only where the tensor is needed."""
-
-    reason: str
+# Bytes of what is never read, and why.
+_UNREAD_BYTES = {"complex64": 8, "complex128": 16, "qint8": 1, "quint8": 1, "qint32": 4}
+_COMPLEX, _TORCH_QUANTISED = "complex numbers", "quantised by torch, not dequantised"
+# torch's functions that rebuild what has no plain storage -> why it is not read.
+_REBUILDERS = {
+    "_rebuild_meta_tensor_no_storage": "meta tensors, which have no numbers",
+    "_rebuild_sparse_tensor": "sparse tensors",
+    "_rebuild_qtensor": _TORCH_QUANTISED,
+    "_rebuild_nested_tensor": "nested tensors",
+    "_rebuild_wrapper_subclass": "tensors of a class that is not made",
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,8 @@ def torch_file(path: Path, root: Path, first: int = 0, length: int | None = None
     """
     contained(path, root)
     size = size_of(path)
+    if first == 0:
+        refuse_pointer(path, size)
     length = size - first if length is None else length
     if first < 0 or length < 0 or first + length > size:
         raise _damage_error(path, size, f"it does not have {length} bytes at {first}")
@@ -88,23 +113,25 @@ def torch_file(path: Path, root: Path, first: int = 0, length: int | None = None
         raise _damage_error(path, size, what) from error
 
 
-def tensors_of(saved: Any, where: str) -> dict[str, StoredTensor]:
+def tensors_of(saved: Any, where: str) -> dict[str, Tensor]:
     """Name -> tensor of a (nested) mapping that `torch_file` gave.
 
     The keys of nested mappings are joined with dots. Values that are no tensors are left out.
+    A tensor that cannot be read (complex, sparse, of an unknown class) is an `UnreadTensor`.
 
     Raises:
-        FormatError: it is not a mapping, has no tensors, or has one that needs an unknown class.
+        FormatError: it is not a mapping, or has no tensor that can be read.
     """
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, Tensor] = {}
     for position, (name, value) in enumerate(_leaves(saved, "")):
         if position == _MOST_NAMES:  # a file may name one mapping many times, at many levels
             raise FormatError(f"{where} holds over {_MOST_NAMES} names; it is not a state dict.")
-        if isinstance(value, Unreadable):
-            raise FormatError(f"{where}: {name} {value.reason}.")
-        if isinstance(value, StoredTensor):
+        if isinstance(value, StoredTensor | UnreadTensor):
             tensors[name] = value
     if not any(each.dtype in ITEM_BYTES for each in tensors.values()):
+        for name, tensor in tensors.items():
+            if isinstance(tensor, UnreadTensor):
+                raise FormatError(f"{where} holds none that is read: {name} is {tensor.reason}.")
         raise FormatError(f"{where} holds no tensors by name{_class_needed(saved)}.")
     return tensors
 
@@ -204,7 +231,7 @@ def _storage(pid: Any) -> _Region:
 
 
 def _bytes(dtype: str) -> int:
-    return ITEM_BYTES.get(dtype) or CODE_BYTES[dtype]
+    return (ITEM_BYTES | CODE_BYTES | _UNREAD_BYTES)[dtype]
 
 
 def _item(region: _Region) -> int:
@@ -240,25 +267,40 @@ class _TensorPlacer:
         if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
             return callable_from_files(_of_subclass)
         if name.startswith("_rebuild_"):
-            return callable_from_files(lambda *_: Unreadable(f"needs {module}.{name}"))
+            return callable_from_files(partial(_unread, f"{module}.{name}"))
         return None
 
     def _tensor_of_dtype(
         self, storage: Any, first: int, shape: Any, strides: Any, *rest: Any
     ) -> Any:
-        dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], str) else None
-        return self._tensor(storage, first, shape, strides, dtype=dtype)
+        dtype = rest[2] if len(rest) > 2 else None
+        if isinstance(dtype, Inert):
+            sizes = checked_shape(shape, str(self._path))
+            return UnreadTensor(sizes, f"numbers of the dtype {dtype.name.removeprefix('torch.')}")
+        return self._tensor(storage, first, shape, strides, *rest[:2], *rest[3:], dtype=dtype)
 
     def _tensor(
-        self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any, dtype: str | None = None
-    ) -> StoredTensor | Unreadable:
+        self,
+        storage: Any,
+        first: Any,
+        shape: Any,
+        strides: Any,
+        _requires_grad: Any = None,
+        _hooks: Any = None,
+        metadata: Any = None,
+        *,
+        dtype: str | None = None,
+    ) -> StoredTensor | UnreadTensor:
+        sizes = checked_shape(shape, str(self._path))
         if not isinstance(storage, _Region):
-            return Unreadable("has no storage of its own")
+            return UnreadTensor(sizes, "tensors without storage of their own")
         dtype = dtype or storage.dtype
         if dtype is None:
-            return Unreadable("is stored in an unknown type")
-        where = f"{self._path}: storage {storage.key!r}"
-        sizes, steps = checked_shape(shape, where), checked_shape(strides, where)
+            return UnreadTensor(sizes, "numbers of an unknown type")
+        if dtype in _UNREAD_BYTES:
+            reason = _COMPLEX if dtype.startswith("complex") else _TORCH_QUANTISED
+            return UnreadTensor(sizes, reason, dtype)
+        steps = checked_shape(strides, f"{self._path}: storage {storage.key!r}")
         if len(sizes) != len(steps) or not isinstance(first, int) or first < 0:
             raise pickle.UnpicklingError(f"a tensor at {first!r} with strides {steps}")
         contiguous = _contiguous(sizes, steps)
@@ -268,6 +310,7 @@ class _TensorPlacer:
             dtype,
             sizes,
             None if contiguous else steps,
+            negated=isinstance(metadata, Mapping) and metadata.get("neg") is True,
         )
         if (first + tensor.extent) * _bytes(dtype) > storage.bytes:
             raise pickle.UnpicklingError(
@@ -275,15 +318,29 @@ class _TensorPlacer:
             )
         # A view that repeats numbers (an expanded tensor) takes more memory than its file.
         if dtype in ITEM_BYTES and prod(sizes) > 2 * max(tensor.extent, 1):
-            return Unreadable(f"repeats {tensor.extent} numbers into the shape {sizes}")
+            return UnreadTensor(sizes, "tensors that repeat a few numbers (expanded)")
         return tensor
 
 
 def _of_subclass(function: Any, kind: Any, args: Any, _state: Any) -> Any:
     """The plain tensor of a tensor subclass, where it was saved as one."""
     rebuilt = function(*args) if getattr(function, "may_be_called", False) else None
+    if isinstance(rebuilt, StoredTensor):
+        return rebuilt
     name = getattr(kind, "name", "an unknown class")
-    return rebuilt if isinstance(rebuilt, StoredTensor) else Unreadable(f"needs {name}")
+    return UnreadTensor(getattr(rebuilt, "shape", ()), f"tensors of the class {name}")
+
+
+def _unread(function: str, *args: Any) -> UnreadTensor:
+    """What stands for a tensor that one of torch's other functions would rebuild."""
+    reason = _REBUILDERS.get(function.rpartition(".")[2], f"tensors that need {function}")
+    nested = [each for arg in args for each in (arg if isinstance(arg, tuple) else ())]
+    shapes = (each for each in (*args, *nested) if _is_shape(each))  # strides come after it
+    return UnreadTensor(checked_shape(next(shapes, ()), function), reason)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(n, int) for n in value)
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -193,3 +193,60 @@ def test_a_protocol_without_its_package_names_the_extra(monkeypatch):
     fsspec.register_implementation("nopackage", "no_such_package.FileSystem", clobber=True)
     with pytest.raises(DynamicsError, match=r"pip install 'learning-dynamics\[remote\]'"):
         dy.open_run("nopackage://host/run")
+
+
+@pytest.fixture
+def requests(s3, monkeypatch):
+    """The operations that are asked of S3, in order."""
+    import s3fs
+
+    asked, call = [], s3fs.S3FileSystem._call_s3
+
+    async def noting(self, method, *arguments, **options):
+        asked.append(method)
+        return await call(self, method, *arguments, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noting)
+    return asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["model", "files", "nothing", "images"])
+def test_detection_over_s3_asks_little(s3, requests, tmp_path, kind):
+    from dynamics.formats import _detected_format
+    from dynamics.formats.storage.files import located
+
+    name = {
+        "model": "step_{}/model.safetensors",
+        "files": "step_{}.pt",
+        "nothing": "step_{}/notes.txt",
+        "images": "image_{}.png",
+    }[kind]
+    s3.pipe({f"bucket/many_{kind}/" + name.format(i): b"x" for i in range(150)})
+    s3.invalidate_cache()
+    requests.clear()
+    if kind in ("nothing", "images"):
+        with pytest.raises(FormatError, match="holds no run of a known format"):
+            dy.open_run(f"s3://bucket/many_{kind}")
+    else:
+        path = located(f"s3://bucket/many_{kind}")
+        assert _detected_format(path).name == {"model": "checkpoints", "files": "files"}[kind]
+    assert len(requests) < 11, requests  # a listing of 10,000 entries takes nine more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("naming", ["step_{}", "checkpoints/step_{}/hf"])
+def test_steps_and_a_glob_are_found_over_s3(s3, requests, tmp_path, naming):
+    safetensors = pytest.importorskip("safetensors.torch")
+    top = f"bucket/{len(naming)}"
+    for step in (10, 200):
+        file = tmp_path / f"{step}.safetensors"
+        safetensors.save_file({"layers.0.up_proj.weight": torch.full((4, 3), float(step))}, file)
+        s3.put_file(str(file), f"{top}/{naming.format(step)}/model.safetensors")
+    s3.invalidate_cache()
+    requests.clear()
+    run = dy.open_run(f"s3://{top}")
+    assert run.steps.tolist() == [10, 200]
+    assert len(requests) < 30
+    assert (run.read("layers.0.up_proj.weight", 200, "weight").values == 200).all()
+    assert dy.open_run(f"s3://{top}/{naming.format('*')}").steps.tolist() == [10, 200]

@@ -84,11 +84,16 @@ def test_a_marker_file_pickle_never_runs(tmp_path, marker, zipped, where):
         assert where != "top" or "io.open" in message
 
 
-def test_a_tensor_that_needs_an_unknown_class_is_refused_by_its_name(tmp_path):
+def test_a_tensor_that_is_not_made_is_left_out_by_its_name(tmp_path):
     file = checkpoint(tmp_path) / "pytorch_model.bin"
     sparse = torch.eye(3).to_sparse()
     torch.save({"layers.0.up_proj.weight": torch.randn(4, 3), "mask": sparse}, file)
-    refused(tmp_path / "run", "mask needs torch._utils._rebuild_sparse_tensor")
+    left_out = dy.open_run(tmp_path / "run").account.left_out
+    assert [(each.name, each.shape, each.reason) for each in left_out] == [
+        ("mask", (3, 3), "sparse tensors")
+    ]
+    torch.save({"mask": sparse}, file)
+    refused(tmp_path / "run", "holds none that is read: mask is sparse tensors")
 
 
 @pytest.mark.slow
