@@ -47,6 +47,7 @@ class MatrixHistory:
 
     info: MatrixInfo
     adapted: bool = False
+    trains: bool | None = None  # see `Run.trains`
     non_finite: list[tuple[int, str]] = field(default_factory=list)  # (step, kind)
     unreadable: dict[str, int] = field(default_factory=dict)  # message -> step
     dead: list[int] = field(default_factory=list)  # records where A and B are both zero
@@ -64,7 +65,7 @@ class MatrixHistory:
 
 def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixHistory:
     """Read every record of a matrix; `merges` are the steps of the run's merge events."""
-    history = MatrixHistory(info)
+    history = MatrixHistory(info, trains=run.trains(info.name))
     first: AdaptedWeight | None = None
     before: Snapshot | None = None
     for now in _snapshots(run, history):

@@ -45,16 +45,20 @@ def judge_zero_gradients(histories: Sequence[MatrixHistory]) -> list[Verdict]:
         if not history.gradients:
             continue
         always = len(history.zero_gradients) == history.gradients
+        by_design = history.trains is False and not history.adapted
+        meaning = "The gradient is not always zero."
+        if always and by_design:
+            meaning = "The gradient is zero in every record, and the weight does not train."
+        elif always:
+            meaning = (
+                "The gradient is zero in every record: the loss does not depend on the "
+                "parameter, or a layer after it is dead; check where its output goes."
+            )
         verdicts.append(
             Verdict(
                 check=ZERO_GRADIENT,
-                severity=Severity.FAIL if always else Severity.PASS,
-                meaning=(
-                    "The gradient is zero in every record: the loss does not depend on the "
-                    "parameter, or a layer after it is dead; check where its output goes."
-                    if always
-                    else "The gradient is not always zero."
-                ),
+                severity=Severity.FAIL if always and not by_design else Severity.PASS,
+                meaning=meaning,
                 matrix=history.info.name,
                 step=history.zero_gradients[0] if always else None,
                 measured=len(history.zero_gradients) / history.gradients,
@@ -66,8 +70,11 @@ def judge_zero_gradients(histories: Sequence[MatrixHistory]) -> list[Verdict]:
 def judge_frozen_layers(histories: Sequence[MatrixHistory]) -> list[Verdict]:
     """Layers whose weight does not change while the same module of other layers does.
 
-    A module that changes in no layer was frozen on purpose. Whole layers from the first one up
-    were most likely frozen on purpose too (fine-tuning does so); they give only a warning.
+    Weights with an adapter are compared with each other, and weights without with each other: the
+    latter do not train where LoRA is on some layers only. A module that changes in no layer was
+    frozen on purpose, unless it trains by its settings. Whole layers from the first one up were
+    most likely frozen on purpose, too (fine-tuning does so), and so were whole layers without
+    adapters; they give only a warning.
     """
     inside = [history for history in histories if history.info.layer is not None and history.moved]
     if not inside:
@@ -75,35 +82,70 @@ def judge_frozen_layers(histories: Sequence[MatrixHistory]) -> list[Verdict]:
     # Of the intervals in which the module changed in any layer: the share without a change here.
     frozen: dict[str, float] = {}
     for history in inside:
-        same_module = [each for each in inside if each.info.module == history.info.module]
         active = [
             pair
             for pair in history.moved
-            if any(each.moved.get(pair, False) for each in same_module)
+            if any(each.moved.get(pair, False) for each in inside if _should_move(history, each))
         ]
         at_rest = sum(not history.moved[pair] for pair in active)
         frozen[history.info.name] = at_rest / len(active) if active else 0.0
-    on_purpose = _frozen_from_below(inside, frozen)
-    return [_frozen_layer(each, frozen[each.info.name], on_purpose) for each in inside]
+    from_below = _frozen_from_below(inside)
+    whole = _whole_layers_at_rest(inside)
+    return [
+        _frozen_layer(
+            each,
+            frozen[each.info.name],
+            from_below=each.info.layer in from_below,
+            whole=each.info.layer in whole,
+        )
+        for each in inside
+    ]
 
 
-def _frozen_from_below(inside: Sequence[MatrixHistory], frozen: dict[str, float]) -> set[int]:
+def _should_move(history: MatrixHistory, other: MatrixHistory) -> bool:
+    """Whether a weight should change wherever the other one does."""
+    if history.trains and not history.adapted and not any(history.moved.values()):
+        return True  # it trains by its settings, whatever other layers do
+    same = history.info.module == other.info.module and history.info.stack == other.info.stack
+    return same and history.adapted == other.adapted
+
+
+def _frozen_from_below(inside: Sequence[MatrixHistory]) -> set[int]:
     """The layers 0, 1, ... before the first one in which some matrix changed."""
     at_rest: set[int] = set()
     for layer in sorted({each.info.layer for each in inside if each.info.layer is not None}):
-        if any(frozen[each.info.name] < 1 for each in inside if each.info.layer == layer):
+        if any(any(each.moved.values()) for each in inside if each.info.layer == layer):
             break
         at_rest.add(layer)
     return at_rest
 
 
-def _frozen_layer(history: MatrixHistory, share: float, on_purpose: set[int]) -> Verdict:
+def _whole_layers_at_rest(inside: Sequence[MatrixHistory]) -> set[int]:
+    """The layers in which nothing has an adapter, and nothing changed."""
+    layers = {each.info.layer for each in inside if each.info.layer is not None}
+    active = {each.info.layer for each in inside if each.adapted or any(each.moved.values())}
+    return layers - active
+
+
+def _frozen_layer(
+    history: MatrixHistory, share: float, *, from_below: bool, whole: bool
+) -> Verdict:
     severity = Severity.PASS
     meaning = "The weight changes whenever the same module of other layers does."
-    if share == 1 and history.info.layer in on_purpose:
+    if not any(history.moved.values()) and not history.adapted and share == 0:
+        meaning = "The weight has no adapter and never changes, nor does the module elsewhere."
+    by_design = history.trains is False and not history.adapted
+    if share == 1 and by_design:
         severity = Severity.WARN
         meaning = (
-            "The weight never changes, and no other weight up to this layer does; if these layers "
+            "The weight never changes although the same module of other layers does, and no "
+            "optimizer held it; if it should train, give it to the optimizer."
+        )
+    elif share == 1 and (from_below or (whole and history.trains is None)):
+        severity = Severity.WARN
+        what = "up to this layer" if from_below else "of this layer"
+        meaning = (
+            f"The weight never changes, and no other weight {what} does; if these layers "
             "should train, give their parameters to the optimizer."
         )
     elif share == 1:
@@ -112,6 +154,11 @@ def _frozen_layer(history: MatrixHistory, share: float, on_purpose: set[int]) ->
             "The weight never changes although the same module of other layers does; check that "
             "its requires_grad is True and that the optimizer holds its parameters."
         )
+        if history.trains and not history.adapted:
+            meaning = (
+                "The weight never changes although it trains by its settings and others change; "
+                "check that the optimizer holds it, its learning rate and its gradient."
+            )
     elif share > 0:
         severity = Severity.WARN
         meaning = (

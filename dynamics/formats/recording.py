@@ -85,6 +85,9 @@ class RecordingRun(Run):
                 for name in self._recording.parameters(group)
             }
         )
+        self._gradients = {
+            matrix_path(GRADIENT, name) for name in self._recording.parameters(GRADIENT)
+        }
         if self.spectrum_kinds:
             self.stored_kinds = ()  # at most the first weights, which displacements refer to
             return
@@ -148,6 +151,13 @@ class RecordingRun(Run):
         """The record that holds the base weight as it was in record `index`."""
         path = matrix_path(BASE, name)
         return next((i for i in range(index, -1, -1) if self._recording.has(path, i)), None)
+
+    def trains(self, name: str) -> bool | None:
+        """Whether the recorded gradient is one that an optimizer took; see `Run.trains`."""
+        path = matrix_path(GRADIENT, name)
+        if schema.GRADIENT not in self.stored_kinds or path not in self._gradients:
+            return None
+        return self._recording.array(path).attrs.get("probed") is not True
 
     def _dense(self, group: str, name: str, index: int) -> Dense | None:
         path = matrix_path(group, name)

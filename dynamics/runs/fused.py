@@ -192,6 +192,10 @@ class SplitRun(RunView):
         """How often an adapter was merged into the weight, or the one that it is a part of."""
         return self.inner.merges_between(self._stored(name), before, now)
 
+    def trains(self, name: str) -> bool | None:
+        """Whether the optimizer held the weight, or the one that it is a part of."""
+        return self.inner.trains(self._stored(name))
+
     def _stored(self, name: str) -> str:
         info = self._matrices.get(name)
         return info.fused if isinstance(info, Part) else name

@@ -297,6 +297,13 @@ class Run(ABC):
         position = int(np.searchsorted(self.steps, step))
         return int(self.steps[position - 1]) if position else None
 
+    def trains(self, name: str) -> bool | None:
+        """Whether the whole weight trains by its settings, not only an adapter of it.
+
+        None where the run does not tell, as checkpoints do not.
+        """
+        return None
+
     def require_matrices(self, purpose: str) -> None:
         """Refuse what needs the matrices themselves where only their spectra were recorded.
 

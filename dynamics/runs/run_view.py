@@ -41,6 +41,7 @@ class RunView(Run):
     origin = _forwarded("origin")
     merges_between = _forwarded("merges_between")
     update_reference = _forwarded("update_reference")
+    trains = _forwarded("trains")
     require_matrices = _forwarded("require_matrices")
     check_step = _forwarded("check_step")
 

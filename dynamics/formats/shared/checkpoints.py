@@ -246,6 +246,14 @@ class CheckpointsRun(Run):
         """Along the steps: what the checkpoints logged, and what evaluation.jsonl holds."""
         return self._scalars
 
+    def trains(self, name: str) -> bool | None:
+        """True for `modules_to_save` of PEFT, which train as a whole; see `Run.trains`."""
+        config = self.attrs.get("adapter_config")
+        saved = config.get("modules_to_save") if isinstance(config, Mapping) else None
+        if isinstance(saved, list) and any(f".{each}." in f".{name}" for each in saved):
+            return True
+        return None
+
     def merges_between(self, name: str, before: int, now: int) -> int:
         """How often the frozen base of a weight with an adapter changed between checkpoints.
 

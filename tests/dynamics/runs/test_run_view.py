@@ -30,6 +30,7 @@ ARGUMENTS = {
     "origin": (PLAIN, 10, "weight"),
     "group_of": (PLAIN,),
     "merges_between": (PLAIN, 0, 20),
+    "trains": (PLAIN,),
     "update_reference": (10,),
     "require_matrices": ("A test",),
     "check_step": (10,),
@@ -65,6 +66,9 @@ class Distinct(RecordingRun):
 
     def merges_between(self, name, before, now):
         return 7
+
+    def trains(self, name):
+        return name == PLAIN
 
     def update_reference(self, step):
         return step - 7
