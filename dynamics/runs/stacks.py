@@ -102,7 +102,8 @@ def parts_of(
         return _experts(*stack, shape, language_config(config or {}))
     sizes = [size for size in shape if size > 1]
     if len(sizes) == 2:  # a table, such as the (1, positions, width) of vision models
-        return (Part(name, *sizes, attrs={"view": f"{sizes[0]} x {sizes[1]}"}),)
+        rows, cols = sizes
+        return (Part(name, rows, cols, attrs={"view": f"{rows} x {cols}"}),)
     return f"tensors of {len(shape)} dimensions that are neither experts nor convolutions"
 
 
@@ -142,7 +143,9 @@ def _experts(
     path: str, module: str, name: str, shape: tuple[int, ...], config: Mapping[str, Any]
 ) -> tuple[Part, ...]:
     family = str(config.get("model_type") or "")
-    split = _gate_and_up(shape, family, config) if module == GATE_UP else {module: ()}
+    split: dict[str, tuple[slice, ...]] = {module: ()}
+    if module == GATE_UP:
+        split = _gate_and_up(shape, family, config)
     live, saved = _SAVED_PATHS.get(family, ("", ""))
     if live and path.endswith(live):
         path = path.removesuffix(live) + saved
@@ -150,7 +153,7 @@ def _experts(
     for expert in range(shape[0]):
         for part, index in split.items():
             leaf = _SAVED_NAMES.get(family, {}).get(part, part)
-            whole = (expert, *index)
+            whole: tuple[int | slice, ...] = (expert, *index)
             rows, cols = np.broadcast_to(0, shape)[whole].shape
             attrs = {"expert": expert, "tensor": name}
             parts.append(

@@ -90,8 +90,8 @@ class SpectrumContents(Contents):
         """(kind, name of the matrix, spectrum) of everything that is read from one weight."""
         factors = {part.name: own for part, own in gathered_factors(each, keep=self._writes)}
         if ADAPTER in self._record:
-            for name, own in factors.items():
-                yield ADAPTER, name, adapter_spectrum(own)
+            for name, of_part in factors.items():
+                yield ADAPTER, name, adapter_spectrum(of_part)
         if not each.weight.readable or not {WEIGHT, *DIFFERENCES} & self._record:
             return
         weight = gather(each.weight.read(), keep=self._writes)
