@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ _PLACES = {
     "run_name",
     "transformers_version",
 }
+# Arguments of a training, which mean the same wherever they are written; and the model's config.
+_TRAINING = ("hyperparameters", "train_config", "training_arguments")
+_MODEL = "config"
 # What stands for "not given" in a config, so that a run without this config has the same.
 _OFF = (None, False, "")
 
@@ -61,10 +65,21 @@ def with_settings(comparison: xr.Dataset, analyses: Mapping[str, xr.Dataset]) ->
         comparison: of the analyses, in their order.
         analyses: label -> analysis, whose `source_attrs` have the settings.
     """
-    flats = [_flat(json.loads(each.attrs.get("source_attrs", "{}"))) for each in analyses.values()]
+    attrs = [json.loads(each.attrs.get("source_attrs", "{}")) for each in analyses.values()]
+    flats = [_flat(each) for each in attrs]
     paths = dict.fromkeys(path for flat in flats for path in flat)
-    values = {path: [flat.get(path) for flat in flats] for path in paths}
-    differing = {path: each for path, each in values.items() if len({*map(_known, each)}) > 1}
+    values: dict[str, list[Any]] = {path: [flat.get(path) for flat in flats] for path in paths}
+    differing = {path: each for path, each in values.items() if _differ(each)}
+    # Of what some runs tell nothing about, one coordinate says so in the place of dozens.
+    for block in (*_TRAINING, _MODEL):
+        told = [bool(each.get(block)) for each in attrs]
+        if len(set(told)) == 1:
+            continue
+        for path in [each for each in differing if each.startswith(f"{block}.")]:
+            alike = [other for other in differing if _end(other) == _end(path)]
+            if len(alike) == 1 and not _differ([*compress(values[path], told)]):
+                del differing[path]
+        differing[block] = told
     taken = {str(name) for name in (*comparison.variables, *comparison.dims)}
     coords = {name: (schema.RUN, _column(each)) for name, each in _named(differing, taken).items()}
     return comparison.assign_coords(coords)
@@ -220,15 +235,38 @@ def _named(flat: Mapping[str, list[Any]], taken: Collection[str]) -> dict[str, l
     by_end: dict[str, list[str]] = {}
     for path, values in flat.items():
         if any(each is not None for each in values):
-            by_end.setdefault(path.rpartition(".")[2], []).append(path)
+            by_end.setdefault(_end(path), []).append(path)
     named = {}
     for end, paths in by_end.items():
-        are_one = all(flat[path] == flat[paths[0]] for path in paths)
-        for path in paths[:1] if are_one else paths:
-            names = ((end,) if are_one else ()) + (path, f"attrs.{path}")
+        one = _as_one({path: flat[path] for path in paths})
+        for path in paths[:1] if one else paths:
+            names = ((end,) if one else ()) + (path, f"attrs.{path}")
             free = [each for name in names if (each := name.replace("/", ".")) not in taken]
-            named[free[0] if free else path] = flat[path]
+            named[free[0] if free else path] = one or flat[path]
     return named
+
+
+def _as_one(columns: Mapping[str, list[Any]]) -> list[Any] | None:
+    """The values by run of paths that say the same; None where they say different things."""
+    first, *others = columns.values()
+    if all(each == first for each in others):
+        return first
+    if any("." in path and path.rpartition(".")[0] not in _TRAINING for path in columns):
+        return None
+    by_run = [
+        [each for each in row if each is not None] for row in zip(*columns.values(), strict=True)
+    ]
+    if any(_differ(given) for given in by_run):
+        return None
+    return [given[0] if given else None for given in by_run]
+
+
+def _end(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _differ(values: list[Any]) -> bool:
+    return len({*map(_known, values)}) > 1
 
 
 def _known(value: Any) -> Any:

@@ -112,6 +112,34 @@ def test_settings_that_are_named_like_variables_keep_their_path():
     np.testing.assert_allclose(last(both), norms)
 
 
+def test_a_setting_is_one_wherever_its_run_has_it_from():
+    both, _ = compare(
+        {
+            "trainer": {"training_arguments": {"seed": 0, "lr": 0.1, "eps": 1e-8, "optim": "adam"}},
+            "twice": {"seed": 1, "training_arguments": {"seed": 1, "lr": 0.2, "eps": 1e-8}},
+            "loop": {"seed": 2, "lr": 0.1},
+        }
+    )
+    assert both["seed"].values.tolist() == [0, 1, 2]
+    assert both["lr"].values.tolist() == [0.1, 0.2, 0.1]
+    # Of the loop's other arguments nothing is known: one coordinate keeps it apart.
+    assert both["training_arguments"].values.tolist() == [True, True, False]
+    assert "eps" not in both.coords
+    assert both["optim"].values.tolist() == ["adam", "", ""]
+
+
+def test_settings_of_two_parts_of_a_model_stay_two():
+    both, _ = compare(
+        {
+            "a": {"config": {"encoder": {"dropout": 0.1}, "size": 4}},
+            "b": {"config": {"decoder": {"dropout": 0.1}, "size": 4}},
+            "c": {"config": {"decoder": {"dropout": 0.2}, "size": 4}},
+        }
+    )
+    np.testing.assert_array_equal(both["config.encoder.dropout"], [0.1, np.nan, np.nan])
+    np.testing.assert_array_equal(both["config.decoder.dropout"], [np.nan, 0.1, 0.2])
+
+
 def test_settings_survive_saving_and_follow_a_run(swept, tmp_path):
     both = swept[0]
     loaded = dy.load(dy.save(both, tmp_path / "both.zarr"))
