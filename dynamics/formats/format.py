@@ -2,8 +2,8 @@
 
 A new format is a subclass of `Format` in a file of its own, one line of `FORMATS` in
 `dynamics/formats/__init__.py`, and one test. Its `open` returns a `CheckpointsRun` with one
-`Checkpoint` per step (`shared/checkpoints.py`). Most formats store complete checkpoints: they derive
-from `SeriesFormat` (`shared/full_checkpoints.py`) and only say how one checkpoint looks.
+`Checkpoint` per step (`shared/checkpoints.py`). Most formats store complete checkpoints: they
+derive from `SeriesFormat` (`shared/full_checkpoints.py`) and only say how one checkpoint looks.
 """
 
 from abc import ABC, abstractmethod

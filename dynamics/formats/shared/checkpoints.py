@@ -17,7 +17,7 @@ import numpy as np
 from dynamics import schema
 from dynamics.errors import FormatError
 from dynamics.formats.quantised.tensor import QuantisedTensor
-from dynamics.formats.shared.evaluations import with_evaluations
+from dynamics.formats.shared.evaluations import EVALUATIONS, with_evaluations
 from dynamics.formats.shared.lora_factors import Adapter, joined_origin
 from dynamics.formats.shared.matrices import as_matrices
 from dynamics.formats.storage.files import root_of
@@ -191,7 +191,10 @@ class CheckpointsRun(Run):
         bad_bases = [each.bad_base for each in self._checkpoints.values()]
         if bad_bases and all(bad_bases):
             self.absent_kinds |= dict.fromkeys((schema.WEIGHT, schema.BASE), bad_bases[0])
-        self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
+        try:
+            self._scalars = with_evaluations(self._scalars, path, root_of(path), self.steps)
+        except FormatError as problem:
+            self.passed_over = {EVALUATIONS: str(problem)}
         self.stored_kinds = tuple(
             kind for kind in schema.KINDS if kind in kinds and kind not in self.absent_kinds
         )

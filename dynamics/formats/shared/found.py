@@ -118,6 +118,6 @@ class CheckpointsFormat(Format):
             step: partial(each.open, root, options) for step, each in found.checkpoints.items()
         }
         run = self.run_class(path, self.name, opens)
-        run.passed_over = found.passed_over
+        run.passed_over = {**found.passed_over, **run.passed_over}
         run.places = {s: str(each.where) for s, each in sorted(found.checkpoints.items())}
         return run

@@ -229,7 +229,10 @@ def _one_level_deeper(members: list[_Member], look: Look) -> tuple[list[_Member]
         except FormatError:
             continue
         inside = [each for each in inside if not _NO_MODEL.fullmatch(each.name)]
-        names |= {each.name: None for each in _few(inside, 4) if look.holds_at(each)}
+        held = [each for each in _few(inside, 4) if look.holds_at(each)]
+        if held and member.named.level and all(_counts(each, look) for each in held):
+            return _steps_inside(members, look), {}
+        names |= {each.name: None for each in held}
     own = [each for each in names if _OWN_PART.fullmatch(each)]
     if len(names) > 1 and len(own) != 1:
         one, other = (f"{members[0].entry.name}/{each}" for each in list(names)[:2])
@@ -242,6 +245,24 @@ def _one_level_deeper(members: list[_Member], look: Look) -> tuple[list[_Member]
     chosen = own[0] if own else next(iter(names))
     others = {f"*/{each}": f"*/{chosen} is the model" for each in names if each != chosen}
     return [_Member(each.named, each.entry, chosen) for each in members], others
+
+
+def _counts(entry: Entry, look: Look) -> bool:
+    named = named_step(look.label(entry))
+    return named is not None and named.level < 2
+
+
+def _steps_inside(members: list[_Member], look: Look) -> list[_Member]:
+    """The steps in directories of epochs or of other things: epoch_0/step_10, d20/model_100.pt."""
+    found = []
+    for member in members:
+        if not member.entry.is_dir:
+            continue
+        for entry in entries(member.path):
+            named = named_step(look.label(entry))
+            if named is not None and named.level < 2 and _may_be_one(entry, look):
+                found.append(_Member(named, entry))
+    return found
 
 
 def _numbered(reading: _Reading, look: Look) -> Series:

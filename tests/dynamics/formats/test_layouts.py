@@ -178,6 +178,16 @@ def test_nanochats_files_are_read(tmp_path):
     assert_bits(run, 200, weights(200))
 
 
+def test_steps_may_lie_in_directories_of_epochs(tmp_path):
+    for epoch, step in ((0, 10), (0, 20), (1, 30)):
+        folder = tmp_path / f"epoch_{epoch}/step_{step}"
+        folder.mkdir(parents=True)
+        safetensors(folder, step)
+    run = dy.open_run(tmp_path)
+    assert run.steps.tolist() == [10, 20, 30]
+    assert_bits(run, 30, weights(30))
+
+
 # What lies beside the checkpoints ---------------------------------------------------------------
 
 
@@ -308,6 +318,14 @@ def test_a_damaged_state_of_the_run_does_not_hide_the_checkpoints(tmp_path):
         run = dy.open_run(tmp_path)
         assert (run.steps.tolist(), dict(run.problems)) == (steps, {})
         assert "trainer_state.json" in str(run.passed_over)
+
+
+def test_a_damaged_evaluation_is_named_and_the_weights_are_measured(tmp_path):
+    steps = write(tmp_path, "checkpoint-{}")
+    (tmp_path / "evaluation.jsonl").write_text("garbage\n")
+    run = dy.open_run(tmp_path)
+    assert (run.steps.tolist(), dict(run.scalars)) == (steps, {})
+    assert "Line 1 of" in run.passed_over["evaluation.jsonl"]
 
 
 def test_two_files_of_one_step_are_its_problem(tmp_path):
