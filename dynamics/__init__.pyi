@@ -1,6 +1,7 @@
 # The one list of public names. `__init__.py` reads it and imports each name when it is first used.
 from .analysis.analyze import analyze
 from .analysis.comparison import compare, select_run
+from .analysis.examples import load_example
 from .analysis.execution import Execution
 from .analysis.following import follow
 from .analysis.statistics import difference, mean_interval, over
@@ -9,7 +10,7 @@ from .auditing import audit
 from .directions.expressibility import gradient_expressibility
 from .directions.subspaces import run_alignment, subspace_overlaps
 from .errors import DynamicsError, IntervalWarning, LeftOutWarning, UnmeasuredWarning
-from .examples import load_example
+from .exports.frame import to_frame
 from .formats import open_run
 from .metrics import METRICS
 from .plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
@@ -48,4 +49,5 @@ __all__ = [
     "singular_values",
     "spectrum",
     "subspace_overlaps",
+    "to_frame",
 ]

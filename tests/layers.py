@@ -23,7 +23,7 @@ LAYERS: list[dict[str, str]] = [
     {"dynamics.cli": "the command line"},
     {
         "dynamics.directions": "where do matrices point?",
-        "dynamics.examples": "results that come with the package",
+        "dynamics.exports": "how do results reach other tools?",
     },
     {
         "dynamics.analysis": "who does the work?",

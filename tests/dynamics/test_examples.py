@@ -8,8 +8,8 @@ import pytest
 
 import dynamics as dy
 from dynamics import schema
+from dynamics.analysis.examples import EXAMPLES
 from dynamics.errors import MissingError
-from dynamics.examples import EXAMPLES
 
 METHODS = ["full_rank", "relora", "relora:as_published", "lora"]
 
@@ -51,7 +51,9 @@ def test_an_example_works_with_the_library_s_functions() -> None:
 
 @pytest.mark.slow
 def test_examples_are_small_and_say_nothing_of_the_machine_that_made_them() -> None:
-    archives = [each for each in files("dynamics.examples").iterdir() if each.name.endswith(".zip")]
+    archives = [
+        each for each in files("dynamics.analysis.examples").iterdir() if each.name.endswith(".zip")
+    ]
     assert [each.name for each in archives] == [f"{name}.zip" for name in EXAMPLES]
     assert sum(len(each.read_bytes()) for each in archives) < 5_000_000
     for name in EXAMPLES:

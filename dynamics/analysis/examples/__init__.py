@@ -37,7 +37,7 @@ def load_example(name: str) -> xr.Dataset:
     if name not in EXAMPLES:
         raise MissingError(f"No example {name!r}; known: {', '.join(EXAMPLES)}.")
     with (
-        as_file(files("dynamics.examples") / f"{name}.zip") as archive,
+        as_file(files("dynamics.analysis.examples") / f"{name}.zip") as archive,
         tempfile.TemporaryDirectory() as folder,
     ):
         shutil.unpack_archive(archive, folder)
