@@ -45,7 +45,8 @@ class Compression:
                 f"compression takes one of {', '.join(COMPRESSIONS)}; found {self.name!r}."
             )
         levels = _LEVELS[self.name]
-        if self.level is not None and self.level not in levels:
+        whole = isinstance(self.level, int) and not isinstance(self.level, bool)
+        if self.level is not None and not (whole and self.level in levels):
             raise DynamicsError(
                 f"compression {self.name!r} has the levels {levels[0]} to {levels[-1]}; "
                 f"found {self.level!r}."

@@ -48,6 +48,7 @@ class WriterLock:
             "token": uuid.uuid4().hex,
         }
         content = _document(self._mine)
+        _LIVE[self._mine["token"]] = self  # before another thread of this process can see it
         try:
             stores.put_new(store, WRITER, content)
             holder = self._holder()
@@ -60,7 +61,6 @@ class WriterLock:
                     )
                 stores.put(store, WRITER, content)
             stores.commit(self._store, "a writer begins")
-            _LIVE[self._mine["token"]] = self
         except OSError as error:
             raise DynamicsError(
                 f"{stores.store_name(store)} cannot be written: {one_line(error)}."

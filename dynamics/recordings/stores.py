@@ -53,6 +53,8 @@ def for_writing(store: StoreLike) -> Store:
             "record; give the Repository instead."
         )
     if isinstance(store, Store):
+        if store.read_only:
+            raise DynamicsError(f"{store_name(store)} was opened for reading only; open it anew.")
         return store
     assert not transactions.is_repository(store)
     if "://" not in str(store):

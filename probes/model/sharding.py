@@ -162,8 +162,8 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
         optimizers: as the user gave them, with their wrappers.
 
     Raises:
-        DynamicsError: FSDP1, DeepSpeed ZeRO, an optimizer without the hooks of torch, or one of
-            another model.
+        DynamicsError: FSDP1, DeepSpeed ZeRO, a model on the meta device, an optimizer without the
+            hooks of torch, or one of another model.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -175,6 +175,12 @@ def refuse_unreadable(model: nn.Module, optimizers: Iterable[Any]) -> None:
             "FSDP1 (FullyShardedDataParallel) keeps flattened pieces instead of matrices and "
             "cannot be recorded: shard with FSDP2, torch.distributed.fsdp.fully_shard (accelerate "
             "and transformers: fsdp_version=2; Lightning: ModelParallelStrategy)."
+        )
+    matrices = {name: each.is_meta for name, each in model.named_parameters() if each.ndim > 1}
+    if matrices and all(matrices.values()):
+        raise DynamicsError(
+            f"The weights of {type(model).__name__}, such as {next(iter(matrices))}, are on the "
+            "meta device and have no values: load the model, or move it with to_empty(), first."
         )
     for optimizer in optimizers:
         for layer in (*optimizer_layers(optimizer), *model.modules()):

@@ -1,10 +1,17 @@
 """Which store a recorder writes: the given one, or a numbered one beside it; and opening it."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, FormatError, OutputExistsError, RecordingHeldError
+from dynamics.errors import (
+    DynamicsError,
+    FormatError,
+    OutputExistsError,
+    RecordingHeldError,
+    one_line,
+)
 from dynamics.recordings import (
     Compression,
     Recording,
@@ -20,6 +27,7 @@ from dynamics.recordings import (
     recording_to_continue,
     store_name,
 )
+from probes.schedule import whole_number
 
 REFUSE, OVERWRITE, NEXT = IF_EXISTS = ("refuse", "overwrite", "next")
 
@@ -115,8 +123,8 @@ class Destination:
         return recording
 
     def _open_next(self) -> RecordingWriter:
-        there = existing_numbers(self._given)
-        number = max(there, default=1)  # its writer may have died before it committed anything
+        # The writer of the newest may have died before it committed anything.
+        number = max(existing_numbers(self._given), default=1)
         while True:
             self.store = numbered(self._given, number)
             try:
@@ -125,7 +133,7 @@ class Destination:
             except (OutputExistsError, RecordingHeldError):
                 number += 1
             except FormatError:
-                if number not in there:
+                if number not in existing_numbers(self._given):
                     raise
                 number += 1
         if number > 1:
@@ -146,3 +154,34 @@ class Destination:
             compression=self._compression,
             **allowed,
         )
+
+
+def checked_step(resume_at: object) -> int | None:
+    """The step at which training resumes, as an int.
+
+    Raises:
+        DynamicsError: it is no whole number from 0 on.
+    """
+    step = None if resume_at is None else whole_number(resume_at)
+    if resume_at is not None and (step is None or step < 0):
+        raise DynamicsError(
+            f"resume_at takes the number of optimizer steps done, or None; found {resume_at!r}."
+        )
+    return step
+
+
+def checked_attrs(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's attributes of a recording, as JSON has them.
+
+    Raises:
+        DynamicsError: JSON cannot hold them, or one would hide what the store is.
+    """
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(attrs or {})))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DynamicsError(
+            f"attrs takes names and values that JSON can hold; found {attrs!r} ({one_line(error)})."
+        ) from error
+    if taken := {"format", "format_version"} & plain.keys():
+        raise DynamicsError(f"attrs may not set {min(taken)!r}, which says what the store is.")
+    return plain

@@ -54,12 +54,11 @@ def real_number(value: object, wanted: bool = True) -> SupportsFloat | None:
     """
     if isinstance(value, torch.Tensor):
         return _number_of_tensor(value, wanted)
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         if value.size != 1 or value.dtype.kind not in "biuf":
             return None
         value = value.item()
-    real = (bool, numbers.Real, Decimal, np.bool_, np.integer, np.floating)
-    if not isinstance(value, real) and not _is_like_a_float(value):
+    if not isinstance(value, numbers.Real | Decimal) and not _is_like_a_float(value):
         return None
     try:
         return float(value)  # type: ignore[arg-type]
@@ -127,8 +126,7 @@ class _OnItsWay:
 
 def _is_like_a_float(value: object) -> bool:
     """Scalars of other libraries: whatever turns into a float and is no text or complex number."""
-    others = (str, bytes, complex, np.generic)
-    return hasattr(type(value), "__float__") and not isinstance(value, others)
+    return hasattr(type(value), "__float__") and not isinstance(value, str | bytes | complex)
 
 
 def _number_of_tensor(tensor: torch.Tensor, wanted: bool) -> SupportsFloat | None:

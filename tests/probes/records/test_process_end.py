@@ -122,7 +122,7 @@ with Recorder(model, optimizer, store, every=1) as recorder:
     train(5)
     if not (child := os.fork()):
         train(20)
-        os._exit(0 if recorder._steps is None else 1)
+        os._exit(1 if recorder._records.attached else 0)
     assert os.waitpid(child, 0)[1] == 0
 """,
     "workers load the data": """
@@ -170,7 +170,7 @@ with Recorder(model, optimizer, store, every=1):
 class Impatient:
     def __exit__(self, *_):
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
-        recorder._session._writer._jobs.put((lambda: time.sleep(0.5), False))
+        recorder._records.session._writer._jobs.put((lambda: time.sleep(0.5), False))
     def __enter__(self):
         return self
 with Recorder(model, optimizer, store, every=1) as recorder, Impatient():
