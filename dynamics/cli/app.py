@@ -36,10 +36,10 @@ from dynamics.cli.options import (
     WorkersOption,
 )
 from dynamics.cli.output import (
-    console,
     error_console,
     print_account,
     print_line,
+    print_table,
     print_warning,
     progress_bar,
     report_problems,
@@ -96,9 +96,13 @@ def analyze(
         typer.Option("--follow", help="Measure a run in progress again and again, until Ctrl-C."),
     ] = False,
     interval: Annotated[
-        float,
-        typer.Option("--interval", min=0.1, help="Seconds that --follow waits between two looks."),
-    ] = 10.0,
+        float | None,
+        typer.Option(
+            "--interval",
+            min=0.1,
+            help="Seconds that --follow waits between two looks; 10 by default.",
+        ),
+    ] = None,
     workers: WorkersOption = 1,
     scheduler: SchedulerOption = None,
     device: DeviceOption = "cpu",
@@ -108,6 +112,10 @@ def analyze(
     from dynamics.cli.tables import passed_over_lines, summary_table
     from dynamics.formats import open_run
 
+    if interval is not None and not follow:
+        raise DynamicsError(
+            "--interval has no effect without --follow; leave one out, or add the other."
+        )
     output = output or Path(f"{run_name(run)}.analysis.zarr")
     execution = execution_of(output, no_cache, strict, workers, scheduler, device)
     choice = choice_of(metrics, components, kinds, steps, select, lag)
@@ -131,7 +139,7 @@ def analyze(
                 execution,
                 stopped=stopped,
                 say=print_line,
-                interval=interval,
+                interval=10.0 if interval is None else interval,
                 overwrite=overwrite,
                 **choice,
             )
@@ -140,7 +148,7 @@ def analyze(
         result = analyze_and_save(
             opened, output, execution, overwrite=overwrite, progress=progress, **choice
         )
-    console().print(summary_table(result))
+    print_table(summary_table(result))
     print_account(result.attrs["account"])
     for line in passed_over_lines(json.loads(result.attrs["passed_over"])):
         print_line(line)
@@ -216,7 +224,7 @@ def compare(
             progress=progress,
             **choice,
         )
-    console().print(summary_table(both))
+    print_table(summary_table(both))
     for name, account in json.loads(both.attrs["account"]).items():
         print_account(json.dumps(account), f"{name}: ")
     print_line(f"Saved to {output}")
@@ -244,13 +252,18 @@ def plot(
         Style | None,
         typer.Option("--style", help="By default comparison for several runs, else trajectory."),
     ] = None,
-    metric: Annotated[str, typer.Option("--metric", help="The metric to draw.")] = "effective_rank",
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="The metric to draw; effective_rank by default.")
+    ] = None,
     kind: Annotated[
         str, typer.Option("--kind", help="The kind of matrix to draw.")
     ] = schema.WEIGHT,
     by: Annotated[
-        str, typer.Option("--by", help="For trajectories: one line per module, layer or matrix.")
-    ] = "module",
+        str | None,
+        typer.Option(
+            "--by", help="For trajectories: one line per module (the default), layer or matrix."
+        ),
+    ] = None,
     module: Annotated[
         str | None, typer.Option("--module", help="For heatmaps and comparisons: only this module.")
     ] = None,
@@ -326,10 +339,10 @@ def inspect(
         expert_blocks=expert_blocks,
         split_fused=not (keep_fused or verify),
     )
-    console().print(contents_table(opened))
+    print_table(contents_table(opened))
     for line in passed_over_lines(opened.passed_over):
         print_line(line)
-    console().print(matrices_table(opened))
+    print_table(matrices_table(opened))
     problems = [*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())]
     if verify:
         if not isinstance(opened, RecordingRun):
@@ -378,7 +391,7 @@ def audit(
     if as_json:
         print(report.to_json())
     else:
-        console().print(audit_table(report))
+        print_table(audit_table(report))
         print_line(report.line)
     if report.failed:
         raise typer.Exit(1)
@@ -387,12 +400,15 @@ def audit(
 @app.command("list", epilog="Example:\n\n  dynamics list metrics")
 def list_(what: Annotated[Listing, typer.Argument()] = Listing.metrics) -> None:
     """List what can be measured and read: metrics, kinds, components, formats."""
-    from rich.table import Table
+    from rich import box
 
+    from dynamics.cli.tables import Table
     from dynamics.formats import FORMATS
     from dynamics.metrics import METRICS
 
-    table = Table(what.value.removesuffix("s"), "meaning")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(what.value.removesuffix("s"), no_wrap=True)
+    table.add_column("meaning")
     if what is Listing.metrics:
         table.add_column("reference")
         for name, metric in METRICS.items():
@@ -404,7 +420,7 @@ def list_(what: Annotated[Listing, typer.Argument()] = Listing.metrics) -> None:
         meanings = schema.KINDS if what is Listing.kinds else schema.COMPONENTS
         for name, meaning in meanings.items():
             table.add_row(name, meaning)
-    console().print(table)
+    print_table(table)
 
 
 def main() -> None:

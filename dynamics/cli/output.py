@@ -1,6 +1,7 @@
 """What the command line prints: results to stdout, progress and problems to stderr."""
 
 import json
+import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
+    from rich.table import Table
 
     from dynamics.analysis.analyze import Progress
+
+_NO_WIDTH = 10**6
 
 
 @contextmanager
@@ -39,7 +43,7 @@ def progress_bar(name: str) -> "Iterator[Progress]":
     from dynamics.errors import IntervalWarning, UnmeasuredWarning
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # names of runs hold anything
         BarColumn(),
         MofNCompleteColumn(),
         Rate(""),
@@ -77,6 +81,29 @@ def report_problems(problems: list[str]) -> None:
         raise typer.Exit(1)
 
 
+def print_table(table: "Table") -> None:
+    """Print a table: in a terminal as wide as that is; whole in a pipe or file, which has no width.
+
+    Its title and caption are lines of their own, as long as they need be.
+    """
+    from rich.text import Text
+
+    title, caption = table.title, table.caption
+    table.title = table.caption = None
+    whole = not sys.stdout.isatty()
+    screen = console(_NO_WIDTH if whole else None)
+    if whole:
+        for column in table.columns:
+            column.header = Text(" ".join(str(column.header).split()))
+    for part in (title, table, caption):
+        if part is None:
+            continue
+        with screen.capture() as captured:
+            screen.print(Text(part) if isinstance(part, str) else part, highlight=False)
+        for line in captured.get().splitlines():
+            print(line.rstrip() if whole else line)
+
+
 def print_line(line: str) -> None:
     """Print a line as it is, never wrapped, so that paths in it can be copied."""
     console().print(line, soft_wrap=True, highlight=False, markup=False)
@@ -101,11 +128,11 @@ def print_warning(text: str) -> None:
     )
 
 
-def console() -> "Console":
-    """Results go here."""
+def console(width: int | None = None) -> "Console":
+    """Results go here; by default as wide as the terminal is."""
     from rich.console import Console
 
-    return Console()
+    return Console(width=width)
 
 
 def error_console() -> "Console":

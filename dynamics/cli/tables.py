@@ -1,15 +1,18 @@
 """Tables and lines for a terminal: results, contents of runs, audits."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from rich import box
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from dynamics import schema
+from dynamics.analysis.statistics import STATISTIC
 from dynamics.auditing.report import Report, Severity, Summary
+from dynamics.metrics.modules import metric_names
 from dynamics.recordings.verification import Verification
 from dynamics.runs.fused import kept_whole
 from dynamics.runs.run import Run, abridged
@@ -30,46 +33,55 @@ _COLORS = {
 }
 
 
+class Table(RichTable):
+    """A table that shows texts as they are: names and paths may hold what Rich takes for markup.
+
+    What is longer than its column goes on in the next line; nothing is cut.
+    """
+
+    def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
+        """A column, see `rich.table.Table`."""
+        options.setdefault("overflow", "fold")
+        super().add_column(_as_it_is(header), *rest, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """A row, see `rich.table.Table`."""
+        super().add_row(*map(_as_it_is, cells), **options)
+
+
+def _as_it_is(text: Any) -> Any:
+    return Text(text) if isinstance(text, str) else text
+
+
 def summary_table(dataset: xr.Dataset) -> Table:
     """First → last measured value of each kind, averaged over matrices, as a table for a terminal.
 
-    One run has a row for each kind and module. A comparison has one for each kind, averaged over
-    the matrices inside the stack of layers, and its runs side by side. A "-" stands where nothing
-    was measured. The title names the steps, and the caption those of the kinds and runs that have
-    others.
+    One run has a row for each kind and module. A comparison has one for each kind and run, averaged
+    over the matrices inside the stack of layers. A "-" stands where nothing was measured. The title
+    names the steps, and the caption those of the kinds and runs that have others.
     """
+    if STATISTIC in dataset.dims:
+        dataset = dataset.sel({STATISTIC: "mean"}, drop=True)
     several = schema.RUN in dataset.dims
-    runs = dataset[schema.RUN].values.tolist() if several else [None]
-    # Several runs need the width of the terminal for themselves.
-    wanted = ["effective_rank", "numerical_rank"] if several else list(_COLUMNS)
-    metrics = [name for name in wanted if name in dataset] or _first_metrics(dataset)
+    metrics = [name for name in _COLUMNS if name in dataset] or metric_names(dataset)[:2]
     over = "the matrices of the layers" if several else "layers"
+    if "baseline" in dataset.attrs:
+        over += f", less {dataset.attrs['baseline']}"
     first_to_last, others = _measured_steps(dataset)
     table = Table(
-        title=f"First → last measured step: {first_to_last}, mean over {over}",
-        caption=others,
+        title=Text(f"First → last measured step: {first_to_last}, mean over {over}"),
+        caption=others and Text(others),
         box=box.SIMPLE_HEAD,
     )
-    table.add_column("kind", no_wrap=True)
-    if not several:
-        table.add_column("module", no_wrap=True)
+    table.add_column("kind")
+    table.add_column("run" if several else "module")
     for metric in metrics:
-        for run in runs:
-            header = _COLUMNS.get(metric, metric)
-            text = header if run is None else f"{header}\n{run}"
-            table.add_column(text, justify="right", no_wrap=True)
+        table.add_column(_COLUMNS.get(metric, metric), justify="right")
     for kind in dataset[schema.KIND].values.tolist():
         for name, rows in _groups(dataset.sel({schema.KIND: kind}), several):
-            if not (rows[schema.STATUS] == Status.MEASURED).any():
-                continue
-            cells = [
-                _first_to_last(rows[metric] if run is None else rows[metric].sel({schema.RUN: run}))
-                for metric in metrics
-                for run in runs
-            ]
-            table.add_row(*((kind,) if several else (kind, name)), *cells)
-        if not several:
-            table.add_section()
+            if _is_measured(rows).any():
+                table.add_row(kind, name, *(_first_to_last(rows[metric]) for metric in metrics))
+        table.add_section()
     return table
 
 
@@ -80,13 +92,13 @@ def contents_table(run: Run) -> Table:
     table.add_row("format", run.format)
     table.add_row("steps", abridged(run.steps.tolist()))
     if run.places:
-        table.add_row("read from", escape(abridged(_relative_places(run), at_most=5)))
+        table.add_row("read from", abridged(_relative_places(run), at_most=5))
     table.add_row("kinds", ", ".join(run.kinds))
     table.add_row("scalars", ", ".join(run.scalars) or "none")
     events = [f"{event.kind} at {event.step}" for event in run.events]
     table.add_row("events", abridged(events) or "none")
     if run.account is not None:
-        table.add_row("measured", escape(run.account.line(names=4)))
+        table.add_row("measured", run.account.line(names=4))
     if reasons := list(kept_whole(run).values()):
         others = f" {len(reasons) - 1} more likewise." if len(reasons) > 1 else ""
         table.add_row("kept whole", reasons[0] + others)
@@ -111,7 +123,9 @@ def _relative_places(run: Run) -> list[str]:
 
 def matrices_table(run: Run) -> Table:
     """One row per matrix of a run."""
-    table = Table("matrix", "layer", "module", "shape")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("matrix", "layer", "module", "shape"):
+        table.add_column(column)
     for info in run.matrices.values():
         layer = "" if info.layer is None else str(info.layer)
         table.add_row(info.name, layer, info.module, f"{info.rows} × {info.cols}")
@@ -128,7 +142,7 @@ def verification_lines(verification: Verification, records: int) -> list[str]:
 
 def audit_table(report: Report) -> Table:
     """One row per check: its verdict, its worst number against the threshold, where, and why."""
-    table = Table(title=f"Audit of {report.run}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(f"Audit of {report.run}"), box=box.SIMPLE_HEAD)
     for column in ("check", "verdict"):
         table.add_column(column, no_wrap=True)
     for column in ("measured", "at most"):
@@ -139,9 +153,9 @@ def audit_table(report: Report) -> Table:
         numbers = (worst.measured, worst.threshold)
         table.add_row(
             each.check,
-            f"[{_COLORS[each.severity]}]{each.severity}[/]",
+            Text(str(each.severity), style=_COLORS[each.severity]),
             *("" if number is None else f"{number:.3g}" for number in numbers),
-            escape(_explained(each)),
+            _explained(each),
         )
     return table
 
@@ -159,14 +173,22 @@ def _explained(summary: Summary) -> str:
 def _groups(dataset: xr.Dataset, several: bool) -> list[tuple[str, xr.Dataset]]:
     if several:
         inside = dataset.sel({schema.MATRIX: dataset["layer"] != schema.NO_LAYER})
-        return [("", inside if inside.sizes[schema.MATRIX] else dataset)]
+        rows = inside if inside.sizes[schema.MATRIX] else dataset
+        return [(run, rows.sel({schema.RUN: run})) for run in rows[schema.RUN].values.tolist()]
     modules = dict.fromkeys(dataset["module"].values.tolist())
     return [(m, dataset.sel({schema.MATRIX: dataset["module"] == m})) for m in modules]
 
 
+def _is_measured(dataset: xr.Dataset) -> xr.DataArray:
+    """Which cells hold numbers; a difference has no status."""
+    if schema.STATUS in dataset:
+        return dataset[schema.STATUS] == Status.MEASURED
+    return dataset[metric_names(dataset)[0]].notnull()
+
+
 def _measured_steps(dataset: xr.Dataset) -> tuple[str, str | None]:
     """(first → last measured step, those of the kinds and runs that have others)."""
-    measured = (dataset[schema.STATUS] == Status.MEASURED).any(schema.MATRIX)
+    measured = _is_measured(dataset).any(schema.MATRIX)
     steps = dataset[schema.STEP].values
     of_all = _range(steps[measured.any([d for d in measured.dims if d != schema.STEP]).values])
     others: dict[str, list[str]] = {}
@@ -189,22 +211,11 @@ def _measured_steps(dataset: xr.Dataset) -> tuple[str, str | None]:
     named = [
         f"{', '.join(who)}: {each}" for each, who in others.items() if each not in ("", of_all)
     ]
-    return of_all, escape("; ".join(named)) or None
+    return of_all, "; ".join(named) or None
 
 
 def _range(steps: np.ndarray) -> str:
     return f"{steps[0]} → {steps[-1]}" if steps.size else ""
-
-
-def _first_metrics(dataset: xr.Dataset) -> list[str]:
-    described = (
-        schema.SINGULAR_VALUE,
-        schema.SINGULAR_VALUE_ERROR,
-        schema.NOISE_FLOOR,
-        schema.STATUS,
-    )
-    names = [name for name, each in dataset.items() if schema.MATRIX in each.dims]
-    return [str(name) for name in names if name not in described][:2]
 
 
 def _first_to_last(values: xr.DataArray) -> str:

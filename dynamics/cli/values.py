@@ -1,5 +1,6 @@
 """What the values of the command line's options and arguments mean."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,13 +50,21 @@ def named_paths(runs: list[str]) -> dict[str, str]:
     """Name -> path or URL of each NAME=RUN."""
     paths: dict[str, str] = {}
     for each in runs:
-        name, equals, path = each.partition("=")
-        if not equals or not name or not path:
+        name, path = _named(each)
+        if not name or not path:
             raise DynamicsError(f"Expected NAME=RUN, found {each!r}.")
         if name in paths:
             raise DynamicsError(f"The name {name!r} is given twice; give each run its own.")
         paths[name] = path
     return paths
+
+
+def _named(text: str) -> tuple[str, str]:
+    """NAME and RUN of NAME=RUN. Both may have "=" in them: RUN is the longest that is there."""
+    signs = [position for position, letter in enumerate(text) if letter == "="]
+    splits = [(text[:sign], text[sign + 1 :]) for sign in signs] or [("", "")]
+    found = (each for each in splits if re.match(r"\w+://", each[1]) or Path(each[1]).exists())
+    return next(found, splits[0])
 
 
 def run_of(paths: list[str]) -> str | tuple[str, ...]:

@@ -205,8 +205,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Evaluate checkpoints on BLiMP, texts and held-out data. Repeat it for new ones."""
-    from rich.console import Console
-
+    from dynamics.cli.output import print_table
     from dynamics.errors import DynamicsError
     from probes.relora.evaluation.blimp_data import download_blimp as download
     from probes.relora.evaluation.evaluate import evaluate as evaluate_run
@@ -232,7 +231,7 @@ def evaluate(
             device=device,
         )
         for table in evaluation_tables(evaluated):
-            Console().print(table)
+            print_table(table)
         print(f"Wrote {run / 'evaluation.jsonl'}")
 
 

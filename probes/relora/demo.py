@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from rich.console import Console
 
 import dynamics as dy
 from dynamics import schema
+from dynamics.cli.output import print_line, print_table
 from dynamics.cli.tables import summary_table
 from dynamics.errors import OutputExistsError
 from probes.frameworks.hf_trainer import RecorderCallback
@@ -61,15 +61,14 @@ def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.
     """
     if output.exists() and any(output.iterdir()):
         raise OutputExistsError(f"{output} is not empty; give a new folder, or remove it first.")
-    console = Console()
     texts = standard_library_text() if text is None else folder_text(text)
     data = prepare_data(texts, config)
-    console.print(
+    print_line(
         f"{sum(map(len, texts)) / 1e6:.1f} M characters of {text or 'Python source'}, "
         f"{len(data.train) * config.sequence_length / 1e6:.2f} M training tokens"
     )
     for method in METHODS:
-        console.print(f"Training {method}: {config.max_steps} steps", soft_wrap=True)
+        print_line(f"Training {method}: {config.max_steps} steps")
         twin = replace(config, method=method)
         store = output / method / RECORDING_NAME
         recorder = RecorderCallback(store, every=config.record_every, if_exists="refuse")
@@ -80,24 +79,24 @@ def run_demo(output: Path, config: TrainConfig, text: Path | None = None) -> xr.
             callbacks=[recorder],
             on_event=recorder.event,
         )
-    console.print("Measuring the recordings and the checkpoints")
+    print_line("Measuring the recordings and the checkpoints")
     recordings = dy.compare({method: output / method / RECORDING_NAME for method in METHODS})
     checkpoints = dy.compare({method: output / method / CHECKPOINTS for method in METHODS})
     dy.save(recordings, output / "recordings.zarr")
     dy.save(checkpoints, output / "checkpoints.zarr")
     figures = draw(recordings, output / "figures")
 
-    console.print(summary_table(recordings))
-    console.print(_losses(recordings))
-    console.print(_agreement(recordings, checkpoints))
+    print_table(summary_table(recordings))
+    print_line(_losses(recordings))
+    print_line(_agreement(recordings, checkpoints))
     for method in METHODS:
         verdict = dy.audit(output / method / RECORDING_NAME).line
-        console.print(f"Audit of {method}: {verdict}", soft_wrap=True)
+        print_line(f"Audit of {method}: {verdict}")
     for path in (*(output / method for method in METHODS), output / "recordings.zarr"):
-        console.print(f"  {path}", soft_wrap=True, highlight=False)
-    console.print(f"  {output / 'checkpoints.zarr'}", soft_wrap=True, highlight=False)
+        print_line(f"  {path}")
+    print_line(f"  {output / 'checkpoints.zarr'}")
     for path in figures:
-        console.print(f"  {path}", soft_wrap=True, highlight=False)
+        print_line(f"  {path}")
     return recordings
 
 
