@@ -23,6 +23,7 @@ from tests.dynamics.fuzz.mutations import damaged_bytes, damaged_json, encoded
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 fuzz = settings(
@@ -63,6 +64,19 @@ def read_all(path):
     return problems
 
 
+def adapters():
+    """A method of each kind: LoRA with more than s·B·A, a product, a rotation, a scaling."""
+    on = {"target_modules": ["q_proj", "down_proj"]}
+    return {
+        "dora": peft.LoraConfig(r=2, use_dora=True, trainable_token_indices=[1, 3], **on),
+        "pissa": peft.LoraConfig(r=2, init_lora_weights="pissa", **on),
+        "lokr": peft.LoKrConfig(r=2, **on),
+        "oft": peft.OFTConfig(oft_block_size=4, **on),
+        "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **on),
+        "vera": peft.VeraConfig(r=2, **on),
+    }
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_llama, write_recording):
     """Small runs of each layout, to be copied and damaged."""
@@ -84,6 +98,18 @@ def runs(tmp_path_factory, tiny_llama, write_recording):
     )
     adapted.save_pretrained(folder / "adapter/checkpoint-1")
     tiny_llama(0, **small).save_pretrained(folder / "adapter/base")
+    for method, config in adapters().items():
+        at = folder / method / "checkpoint-1"
+        peft.get_peft_model(tiny_llama(0, **small), config).save_pretrained(at)
+        tiny_llama(0, **small).save_pretrained(folder / method / "base")
+    inside = peft.get_peft_model(tiny_llama(0, **small), adapters()["dora"])
+    (folder / "inside").mkdir()
+    save_file(
+        {name: each.contiguous().clone() for name, each in inside.state_dict().items()},
+        folder / "inside/step1.safetensors",
+    )
+    inside.peft_config["default"].save_pretrained(folder / "inside")
+    (folder / "inside/hyperparameters.yaml").write_text("lora_alpha: 8\nlora_query: true\n")
     name = "model.layers.0.self_attn.q_proj.weight"
     write_recording(folder / "recording", steps=(0, 10), shapes={name: (4, 3)})
     return folder
@@ -99,7 +125,16 @@ def damaged_copy(runs, name, file, content):
 
 
 def test_the_undamaged_runs_are_read_without_problems(runs):
-    for name in ("single", "sharded", "zipped", "legacy", "adapter", "recording"):
+    for name in (
+        "single",
+        "sharded",
+        "zipped",
+        "legacy",
+        "adapter",
+        "recording",
+        "inside",
+        *adapters(),
+    ):
         assert read_all(runs / name) == []
 
 
@@ -113,8 +148,12 @@ def test_the_undamaged_runs_are_read_without_problems(runs):
         ("zipped", "checkpoint-1/pytorch_model.bin"),
         ("legacy", "checkpoint-1/pytorch_model.bin"),
         ("adapter", "checkpoint-1/adapter_model.safetensors"),
+        ("inside", "step1.safetensors"),
+        ("inside", "hyperparameters.yaml"),
         ("sharded", "checkpoint-1/model.safetensors.index.json"),
         ("adapter", "checkpoint-1/adapter_config.json"),
+        *((method, "checkpoint-1/adapter_config.json") for method in adapters()),
+        ("inside", "adapter_config.json"),
         ("single", "checkpoint-1/trainer_state.json"),
         ("single", "checkpoint-1/config.json"),
         ("recording", "zarr.json"),
@@ -133,6 +172,8 @@ def test_damaged_bytes(runs, data, name, file):
     [
         ("sharded", "checkpoint-1/model.safetensors.index.json"),
         ("adapter", "checkpoint-1/adapter_config.json"),
+        *((method, "checkpoint-1/adapter_config.json") for method in adapters()),
+        ("inside", "adapter_config.json"),
         ("single", "checkpoint-1/trainer_state.json"),
         ("single", "checkpoint-1/config.json"),
         ("recording", "zarr.json"),
@@ -146,13 +187,21 @@ def test_damaged_json(runs, data, name, file):
 @pytest.mark.slow
 @fuzz
 @given(data=st.data())
-def test_damaged_safetensors_header(runs, data):
-    file = "checkpoint-1/model.safetensors"
-    content = (runs / "single" / file).read_bytes()
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("single", "checkpoint-1/model.safetensors"),
+        ("adapter", "checkpoint-1/adapter_model.safetensors"),
+        *((method, "checkpoint-1/adapter_model.safetensors") for method in adapters()),
+        ("inside", "step1.safetensors"),
+    ],
+)
+def test_damaged_safetensors_header(runs, data, name, file):
+    content = (runs / name / file).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = encoded(data.draw(damaged_json(json.loads(content[8 : 8 + length]))))
     content = len(header).to_bytes(8, "little") + header + content[8 + length :]
-    read_all(damaged_copy(runs, "single", file, content))
+    read_all(damaged_copy(runs, name, file, content))
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def adapt(
     of_experts: dict[str, list[AdapterLayer]] = {}
     for layer in layers:
         name, base = _base_of(layer, weights)
-        if layer.method == "lora" and base is None and _parameters(layer.path, weights, settings):
+        if layer.method == "lora" and _is_on_experts(layer, base, weights, settings):
             of_experts.setdefault(layer.path, []).append(layer)
             continue
         try:
@@ -163,6 +163,24 @@ def _check_shapes(result: Adapted, settings: Settings) -> None:
             shape = stored[name].shape
             result.misfits.append(f"{name} in shape {shape}, but the adapter fits {adapter.shape}")
             result.leave_out(name, shape, _MISFIT)
+
+
+def _is_on_experts(
+    layer: AdapterLayer,
+    base: Tensor | None,
+    weights: Mapping[str, Tensor] | None,
+    settings: Settings,
+) -> bool:
+    """Whether factors belong to parameters of a module that hold all experts of a layer."""
+    a = layer.parts.get("lora_A")
+    if a is None or len(a.shape) != 2:
+        return False
+    if base is not None:
+        return len(base.shape) == 3
+    names = _parameters(layer.path, weights, settings)
+    if names == [layer.name]:  # a matrix that was named as a parameter has factors of one rank
+        return a.shape[:1] != (of_module(settings.config, "r", "rank_pattern", layer.name),)
+    return bool(names)
 
 
 def _apply(

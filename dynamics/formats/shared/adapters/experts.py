@@ -111,6 +111,8 @@ def expert_adapters(
     parts = parts_of(name, shape, config)
     if isinstance(parts, str):
         return f"LoRA on {parts}"
+    if not all(part.index for part in parts):
+        return "LoRA on a parameter that holds no experts"
     return {
         part.name: ExpertAdapter(
             a, b, scale, transposed, part=part, experts=experts, by_blocks=by_blocks

@@ -199,3 +199,39 @@ def test_the_config_of_the_base_names_what_it_stores(tmp_path):
     assert config["model_type"] == "mixtral"
     run = dy.open_run(tmp_path)
     assert "model.layers.0.block_sparse_moe.experts.2.w3.weight" in run.matrices
+
+
+def test_a_matrix_that_is_named_as_a_parameter_is_one(tmp_path):
+    """target_parameters may name the weight of any module, also that of a mixture's linear map."""
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"gate": torch.nn.Linear(6, 4), "moe": torch.nn.Module()})
+    net["moe"].input_linear = torch.nn.Linear(6, 4)
+    net["moe"].input_linear.weight = torch.nn.Parameter(torch.randn(3, 4, 6))
+    net.save_pretrained = lambda *_, **__: None
+    (tmp_path / "base").mkdir()
+    save_file(net.state_dict(), tmp_path / "base/model.safetensors")
+    targets = ["gate.weight", "input_linear.weight"]
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=[], target_parameters=targets)
+    model = saved_run(tmp_path, net, config)
+    expected = merged_weights(model)
+    run = dy.open_run(tmp_path)
+    assert dict(run.absent_kinds) == {}
+    found = run.read("gate.weight", 3, "weight").values
+    assert deviation(found, expected["gate.weight"]) < TOLERANCE
+    experts = [name for name, info in run.matrices.items() if info.expert is not None]
+    assert len(experts) == 3
+    for name in experts:
+        merged = expected["moe.input_linear.weight"][run.matrices[name].expert]
+        assert deviation(run.read(name, 3, "weight").values, merged) < TOLERANCE
+    (tmp_path / "base/model.safetensors").unlink()
+    alone = dy.open_run(tmp_path)
+    assert alone.read("gate.weight", 3, "adapter").rank_bound == 2
+    assert len(alone.matrices) == 4
+
+
+def test_factors_of_one_expert_or_of_no_rank_are_left_out(tiny_llama, tmp_path):
+    saved_run(tmp_path, tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    change_config(tmp_path, target_parameters=["self_attn.q_proj.other"], r=2)
+    (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(dy.DynamicsError, match="a parameter that holds no experts"):
+        dy.open_run(tmp_path)
