@@ -29,6 +29,7 @@ from dynamics.recordings import (
 )
 from dynamics.runs.account import Account
 from dynamics.runs.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
+from dynamics.spectra.rounding import errors_with_lost
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 
@@ -162,7 +163,10 @@ class RecordingRun(Run):
     def _dense(self, group: str, name: str, index: int) -> Dense | None:
         path = matrix_path(group, name)
         values = self._recording.read(path, index)
-        return None if values is None else Dense(values, self._source_dtype(path))
+        if values is None:
+            return None
+        dtype, lost = self._source_dtype(path), self._recording.lost(path, index)
+        return Dense(values, dtype, errors_with_lost(values, dtype, lost) if lost else None)
 
     def _adapter(self, name: str, index: int) -> Factored | None:
         if name not in self._with_adapter:

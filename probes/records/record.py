@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dynamics.recordings import RecordingWriter
-from probes.records.rounding import StorageRounding, StorageWarning, as_numpy
+from probes.records.rounding import StorageRounding, StorageWarning, as_numpy, norm_of_lost
 
 
 class Record:
@@ -54,13 +54,15 @@ class Record:
         """
         for event in self.copied:
             event.synchronize()
-        matrices, stored = {}, {}
+        matrices, stored, lost = {}, {}, {}
         for path, tensor in self._tensors.items():
             matrices[path] = stored[path] = as_numpy(tensor)
             kept = rounding.round(path, tensor)
             if kept is not tensor:
                 stored[path] = as_numpy(kept)
                 self.losses += rounding.losses(self.step, path, matrices[path], kept)
+                if norm := norm_of_lost(matrices[path], stored[path]):
+                    lost[path] = norm
             self._attrs[path]["source_dtype"] = str(kept.dtype).removeprefix("torch.")
         scalars = {name: float(value) for name, value in self.logged.items()}
         recording.append(
@@ -69,5 +71,6 @@ class Record:
             attrs=self._attrs,
             scalars=scalars,
             tokens=None if self.tokens is None else int(self.tokens),
+            lost=lost,
         )
         return matrices
