@@ -14,6 +14,8 @@ from dynamics.runs.run import Event
 from probes.contexts import outside_of_contexts
 from probes.gradients.of_step import StepGradients
 from probes.gradients.stepped import warn_of_no_optimizer
+from probes.live.metrics import LiveMetrics
+from probes.live.settings import Live, live_settings
 from probes.model.account import announce
 from probes.model.parameters import Selection, track
 from probes.model.provenance import adapter_config, model_config, package_versions
@@ -21,7 +23,7 @@ from probes.model.sharding import is_rank_0, refuse_unreadable, wait_for_ranks
 from probes.optimizers.nesting import given_optimizers, optimizers_of
 from probes.records import process_end
 from probes.records.background_writer import BLOCK, check_policy
-from probes.records.contents import DEFAULT_CONTENTS, check_contents
+from probes.records.contents import DEFAULT_CONTENTS, check_contents, recorded_kinds
 from probes.records.matrices import MatrixContents
 from probes.records.opening import (
     REFUSE,
@@ -111,6 +113,7 @@ class Recorder:
             weights and those before clipping. By default, the group of DDP.
         grad_scaler: the scaler of the loss. The recorder needs it to unscale these same
             gradients. It finds the scaler of accelerate's optimizer by itself.
+        live: a `probes.Live`: metrics that reach your tracker while the model trains.
 
     Attributes:
         account: a `dynamics.runs.account.Account`: what of the model is recorded, and what is not.
@@ -161,8 +164,10 @@ class Recorder:
         write: bool | None = None,
         process_group: Any = None,
         grad_scaler: Any = None,
+        live: Live | bool | None = None,
     ):
         check_contents(record, spectra_only)
+        shown = live_settings(live)
         if spectra_only and (storage_dtype is not None or when_full != BLOCK):
             raise DynamicsError(
                 "spectra_only=True stores no matrices that storage_dtype could round, and its "
@@ -194,21 +199,22 @@ class Recorder:
         self._queue_size, self._when_full = queue_size, when_full
         self._rounding = StorageRounding(storage_dtype)
         resumed = checked_step(resume_at)
+        self._attrs = {
+            "config": model_config(model),
+            **adapter_config(model),
+            "account": self.account.to_json(),
+            "gradient": self._gradients.definition,
+            "versions": package_versions(),
+            **checked_attrs(attrs),
+        }
+        compressed = Compression(compression, level)
         self._destination = Destination(
-            store,
-            if_exists,
-            resumed,
-            {
-                "config": model_config(model),
-                **adapter_config(model),
-                "account": self.account.to_json(),
-                "gradient": self._gradients.definition,
-                "versions": package_versions(),
-                **checked_attrs(attrs),
-            },
-            Compression(compression, level),
-            take_over,
+            store, if_exists, resumed, self._attrs, compressed, take_over
         )
+        self._live: LiveMetrics | None = None
+        if shown is not None:
+            measured = LiveMetrics(shown, recorded_kinds(words, spectra_only), spectra_only)
+            self._live = measured if self._writes else None
         self._say_what_trains = partial(warn_of_no_optimizer, model, tracked, optimizers)
         self._records = StepRecords(
             model,
@@ -263,10 +269,13 @@ class Recorder:
             continued = self._destination.choose(latest, continuing)
             if continued is not None:
                 self._contents.resume(continued)
+            if self._live is not None:
+                self._live.begin(self._attrs if continued is None else continued.attrs, continued)
         first = records.begin()
         if self._writes:  # last, because all before can fail
+            policy = self._queue_size, self._when_full
             records.session = Session.begin(
-                self._destination, self._contents, self._rounding, self._queue_size, self._when_full
+                self._destination, self._contents, self._rounding, *policy, self._live
             )
         records.keep(first)
         process_end.add(self)

@@ -13,6 +13,7 @@ LAYERS: list[dict[str, str]] = [
     {
         "probes.gradients": "which gradients a step consumes",
         "probes.checks": "what a merge or a reset did, live",
+        "probes.live": "what a tracker shows while it trains",
     },
     {
         "probes.model": "what is read of a live model",

@@ -29,7 +29,6 @@ from dynamics.recordings import (
 )
 from dynamics.runs.account import Account
 from dynamics.runs.run import Dense, Event, Factored, Matrix, Run, Spectrum, matrices_of
-from dynamics.spectra.rounding import errors_with_lost
 
 _GROUPS = {schema.WEIGHT: WEIGHT, schema.GRADIENT: GRADIENT}
 
@@ -56,6 +55,7 @@ class RecordingRun(Run):
 
     Args:
         path: a path, a zarr Store, or an Icechunk repository.
+        recording: what is there, where it is open already.
 
     Raises:
         FormatError: there is no recording, or it is damaged or of a newer version.
@@ -64,10 +64,10 @@ class RecordingRun(Run):
     format = RecordingFormat.name
     merges_told_by_events = True
 
-    def __init__(self, path: StoreLike):
+    def __init__(self, path: StoreLike, recording: Recording | None = None):
         self.path = store_name(path)
         self._folder = path.parent if isinstance(path, Path) else None
-        self._recording = Recording(path)
+        self._recording = Recording(path) if recording is None else recording
         self.steps = self._recording.steps
         self.attrs: Mapping[str, Any] = self._recording.attrs
         self.account = Account.from_json(self.attrs.get("account"))
@@ -163,10 +163,7 @@ class RecordingRun(Run):
     def _dense(self, group: str, name: str, index: int) -> Dense | None:
         path = matrix_path(group, name)
         values = self._recording.read(path, index)
-        if values is None:
-            return None
-        dtype, lost = self._source_dtype(path), self._recording.lost(path, index)
-        return Dense(values, dtype, errors_with_lost(values, dtype, lost) if lost else None)
+        return None if values is None else Dense(values, self._source_dtype(path))
 
     def _adapter(self, name: str, index: int) -> Factored | None:
         if name not in self._with_adapter:

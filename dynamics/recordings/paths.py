@@ -13,8 +13,6 @@
       spectra/<kind>/       in place of matrices: singular_value (step, matrix, index), padded with
                             NaN, attrs: matrices (name, rows, cols, ...); and
                             bounds (step, matrix, bound): error, noise floor, rank bound
-      lost/<matrix>         (step,) float64, Frobenius norm of the numbers that rounding to the
-                            stored dtype made zero; only where there are some
       events/               step, kind, attrs (JSON) along `event`
       writer                an empty group while a writer is at work, attrs: host, pid, since
 
@@ -47,11 +45,11 @@ from dynamics.errors import FormatError
 WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA = "weight", "gradient", "base", "adapter", "spectra"
 SINGULAR_VALUE, BOUNDS = "singular_value", "bounds"
 STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
-SCALARS, EVENTS, LOST = "scalars", "events", "lost"
+SCALARS, EVENTS = "scalars", "events"
 ROOT, WRITER = "zarr.json", "writer/zarr.json"
 # All that lies in the root of a recording, besides its own document and the lock.
 MEMBERS = frozenset(
-    (WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA, SCALARS, LOST, EVENTS, STEP, TOKENS, CHECKSUM)
+    (WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA, SCALARS, EVENTS, STEP, TOKENS, CHECKSUM)
 )
 EVENT_COLUMNS = ("step", "kind", "attrs")
 SERIES_CHUNK = 1024
@@ -149,7 +147,7 @@ def place(path: str, name: object = None) -> Place | None:
         name: its attribute `name`, if it has one.
     """
     group, _, rest = path.partition("/")
-    if group not in (WEIGHT, GRADIENT, BASE, ADAPTER, SCALARS, LOST) or not rest:
+    if group not in (WEIGHT, GRADIENT, BASE, ADAPTER, SCALARS) or not rest:
         return None
     factor = ""
     if group == ADAPTER:
@@ -175,11 +173,6 @@ def spectra_path(kind: str, array: str) -> str:
 def scalar_path(name: str) -> str:
     """Path of the scalar that was logged under a name."""
     return Place(SCALARS, name).path
-
-
-def lost_path(matrix: str) -> str:
-    """Path of the series that says how much of a matrix was lost; `matrix` is its path."""
-    return Place(LOST, decoded(matrix)).path
 
 
 def event_path(column: str) -> str:

@@ -115,12 +115,6 @@ class Recording:
         path = self.stored_paths.find(path)
         return path in self.paths and _has_chunk(self.array(path), index)
 
-    def lost(self, path: str, index: int) -> float:
-        """The Frobenius norm of the numbers of a matrix that its dtype made zero in a record."""
-        series = self.stored_paths.find(paths.lost_path(path))
-        norm = float(self.series(series)[index]) if series in self.paths else 0.0
-        return norm if np.isfinite(norm) else 0.0
-
     def origin(self, path: str, index: int) -> str | None:
         """A token of the chunk that `read` reads; see `Run.origin`.
 

@@ -149,7 +149,6 @@ class RecordingWriter:
         attrs: Mapping[str, Mapping[str, Any]] | None = None,
         scalars: Mapping[str, float] | None = None,
         tokens: int | None = None,
-        lost: Mapping[str, float] | None = None,
     ) -> None:
         """Write one record and commit it.
 
@@ -159,7 +158,6 @@ class RecordingWriter:
             attrs: attributes of the arrays that this record creates, by path.
             scalars: name -> value at this step.
             tokens: tokens seen so far.
-            lost: path of a matrix -> Frobenius norm of the numbers that its dtype made zero.
 
         Raises:
             DynamicsError: `step` does not follow the last record's, or a shape changed.
@@ -188,10 +186,6 @@ class RecordingWriter:
             **{
                 self._stored_paths.choose(paths.scalar_path(name)): each
                 for name, each in logged.items()
-            },
-            **{
-                self._stored_paths.choose(paths.lost_path(path)): float(norm)
-                for path, norm in (lost or {}).items()
             },
         }
         self._add_row(row, index, event=False)

@@ -21,7 +21,6 @@ class CodeErrors:
         variances: (k,) float64, of the errors of each code, in units of the squared scale.
         widths: (k,) float64, the largest error of each code, in units of the scale.
         codes: uint8, the shape of the values; None where all codes have the same errors.
-        exact_zeros: whether rows and columns of zeros have no errors, as padding has none.
 
     Example:
         >>> from dynamics.runs.code_errors import CodeErrors, interval_errors
@@ -36,7 +35,6 @@ class CodeErrors:
     variances: np.ndarray
     widths: np.ndarray
     codes: np.ndarray | None = None
-    exact_zeros: bool = True
 
     def variance(self, rows: slice = slice(None)) -> np.ndarray:
         """The mean square of the error of each entry in these rows, float64."""
@@ -81,8 +79,6 @@ class CodeErrors:
     def are_of(self, other: "CodeErrors | None") -> bool:
         """Whether both are the errors of one stored matrix, which cancel in a difference."""
         if other is None or self.codes is None or other.codes is None:
-            return False
-        if not self.exact_zeros:  # their codes are those of errors, not of numbers
             return False
         pairs = zip(
             (self.scale, self.codes, self.variances, *self.groups),

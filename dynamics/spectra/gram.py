@@ -25,9 +25,9 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-from scipy.linalg import lapack
 
 from dynamics.runs.differences import Difference
+from dynamics.spectra import lapack
 
 _UNIT = 2.0**-53
 # A block of rows has this many entries, or three times as many rows as columns if that is more.
@@ -79,11 +79,7 @@ def eigvalsh(product: np.ndarray) -> np.ndarray:
     if n == 1:  # SciPy's sterf has no such case
         return product[0].copy()
     width = 16 if n < 1000 else 32
-    _, diagonal, beside, _, _ = lapack.dsytrd(product.T, lower=1, lwork=n * width)
-    eigenvalues, info = lapack.dsterf(diagonal, beside, overwrite_d=1, overwrite_e=1)
-    if info != 0:
-        raise np.linalg.LinAlgError("Eigenvalues did not converge")
-    return eigenvalues
+    return lapack.eigenvalues_of_tridiagonal(*lapack.tridiagonal(product, width))
 
 
 def singular_values_from_gram(

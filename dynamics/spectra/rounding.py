@@ -125,8 +125,7 @@ def _rounding_variance(
     # `columns()` says which columns of the whole matrix hold anything but zeros, (n,).
     if isinstance(scale, CodeErrors):
         variance = np.broadcast_to(scale.variance(), values.shape).copy()
-        if scale.exact_zeros:
-            _clear_exact_zeros(variance, values, columns)
+        _clear_exact_zeros(variance, values, columns)
         return variance
     if dtype == _SCALED or scale is not None:
         return np.square(_spacing(values, dtype, scale, columns)) / 12
@@ -139,42 +138,6 @@ def _rounding_variance(
         variance[halved & (binade > 2.0**smallest)] *= 0.75  # ulp²/16
         _clear_exact_zeros(variance, values, columns)
     return variance
-
-
-def errors_with_lost(values: np.ndarray, dtype: str, lost: float) -> CodeErrors:
-    """The errors of a matrix of which rounding has made some numbers zero.
-
-    These were no independent errors: they were the matrix itself where it was small, and may have
-    any structure. The zeros get a variance at which a noise floor of the zeros alone is not below
-    the norm of what was lost. The other numbers have the errors of their dtype.
-
-    Args:
-        values: (m, n), as they are stored.
-        dtype: a float dtype.
-        lost: the Frobenius norm of the numbers that became zero.
-
-    Example:
-        >>> flushed = np.zeros((40, 30))
-        >>> errors = errors_with_lost(flushed, "float16", lost=1e-6)
-        >>> from dynamics.spectra.noise import noise_floor
-        >>> noise_floor((flushed, "float16", errors)) >= 1e-6
-        True
-    """
-    zeros = values == 0
-    widths, codes = np.unique(_exponents(values, dtype), return_inverse=True)
-    spacings = 2.0 ** widths.astype(np.float64)
-    variances = np.append(np.square(spacings) / 12, 0.0)
-    longest = np.sqrt(zeros.sum(axis=1).max()) + np.sqrt(zeros.sum(axis=0).max())
-    variances[-1] = max(variances[0], (lost / longest) ** 2) if longest else 0.0
-    largest = np.append(spacings / 2, max(spacings[0] / 2, lost))
-    coded = np.where(zeros, len(widths), codes.reshape(values.shape)).astype(np.uint8)
-    whole = tuple(np.zeros(size, dtype=np.int64) for size in values.shape)
-    return CodeErrors(np.ones((1, 1)), whole, variances, largest, coded, exact_zeros=False)
-
-
-def _exponents(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The exponents of two of `ulp`, int64, at most 255 of them in a dtype of 16 bits or less."""
-    return np.frexp(ulp(values, dtype))[1].astype(np.int64) - 1
 
 
 def variance_sums(term: Stored) -> tuple[np.ndarray, np.ndarray]:
@@ -230,8 +193,7 @@ def _spacing(
 ) -> np.ndarray:
     if isinstance(scale, CodeErrors):
         spacing = np.broadcast_to(scale.spacing(), values.shape).copy()
-        if scale.exact_zeros:
-            _clear_exact_zeros(spacing, values, columns)
+        _clear_exact_zeros(spacing, values, columns)
         return spacing
     if (dtype == _SCALED) != (scale is not None):
         raise DynamicsError(

@@ -1,6 +1,6 @@
 """What a record may hold, and what the two forms of it, matrices and spectra, share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,16 @@ def gathered_factors(each: Tracked, *, keep: bool) -> Iterator[tuple[Part, Facto
     if a is not None and b is not None:
         whole = factors._replace(a=a, b=b)
         yield from ((part, each.factors_of(part, whole)) for part in each.parts)
+
+
+def recorded_kinds(record: Collection[str], spectra_only: bool) -> set[str]:
+    """The kinds that can be measured of a recording with these words in `Recorder(record=...)`."""
+    kinds = {*record} & {WEIGHT, ADAPTER, *DIFFERENCES}
+    if {GRADIENT, PROBED_GRADIENT, GRADIENT_BEFORE_CLIPPING} & {*record}:
+        kinds.add(GRADIENT)
+    if WEIGHT in kinds and not spectra_only:
+        kinds.add(schema.UPDATE)
+    return kinds
 
 
 def check_contents(record: Sequence[str], spectra_only: bool) -> None:

@@ -19,11 +19,13 @@ from dynamics.errors import one_line
 
 
 class Attached(Protocol):
-    """A recorder that is attached."""
+    """A recorder that is attached.
 
-    @property
-    def thread(self) -> threading.Thread:
-        """The thread that trains."""
+    Attributes:
+        thread: the one that trains.
+    """
+
+    thread: threading.Thread
 
     def close(self) -> None:
         """Write what is there, and end."""

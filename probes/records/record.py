@@ -1,13 +1,14 @@
 """One record on its way from the training thread to the store."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, SupportsFloat, SupportsInt
 
 import numpy as np
 import torch
 
 from dynamics.recordings import RecordingWriter
-from probes.records.rounding import StorageRounding, StorageWarning, as_numpy, norm_of_lost
+from probes.records.rounding import StorageRounding, StorageWarning, as_numpy
 
 
 class Record:
@@ -20,6 +21,9 @@ class Record:
         copied: events of a GPU; when they have happened, the copies are complete.
         defects: array path -> one line that says what is wrong with it.
         losses: what rounding to the stored dtype lost, once it is written.
+        made: when it was made, of `time.perf_counter`.
+        stored: array path -> its numbers as they are stored, once it is written.
+        attrs: array path -> attributes of the array.
     """
 
     def __init__(self, step: int, logged: dict[str, SupportsFloat]):
@@ -29,18 +33,27 @@ class Record:
         self.copied: list[torch.cuda.Event] = []
         self.defects: dict[str, str] = {}
         self.losses: list[StorageWarning] = []
+        self.made = time.perf_counter()
+        self.stored: dict[str, np.ndarray] = {}
+        self.attrs: dict[str, dict[str, Any]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
-        self._attrs: dict[str, dict[str, Any]] = {}
 
     def add(self, path: str, tensor: torch.Tensor, extra: Mapping[str, Any] | None = None) -> None:
         """Add the tensor of one array; `extra` are further attributes of that array."""
         self._tensors[path] = tensor
-        self._attrs[path] = dict(extra or {})
+        self.attrs[path] = dict(extra or {})
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """The copies."""
         return list(self._tensors.values())
+
+    def taken_out(self, which: Callable[[str], bool]) -> "Record":
+        """A record of the tensors at these array paths, which this one gives away."""
+        other = Record(self.step, {})
+        for path in [path for path in self._tensors if which(path)]:
+            other.add(path, self._tensors.pop(path))
+        return other
 
     def write(self, recording: RecordingWriter, rounding: StorageRounding) -> dict[str, np.ndarray]:
         """Append this record to the recording; the writer's thread calls it.
@@ -54,23 +67,20 @@ class Record:
         """
         for event in self.copied:
             event.synchronize()
-        matrices, stored, lost = {}, {}, {}
+        matrices, stored = {}, self.stored
         for path, tensor in self._tensors.items():
             matrices[path] = stored[path] = as_numpy(tensor)
             kept = rounding.round(path, tensor)
             if kept is not tensor:
                 stored[path] = as_numpy(kept)
                 self.losses += rounding.losses(self.step, path, matrices[path], kept)
-                if norm := norm_of_lost(matrices[path], stored[path]):
-                    lost[path] = norm
-            self._attrs[path]["source_dtype"] = str(kept.dtype).removeprefix("torch.")
+            self.attrs[path]["source_dtype"] = str(kept.dtype).removeprefix("torch.")
         scalars = {name: float(value) for name, value in self.logged.items()}
         recording.append(
             self.step,
             stored,
-            attrs=self._attrs,
+            attrs=self.attrs,
             scalars=scalars,
             tokens=None if self.tokens is None else int(self.tokens),
-            lost=lost,
         )
         return matrices

@@ -91,18 +91,6 @@ class StorageRounding:
         return found
 
 
-def norm_of_lost(numbers: np.ndarray, kept: np.ndarray) -> float:
-    """The Frobenius norm of the numbers that became zero; no error of theirs has a larger one.
-
-    Args:
-        numbers: before rounding.
-        kept: after it.
-    """
-    lost = np.abs(numbers[(kept == 0) & (numbers != 0)], dtype=np.float64)
-    largest = lost.max(initial=0.0)
-    return float(largest * np.linalg.norm(lost / largest)) if largest > 0 else 0.0
-
-
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """The same numbers in a dtype of Zarr; float32 holds bfloat16 and float8 exactly."""
     if tensor.dtype not in (torch.float64, torch.float32, torch.float16):

@@ -12,6 +12,7 @@ from dynamics import schema
 from dynamics.recordings import RecordingWriter
 from dynamics.runs.run import Event
 from probes.checks import FailedCheckWarning, record_defects
+from probes.live.metrics import LiveMetrics
 from probes.records.background_writer import BackgroundWriter, SkippedRecordWarning
 from probes.records.contents import Contents
 from probes.records.opening import Destination
@@ -28,6 +29,7 @@ class Session:
         rounding: to the dtype that is stored.
         queue_size: see `BackgroundWriter`.
         when_full: see `BackgroundWriter`.
+        live: measures the records after they are written.
     """
 
     def __init__(
@@ -37,10 +39,13 @@ class Session:
         rounding: StorageRounding,
         queue_size: int,
         when_full: str,
+        live: LiveMetrics | None = None,
     ):
         self._recording, self._contents, self._rounding = recording, contents, rounding
         self._pending: Record | None = None
         self._warned_of: set[str] = set()
+        self._live = live
+        self._compared: Record | None = None  # weights that the next record is compared with
         self._writer = BackgroundWriter(recording, queue_size, when_full)
 
     @classmethod
@@ -108,7 +113,12 @@ class Session:
         """
         self.hand_over()
         self._contents.note(event)
-        self._writer.submit(lambda: self._recording.event(event))
+        self._writer.submit(lambda: self._write_event(event))
+
+    def report(self, *, everything: bool = False) -> None:
+        """Hand live values to the tracker; see `LiveMetrics.report`."""
+        if self._live is not None:
+            self._live.report(everything=everything)
 
     def flush(self) -> None:
         """Wait until every record so far is written.
@@ -118,6 +128,7 @@ class Session:
         """
         self.hand_over(wait=True)
         self._writer.flush()
+        self.report(everything=True)
 
     def close(self) -> None:
         """Write every record so far, and let others write. An interrupted call can be repeated.
@@ -127,7 +138,10 @@ class Session:
         """
         with suppress(RuntimeError):  # the writer says why, once it is closed
             self.hand_over(wait=True)
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self.report(everything=True)
 
     def discard(self) -> None:
         """End without writing, and leave no new store behind: the recorder could not begin."""
@@ -141,7 +155,17 @@ class Session:
             self._warn(record, written)
         except Warning as told:  # a filter makes errors of warnings; the record is written
             sys.stderr.write(f"{type(told).__name__}: {told}\n")
+        if self._live is not None:
+            self._live.measure(record.step, record.made, record.stored, record.attrs)
+            before, self._compared = self._compared, record.taken_out(self._live.is_kept)
+            if before is not None:
+                self._contents.release(before)
         self._contents.release(record)
+
+    def _write_event(self, event: Event) -> None:
+        self._recording.event(event)
+        if self._live is not None:
+            self._live.note(event)
 
     def _warn(self, record: Record, written: Mapping[str, np.ndarray]) -> None:
         for loss in record.losses:
@@ -149,4 +173,6 @@ class Session:
         for path, defect in (record.defects | record_defects(written)).items():
             if path not in self._warned_of:  # once for each array
                 self._warned_of.add(path)
+                if self._live is not None:
+                    self._live.alarm(record.step, f"{defect}.")
                 warnings.warn(f"Step {record.step}: {defect}.", FailedCheckWarning, stacklevel=2)

@@ -171,6 +171,7 @@ class StepRecords:
         self._unchanged_step = None
         if self.session is not None:
             self.session.hand_over()
+            self.session.report()
 
     @outside_of_contexts()
     def _take_gradients(self, optimizer: torch.optim.Optimizer) -> None:

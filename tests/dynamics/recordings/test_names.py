@@ -1,7 +1,6 @@
 """Parameters and scalars may be called anything: they are read back under the same names."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -86,29 +85,13 @@ def check(store):
     assert verify(recording).leftovers == ()
 
 
-def folder(tmp_path):
-    return tmp_path / "run.zarr"
-
-
-def object_store(tmp_path):
-    return f"memory://{tmp_path.name}/run.zarr"
-
-
-def repository(tmp_path):
-    icechunk = pytest.importorskip("icechunk")
-    storage = icechunk.local_filesystem_storage(str(tmp_path / "repository"))
-    return icechunk.Repository.create(storage)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [folder, object_store, repository])
+@pytest.mark.parametrize("kind", ["folder", "memory"])
 def test_every_name_is_read_back(tmp_path, kind):
-    store = kind(tmp_path)
+    store = tmp_path / "run.zarr" if kind == "folder" else MemoryStore()
     written(store)
     check(store)
-    if kind is not folder:
-        return
-    with xr.open_datatree(str(store), engine="zarr") as tree:
+    with xr.open_datatree(str(store) if kind == "folder" else store, engine="zarr") as tree:
         named = {
             values.attrs.get("name", name): values
             for name, values in tree["scalars"].data_vars.items()
@@ -176,7 +159,7 @@ def test_a_recording_with_raw_names_reads_as_before_and_goes_on(tmp_path):
     members = root["consolidated_metadata"]["metadata"]
     for path, like in raw.items():
         (store / path).parent.mkdir(exist_ok=True)
-        shutil.copytree(store / like, store / path)
+        shutil_copy(store / like, store / path)
         members[path] = members[like]
     members["scalars/eval"] = members["scalars"]
     (store / "scalars/eval/zarr.json").write_text((store / "scalars/zarr.json").read_text())
@@ -200,3 +183,9 @@ def test_a_recording_with_raw_names_reads_as_before_and_goes_on(tmp_path):
     assert np.isnan(recording.scalars["a/b"][0])
     assert is_same(recording.read(matrix_path("weight", "b%"), 1), matrix(1))
     assert not (store / "scalars/eval%2Floss").exists()
+
+
+def shutil_copy(source, target):
+    import shutil
+
+    shutil.copytree(source, target)

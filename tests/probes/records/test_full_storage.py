@@ -17,7 +17,6 @@ from dynamics.errors import DynamicsError
 from dynamics.recordings import Recording, verify
 from probes import Recorder
 from probes.records.background_writer import SkippedRecordWarning
-from probes.records.rounding import StorageRounding, StorageWarning
 from tests.probes.training import build, train
 
 
@@ -306,70 +305,3 @@ def test_every_compression_keeps_the_bits(tmp_path, compression, level):
     assert [codec["name"] for codec in codecs] == [*names, "crc32c"]
     if level is not None:
         assert level in codecs[0]["configuration"].values()
-
-
-def tiny_gradients(tmp_path, scale, **options):
-    """(the gradient, what was warned of) of a training whose gradients are tiny."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(48, 32, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with Recorder(model, optimizer, tmp_path / "run.zarr", every=1, **options):
-            for _ in range(3):
-                optimizer.zero_grad()
-                # Of rank 4: what is lost has the structure of the matrix.
-                (model(torch.randn(4, 48)).square().mean() * scale).backward()
-                gradient = model.weight.grad.double().numpy()
-                optimizer.step()
-    said = [str(each.message) for each in caught if issubclass(each.category, StorageWarning)]
-    return gradient, said
-
-
-@pytest.mark.parametrize("scale", [1e-5, 1e-6, 1e-8])
-def test_numbers_that_become_zero_are_told_with_their_share_and_are_in_the_floor(tmp_path, scale):
-    gradient, said = tiny_gradients(tmp_path, scale, storage_dtype="float16")
-    line = said[0]
-    assert line.startswith("Step 1: ")
-    assert "numbers of gradient/weight are too small for float16 and stored as 0" in line
-    assert "record with storage_dtype='bfloat16'" in line
-    if scale == 1e-8:
-        assert "1536 numbers" in line
-        assert "100 % of it" in line
-    stored = dy.open_run(tmp_path / "run.zarr").read("weight", 3, "gradient")
-    result = dy.analyze(tmp_path / "run.zarr", kinds=["gradient"], steps=[3])
-    floor = result["noise_floor"].item()
-    error = np.linalg.norm(stored.values - gradient, 2)
-    assert error <= floor * 1.05  # the floor of independent errors is exceeded once in a thousand
-    if scale > 1e-8:  # else every number is far below the smallest one of float16
-        assert floor < 5 * error
-
-
-def test_a_dtype_of_the_same_range_loses_nothing(tmp_path):
-    _, said = tiny_gradients(tmp_path, 1e-8, storage_dtype="bfloat16")
-    assert said == []
-    assert not any(path.startswith("lost/") for path in Recording(tmp_path / "run.zarr").paths)
-
-
-def test_a_loss_that_grows_is_told_again():
-    rounding = StorageRounding("float16")
-    numbers = torch.ones(100, 100)
-    found = []
-    for step, count in enumerate([1, 5, 9, 20, 150, 10000]):
-        numbers.view(-1)[:count] = 1e-9
-        kept = rounding.round("gradient/a%2Fb", numbers)
-        found += [
-            (step, each) for each in rounding.losses(step, "gradient/a%2Fb", numbers.numpy(), kept)
-        ]
-    assert [step for step, _ in found] == [0, 3, 5]
-    assert "gradient/a/b" in str(found[0][1])
-
-
-def test_zero_rows_of_a_matrix_that_lost_nothing_stay_exact(tmp_path):
-    model = torch.nn.Embedding(20, 8)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Recorder(model, optimizer, tmp_path / "run.zarr", every=1, storage_dtype="float16"):
-        model(torch.tensor([1, 2])).sum().backward()
-        optimizer.step()
-    found = dy.open_run(tmp_path / "run.zarr").read("weight", 1, "gradient")
-    assert found.errors is None

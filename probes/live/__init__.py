@@ -1,0 +1,1 @@
+"""Live metrics: what a tracker shows while the model trains."""
