@@ -33,6 +33,7 @@ from dynamics.cli.options import (
     StepsOption,
     StrictOption,
     Style,
+    Target,
     WorkersOption,
 )
 from dynamics.cli.output import (
@@ -44,7 +45,7 @@ from dynamics.cli.output import (
     progress_bar,
     report_problems,
 )
-from dynamics.cli.values import choice_of, execution_of, named_paths, run_name, run_of
+from dynamics.cli.values import choice_of, execution_of, named_paths, run_name, run_of, stem_of
 from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
@@ -285,11 +286,10 @@ def plot(
     dataset = storage.load(result)
     if run is not None:
         dataset = comparison.select_run(dataset, run)
-    stem = result.resolve().name.removesuffix(".zarr").removesuffix(".analysis")
     output = save_figure(
         dataset,
         output,
-        stem=stem,
+        stem=stem_of(result),
         style=style and style.value,
         metric=metric,
         kind=kind,
@@ -395,6 +395,53 @@ def audit(
         print_line(report.line)
     if report.failed:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples:\n\n  dynamics export run.analysis.zarr --to csv\n\n"
+    "  dynamics export comparison.zarr --to parquet --spectra\n\n"
+    "  dynamics export comparison.zarr --to wandb --metrics effective_rank --kinds weight,update"
+)
+def export(
+    result: Annotated[Path, typer.Argument(help="A result that 'analyze' or 'compare' saved.")],
+    to: Annotated[Target, typer.Option("--to", help="The file format or the tracker.")],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A file, the folder of a tracker, or a URI of MLflow; by default RESULT.csv, ..., "
+            "and where a tracker keeps its runs.",
+        ),
+    ] = None,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="For files: add the singular values.")
+    ] = False,
+    metrics: MetricsOption = None,
+    kinds: KindsOption = None,
+    project: Annotated[
+        str | None,
+        typer.Option("--project", help="Of W&B and trackio, the experiment of MLflow."),
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Save a result as a table, or log means over layers to a tracker."""
+    from dynamics.analysis import storage
+    from dynamics.exports.export import export as export_result
+
+    chosen = choice_of(metrics, None, kinds, None, None, None)
+    line = export_result(
+        storage.load(result, without=() if spectra else (schema.SINGULAR_VALUE,)),
+        to.value,
+        output,
+        stem=stem_of(result),
+        spectra=spectra,
+        metrics=chosen["metrics"],
+        kinds=chosen["kinds"],
+        project=project,
+        overwrite=overwrite,
+    )
+    print_line(line)
 
 
 @app.command("list", epilog="Example:\n\n  dynamics list metrics")

@@ -119,6 +119,19 @@ class Style(StrEnum):
     comparison = "comparison"
 
 
+class Target(StrEnum):
+    """Where `dynamics export` can put a result."""
+
+    csv = "csv"
+    parquet = "parquet"
+    arrow = "arrow"
+    json = "json"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    trackio = "trackio"
+    mlflow = "mlflow"
+
+
 class Listing(StrEnum):
     """The tables that `dynamics list` prints."""
 

@@ -88,6 +88,11 @@ def run_name(paths: list[str]) -> str:
     return path.removesuffix(".zarr") or "run"
 
 
+def stem_of(result: Path) -> str:
+    """How the names of what is made of a saved result begin."""
+    return result.resolve().name.removesuffix(".zarr").removesuffix(".analysis")
+
+
 def _split(text: str | None) -> list[str] | None:
     """The parts of a comma-separated list, None for None."""
     return None if text is None else [each.strip() for each in text.split(",") if each.strip()]

@@ -125,7 +125,7 @@ def _column(values: xr.DataArray, rows: Mapping[Hashable, np.ndarray]) -> Any:
     indices = tuple(rows[dim] for dim in values.dims)
     if found.dtype.kind in "UOT":
         codes, names = pd.factorize(np.asarray(found, dtype=object).ravel())
-        return pd.Categorical.from_codes(codes.reshape(found.shape)[indices], names)
+        return pd.Categorical.from_codes(codes.reshape(found.shape)[indices], pd.Index(names))
     if values.name in _NONE:
         numbers = found[indices].astype(np.int64)
         return pd.arrays.IntegerArray(numbers, numbers == _NONE[str(values.name)])
@@ -146,4 +146,6 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
     return value if isinstance(value, str | bool | int | float | None) else str(value)

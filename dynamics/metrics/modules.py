@@ -145,12 +145,12 @@ def by_module(dataset: xr.Dataset) -> xr.Dataset:
         means = np.array([[mean(row[m]) for m in groups.values()] for row in rows])
         shape = (*cells.shape[:-1], len(groups))
         variables[name] = ((*values.dims[:-1], MODULE), means.reshape(shape), values.attrs)
-    others = {
+    coords = {
         name: coord
         for name, coord in dataset.coords.items()
         if schema.MATRIX not in coord.dims and set(coord.dims) <= set(dataset[names[0]].dims)
     }
-    return xr.Dataset(variables, {**others, MODULE: list(groups)}, dataset.attrs)
+    return xr.Dataset(variables, {**coords, MODULE: list(groups)}, dataset.attrs)
 
 
 def _of_matrices(dataset: xr.Dataset, name: str) -> list[str]:

@@ -97,7 +97,7 @@ def test_help_comes_without_loading_torch(here):
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["analyze", "compare", "plot", "inspect", "list"])
+@pytest.mark.parametrize("verb", ["analyze", "compare", "plot", "inspect", "export", "list"])
 def test_the_help_of_each_verb_has_an_example(command, verb):
     code, out, err = command(verb, "--help")
     assert (code, err) == (0, "")
