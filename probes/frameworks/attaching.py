@@ -1,10 +1,13 @@
 """What the callbacks have in common: a recorder for each training, which no training dies of."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from dynamics.errors import OutputExistsError, RecordingHeldError
 from dynamics.recordings import StoreLike, absolute
+from probes.live.settings import Live, live_settings
+from probes.live.trackers import Tracker
 from probes.recorder import Recorder
 from probes.records.opening import NEXT
 
@@ -21,7 +24,8 @@ class AttachesRecorder:
 
     Args:
         store: path or URL of the recording, or any zarr Store.
-        options: the other arguments of `Recorder`.
+        options: the other arguments of `Recorder`. With live=True, or a `Live` without `to`, live
+            values go to what the training reports to.
 
     Attributes:
         recorder: that of the training that is under way, or None.
@@ -48,14 +52,25 @@ class AttachesRecorder:
             recorder.close()
 
     def _begin(
-        self, model: Any, optimizer: Any, continuing: str | None, **defaults: Any
+        self,
+        model: Any,
+        optimizer: Any,
+        continuing: str | None,
+        reports: Callable[[], Tracker],
+        **defaults: Any,
     ) -> Recorder | None:
-        """Attach a recorder; None where the store can take no further recording."""
+        """Attach a recorder; None where the store can take no further recording.
+
+        `reports` makes what live values go to where the user names nobody.
+        """
         try:
             self.close()  # an earlier training may have ended in an exception
         except RuntimeError as error:
             warnings.warn(str(error), NotRecordedWarning, stacklevel=3)
         options = {**defaults, **self._options}
+        live = options.get("live")
+        goes_there = live is True or (isinstance(live, Live) and live.to is None)
+        options["live"] = live_settings(live, reports() if goes_there else None)
         options["attrs"] = {**defaults["attrs"], **(self._options.get("attrs") or {})}
         recorder = Recorder(model, optimizer, self._store, **options)
         try:

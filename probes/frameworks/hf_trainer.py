@@ -1,5 +1,6 @@
 """The recorder as a callback of the Hugging Face `Trainer`."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from probes.model.provenance import settings
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from probes.frameworks.hf_reports import TrainerReports
 except ImportError as error:
     raise require_extra("relora", error) from error
 
@@ -43,7 +46,8 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
 
     Args:
         store: path or URL of the recording, or any zarr Store.
-        options: the other arguments of `Recorder`.
+        options: the other arguments of `Recorder`. `live=True` shows live metrics in what
+            `report_to` names.
 
     Example:
         >>> from probes.frameworks.hf_trainer import RecorderCallback
@@ -69,6 +73,7 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
             model,
             optimizer,
             noted.get(name_of(self._store)) if isinstance(noted, dict) else None,
+            partial(TrainerReports, args, state, control, model),
             write=state.is_world_process_zero,
             process_group=torch.distributed.group.WORLD if several else None,
             resume_at=state.global_step or None,
@@ -109,6 +114,8 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
             scalars = {name: logs[name] for name in _SCALARS if name in logs}
             tokens = state.num_input_tokens_seen or None
             self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
+            if "train_runtime" in logs:  # the last ones; then trackers end their runs
+                self.recorder.flush()
         if not control.should_evaluate:
             self._write_before_saving(control)
 

@@ -7,6 +7,7 @@ import torch
 from dynamics.errors import require_extra
 from dynamics.recordings import StoreLike
 from probes.frameworks.attaching import AttachesRecorder
+from probes.live.trackers import Loggers
 from probes.model.provenance import settings
 
 try:
@@ -31,7 +32,8 @@ class RecorderCallback(AttachesRecorder, Callback):
 
     Args:
         store: path or URL of the recording, or any zarr Store.
-        options: the other arguments of `Recorder`.
+        options: the other arguments of `Recorder`. `live=True` shows live metrics in the loggers
+            of the Trainer.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -88,6 +90,7 @@ class RecorderCallback(AttachesRecorder, Callback):
             trainer.strategy.model,  # with its wrappers, so that the recorder refuses some of them
             trainer.optimizers,
             self._restored.get("store"),
+            lambda: Loggers(lambda: trainer.loggers),
             write=trainer.is_global_zero,
             process_group=torch.distributed.group.WORLD if several else None,
             grad_scaler=getattr(trainer.precision_plugin, "scaler", None),

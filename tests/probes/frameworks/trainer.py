@@ -31,12 +31,11 @@ def trained_by_trainer(folder, name, *, batch, every=None, dropout=0.0, callback
         learning_rate=1e-2,
         logging_steps=1,
         save_strategy="no",
-        report_to="none",
+        **{"report_to": "none", **options},
         disable_tqdm=True,
         use_cpu=True,
         ddp_backend="gloo" if torch.distributed.is_initialized() else None,
         train_sampling_strategy="sequential",
-        **options,
     )
     callbacks = list(callbacks)
     if every is not None:

@@ -27,6 +27,7 @@ def rows_of_wandb(folder):
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.finish()
     wandb.teardown()  # its service may still write, also after finish()
     (file,) = Path(folder).rglob("run-*.wandb")
     rows = []

@@ -26,6 +26,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield wandb
+    wandb.finish()
     wandb.teardown()  # or the next test would write to this folder
 
 
