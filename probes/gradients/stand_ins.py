@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from probes.contexts import after_backward, in_backward
+from probes.gradients.as_frozen import AsFrozen, is_called_by_compiled_code
 
 # Their fast paths ask whether any tensor requires a gradient, and compute other bits if one does.
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -67,6 +68,7 @@ class StandIns:
         self._places: _Places | None = None
         self._outermost: nn.Module | None = None
         self._depth = 0
+        self._as_frozen = AsFrozen()
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
         # Compiled models are guarded by the numbers of hooks, so each hook keeps its number.
@@ -86,7 +88,7 @@ class StandIns:
         for hooks, number, hook in self._hooks:
             hooks[number] = hook
         if "torch._dynamo" in sys.modules:
-            _hide_from_compiler(StandIns._enter, StandIns._leave)
+            _hide_from_compiler(StandIns._enter, StandIns._leave, is_called_by_compiled_code)
 
     def disarm(self) -> None:
         """Leave the model alone. Safe to call twice.
@@ -95,6 +97,7 @@ class StandIns:
         are dropped.
         """
         self._unhook()
+        self._as_frozen.stop()
         if self._places is not None:
             self._places.leave()
             self._places.collect = None
@@ -107,29 +110,53 @@ class StandIns:
     def _enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or id(module) not in self._modules:
             return
-        if self._places is None or in_backward():  # computing again is as it was the first time
+        if self._places is None:
+            return
+        if is_called_by_compiled_code():
+            torch.compiler.disable(self._entered)(module, compiled=True)
+        else:
+            self._entered(module)
+
+    def _entered(self, module: nn.Module, compiled: bool = False) -> None:
+        if in_backward():  # computing again is as it was the first time
+            self._as_frozen.enter(module, compiled)
             return
         if module is self._outermost and not _is_called_within_itself(module):
             self._depth = 0  # the call before was interrupted
         if self._depth == 0:
             if not torch.is_grad_enabled() or self._would_leave_a_fast_path():
                 return
+            assert self._places is not None
             self._places.take()
             self._outermost = module
+        self._as_frozen.enter(module, compiled)
         self._depth += 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or id(module) not in self._modules:
             return
-        if self._places is None or self._depth == 0 or in_backward():
+        if self._places is None:
+            return
+        if is_called_by_compiled_code():
+            torch.compiler.disable(self._left)(module, output)
+        else:
+            self._left(module, output)
+
+    def _left(self, module: nn.Module, output: Any) -> None:
+        if in_backward() or self._depth == 0:
+            self._as_frozen.leave(module)
             return
         self._depth -= 1
-        if self._depth == 0:
-            self._outermost = None
-            again = self._places.leave()
-            for tensor in _tensors(output):
-                if tensor.grad_fn is not None:
-                    tensor.grad_fn.register_prehook(again)
+        if self._depth > 0:
+            self._as_frozen.leave(module)
+            return
+        self._outermost = None
+        self._as_frozen.stop()
+        assert self._places is not None
+        again = self._places.leave()
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(again)
 
     def _would_leave_a_fast_path(self) -> bool:
         return any(
