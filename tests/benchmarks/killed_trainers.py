@@ -112,11 +112,15 @@ def main(kills):
     truth = Recording(folder / "truth/run.zarr")
     assert whole.exitcode == 0
     assert truth.steps.tolist() == list(range(LAST + 1))
-    began, held, resumed, anew, finished = time.monotonic(), {}, 0, 0, 0
+    began, held, resumed, anew, finished, through = time.monotonic(), {}, 0, 0, 0, 0
     job = folder / "job"
     job.mkdir()
     while resumed + anew - finished < kills:
         step, state = newest_checkpoint(job / "out")
+        if step == LAST:  # killed at its very end; resumed, the Trainer would make another step
+            through += 1
+            (job / "out").rename(job / f"out of {through}")
+            step, state = 0, None
         noted = {} if state is None else json.loads(state.read_text())["stateful_callbacks"]
         name = noted.get("learning-dynamics recordings", {}).get("run.zarr")
         assert (step == 0) == (name is None), (step, noted)
@@ -156,8 +160,8 @@ def main(kills):
             assert len(now[written]) - 1 >= progress.value - 5, (now[written], progress.value)
         held = now
         if process.exitcode == 0:
-            finished += 1
-            (job / "out").rename(job / f"out of {finished}")
+            finished, through = finished + 1, through + 1
+            (job / "out").rename(job / f"out of {through}")
     print(
         f"{kills} trainings of the Trainer were killed and {finished} came to their end: {resumed} "
         f"had resumed their recording, {anew} had begun one; {len(held)} recordings; every "

@@ -134,9 +134,9 @@ for batch in DataLoader(torch.ones(20, 64), batch_size=4, num_workers=2):
     optimizer.step()
 """,
     "warnings are errors": """
-recorder = attached(storage_dtype="float16")
 with torch.no_grad():
     model.weight[0, 0] = 1e6
+recorder = attached(storage_dtype="float16")
 warnings.simplefilter("error")
 train(5)
 """,
