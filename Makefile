@@ -54,6 +54,8 @@ bench: $(STAMP)  ## what analysing and recording cost, and memory over a checkpo
 	$(BIN)/python tests/benchmarks/scaling.py
 	$(BIN)/python -m tests.benchmarks.recording --model micro
 	$(BIN)/python -m tests.benchmarks.recording --model small
+	$(BIN)/python -m tests.benchmarks.live --model micro
+	$(BIN)/python -m tests.benchmarks.live --model small
 	$(BIN)/python -m tests.benchmarks.killed_writers
 	$(BIN)/python tests/benchmarks/large_checkpoint.py
 	$(BIN)/python tests/benchmarks/large_checkpoint.py --stored fp8
