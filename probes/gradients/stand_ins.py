@@ -248,6 +248,8 @@ class _Places:
 
 def _collected(stand_in: Any) -> None:
     gradient, stand_in.grad = stand_in.grad, None
+    if gradient is None:  # an autograd function of the user gives none to what is frozen
+        return
     for number, collect in enumerate(stand_in.collectors.values()):
         collect(gradient if number == 0 else gradient.clone())  # each adds to its own in place
 
