@@ -19,13 +19,12 @@ from dynamics.errors import one_line
 
 
 class Attached(Protocol):
-    """A recorder that is attached.
+    """A recorder that is attached."""
 
-    Attributes:
-        thread: the one that trains.
-    """
-
-    thread: threading.Thread
+    @property
+    def thread(self) -> threading.Thread:
+        """The one that trains."""
+        ...
 
     def close(self) -> None:
         """Write what is there, and end."""
