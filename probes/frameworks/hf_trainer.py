@@ -1,5 +1,6 @@
 """The recorder as a callback of the Hugging Face `Trainer`."""
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from dynamics.errors import require_extra
 from dynamics.recordings import name_of
 from probes.frameworks.attaching import AttachesRecorder
 from probes.model.provenance import settings
+from probes.records.step_records import LateValuesWarning
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -113,7 +115,11 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
         if self.recorder is not None and logs is not None:
             scalars = {name: logs[name] for name in _SCALARS if name in logs}
             tokens = state.num_input_tokens_seen or None
-            self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
+            with warnings.catch_warnings():
+                # A callback after this one may ask for an evaluation when the record is written
+                # already, because a checkpoint follows. The record goes without its loss.
+                warnings.simplefilter("ignore", LateValuesWarning)
+                self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
             if "train_runtime" in logs:  # the last ones; then trackers end their runs
                 self.recorder.flush()
         if not control.should_evaluate:
