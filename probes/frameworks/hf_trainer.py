@@ -120,7 +120,7 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
                 # already, because a checkpoint follows. The record goes without its loss.
                 warnings.simplefilter("ignore", LateValuesWarning)
                 self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
-            if "train_runtime" in logs:  # the last ones; then trackers end their runs
+            if "train_runtime" in logs and "live" in self._options:  # then trackers end their runs
                 self.recorder.flush()
         if not control.should_evaluate:
             self._write_before_saving(control)
