@@ -1,6 +1,5 @@
 """The recorder as a callback of the Hugging Face `Trainer`."""
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,6 @@ from dynamics.errors import require_extra
 from dynamics.recordings import name_of
 from probes.frameworks.attaching import AttachesRecorder
 from probes.model.provenance import settings
-from probes.records.step_records import LateValuesWarning
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -115,12 +113,9 @@ class RecorderCallback(AttachesRecorder, TrainerCallback):
         if self.recorder is not None and logs is not None:
             scalars = {name: logs[name] for name in _SCALARS if name in logs}
             tokens = state.num_input_tokens_seen or None
-            with warnings.catch_warnings():
-                # A callback after this one may ask for an evaluation when the record is written
-                # already, because a checkpoint follows. The record goes without its loss.
-                warnings.simplefilter("ignore", LateValuesWarning)
-                self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
-            if "train_runtime" in logs and "live" in self._options:  # then trackers end their runs
+            self.recorder.log(tokens=tokens, at=state.global_step, **scalars)
+            # Only the last log of a training has a mean loss; then trackers end their runs.
+            if "train_loss" in logs:
                 self.recorder.flush()
         if not control.should_evaluate:
             self._write_before_saving(control)

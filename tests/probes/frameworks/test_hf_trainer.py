@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,6 +15,7 @@ from transformers import (
 )
 
 import dynamics as dy
+from probes import Live
 from probes.frameworks.hf_trainer import RecorderCallback
 from tests.probes import stacks
 from tests.probes.adapted import adapted_model, frozen_matrices, relative_error
@@ -56,7 +58,11 @@ def _train(directory, steps, *, callbacks=(), resume=False, **options):
         **options,
     )
     trainer = Trainer(
-        LlamaForCausalLM(CONFIG), arguments, train_dataset=Tokens(), callbacks=list(callbacks)
+        LlamaForCausalLM(CONFIG),
+        arguments,
+        train_dataset=Tokens(),
+        eval_dataset=Subset(Tokens(), range(4)),
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -88,6 +94,17 @@ def test_logged_scalars_stand_at_their_steps(recorded):
     np.testing.assert_array_equal(scalars["loss"], [np.nan, logged[2], logged[4], logged[6]])
     np.testing.assert_array_equal(scalars["tokens"], [np.nan, 128, 256, 384])
     assert np.isfinite(scalars["grad_norm"][1:]).all()
+
+
+@pytest.mark.parametrize("live", [None, Live(to=lambda values, step: None)], ids=["", "live"])
+def test_an_evaluation_after_the_log_of_its_step_belongs_to_the_record(live, tmp_path):
+    # With counted tokens, each log of the Trainer has a "train_runtime", not only the last one.
+    callback = RecorderCallback(tmp_path / "run.zarr", every=2, live=live)
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2}
+    trainer = _train(tmp_path / "out", 4, callbacks=[callback], **evaluated)
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    recorded = dy.open_run(tmp_path / "run.zarr").scalars["eval_loss"]
+    np.testing.assert_array_equal(recorded, [np.nan, *losses])
 
 
 @pytest.mark.slow
