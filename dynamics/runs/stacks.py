@@ -99,7 +99,7 @@ def parts_of(
     if convolution or (convolution is None and _looks_like_convolution(name, shape)):
         return (_flattened(name, shape),)
     if len(shape) == 3 and (stack := _stack_of(name)) is not None:
-        return _experts(*stack, shape, language_config(config or {}))
+        return _experts(name, *stack, shape, language_config(config or {}))
     sizes = [size for size in shape if size > 1]
     if len(sizes) == 2:  # a table, such as the (1, positions, width) of vision models
         rows, cols = sizes
@@ -127,8 +127,8 @@ def _looks_like_convolution(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) > 3 or "conv" in name.lower()
 
 
-def _stack_of(name: str) -> tuple[str, str, str] | None:
-    """(path of the experts, what the tensor is to each of them, its name); None for others."""
+def _stack_of(name: str) -> tuple[str, str] | None:
+    """(path of the experts, what the tensor is to each of them); None for others."""
     *path, leaf = name.removesuffix(".weight").split(".")
     places = [i for i, part in enumerate(path) if _MIXTURE.search(part)]
     if not places:
@@ -136,11 +136,11 @@ def _stack_of(name: str) -> tuple[str, str, str] | None:
     # Where the mixture itself holds the tensors of its experts, they get the usual path.
     inside = places[-1] + 1
     experts = path[:inside] + ([] if path[inside - 1].endswith("experts") else ["experts"])
-    return ".".join(experts), ".".join([*path[inside:], _LINEAR.get(leaf, leaf)]), name
+    return ".".join(experts), ".".join([*path[inside:], _LINEAR.get(leaf, leaf)])
 
 
 def _experts(
-    path: str, module: str, name: str, shape: tuple[int, ...], config: Mapping[str, Any]
+    name: str, path: str, module: str, shape: tuple[int, ...], config: Mapping[str, Any]
 ) -> tuple[Part, ...]:
     family = str(config.get("model_type") or "")
     split: dict[str, tuple[slice, ...]] = {module: ()}

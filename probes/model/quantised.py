@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from probes.model.weight import Factors, NotRead, PlainSource, Weight, not_read
+from probes.model.weight import Factors, NotRead, Weight, not_read, plain_weight
 
 # Parameters and buffers that stand beside codes and scale them.
 _SCALES = ("_scale_inv", "_scale")
@@ -115,15 +115,7 @@ def weights_of_packed_module(module: nn.Module, path: str) -> Iterator[Weight | 
         if parameter is None:
             continue
         if name == "bias":
-            yield Weight(
-                path + name,
-                parameter,
-                tuple(parameter.shape),
-                parameter.dtype,
-                module,
-                PlainSource(parameter),
-                (parameter,),
-            )
+            yield plain_weight(path + name, parameter, module)
         else:
             is_read = isinstance(weight, Weight)
             yield not_read(path + name, parameter, "codes and scales of packed weights", is_read)

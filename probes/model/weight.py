@@ -148,6 +148,19 @@ class NotRead:
     parameter: nn.Parameter | None = field(default=None, repr=False, compare=False)
 
 
+def plain_weight(name: str, parameter: nn.Parameter, module: nn.Module) -> Weight:
+    """A weight that is a parameter, as it is."""
+    return Weight(
+        name,
+        parameter,
+        tuple(parameter.shape),
+        parameter.dtype,
+        module,
+        PlainSource(parameter),
+        (parameter,),
+    )
+
+
 def not_read(
     name: str, parameter: nn.Parameter, reason: str, recorded_elsewhere: bool = False
 ) -> NotRead:

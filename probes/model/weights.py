@@ -15,7 +15,7 @@ from probes.model.quantised import (
     weight_of_parameter,
     weights_of_packed_module,
 )
-from probes.model.weight import Factors, NotRead, PlainSource, Weight, not_read
+from probes.model.weight import Factors, NotRead, Weight, not_read, plain_weight
 
 __all__ = ["Factors", "NotRead", "Weight", "find_weights", "weight_wrappers"]
 
@@ -128,15 +128,7 @@ class _Walk:
             if parameter is None or id(parameter) in parts:
                 continue
             found = weight_of_parameter(module, name, parameter, path)
-            yield found or Weight(
-                path + name,
-                parameter,
-                tuple(parameter.shape),
-                parameter.dtype,
-                module,
-                PlainSource(parameter),
-                (parameter,),
-            )
+            yield found or plain_weight(path + name, parameter, module)
         for name, child in module._modules.items():
             if child is not None and not (computed and name == "parametrizations"):
                 yield from self(child, f"{path}{name}.")
