@@ -4,6 +4,9 @@ Every message says what went wrong, where, what was found and what to do, in one
 The command line prints these without a traceback; anything else is a bug of ours.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class DynamicsError(ValueError):
     r"""A request or an input that cannot be served as given.
@@ -73,6 +76,19 @@ def one_line(error: Exception) -> str:
     'first second'
     """
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Text like " (did you mean 'x'?)" for the name that is most alike, "" where none is.
+
+    >>> "No metric 'stable_rnak'" + near("stable_rnak", ["rank_bound", "stable_rank"])
+    "No metric 'stable_rnak' (did you mean 'stable_rank'?)"
+    >>> near("er", ["effective_rank"])
+    ''
+    """
+    by_lower = {each.lower(): each for each in known}
+    alike = get_close_matches(name.lower(), by_lower, 1, 0.7)
+    return f" (did you mean {by_lower[alike[0]]!r}?)" if alike else ""
 
 
 def require_extra(extra: str, missing: ImportError) -> DynamicsError:

@@ -64,6 +64,7 @@ SINGULAR_VALUE_ERROR = "singular_value_error"
 NOISE_FLOOR = "noise_floor"
 STATUS = "status"
 REFERENCE_STEP = "reference_step"
+COMMAND = "command"  # an attribute: the command line that made a saved result
 LAG = "lag"  # an attribute: the optimizer steps that updates are over, where that was asked for
 NO_STEP = -1  # the `reference_step` of what is no difference, or has nothing to subtract
 

@@ -15,7 +15,7 @@ from dynamics.analysis.execution import Execution, ExecutionOptions, execution_w
 from dynamics.analysis.selection import Selection, SelectionOptions, Steps, selection_of
 from dynamics.analysis.settings import with_settings
 from dynamics.analysis.storage import is_analysis, load
-from dynamics.errors import DynamicsError, IntervalWarning, MissingError
+from dynamics.errors import DynamicsError, IntervalWarning, MissingError, near
 from dynamics.formats import open_run
 from dynamics.runs.intervals import IntervalRun, References, common_references, own_references
 from dynamics.runs.run import Run
@@ -270,7 +270,7 @@ def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
     labels = comparison[schema.RUN].values.tolist() if schema.RUN in comparison.dims else []
     if run not in labels:
         known = ", ".join(labels) or "one run without a name"
-        raise MissingError(f"No run {run!r} in this result; it has {known}.")
+        raise MissingError(f"No run {run!r}{near(run, labels)} in this result; it has {known}.")
     own = {
         name: json.dumps(json.loads(comparison.attrs[name])[run])
         for name in _OF_RUNS

@@ -16,7 +16,7 @@ from dynamics.analysis.following import follow
 from dynamics.analysis.selection import Selection, SelectionOptions, selection_of
 from dynamics.analysis.statistics import difference
 from dynamics.analysis.storage import check_output, is_analysis, load, save
-from dynamics.errors import FormatError, MissingError, OutputExistsError
+from dynamics.errors import FormatError, MissingError, OutputExistsError, near
 from dynamics.runs.run import Run
 from dynamics.schema import Status
 
@@ -28,6 +28,7 @@ def analyze_and_save(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> xr.Dataset:
     """Measure a run and save the result; whatever would be lost is refused beforehand.
@@ -39,6 +40,7 @@ def analyze_and_save(
         execution: how the run is measured.
         overwrite: whether the result may take the place of any other analysis, too.
         progress: see `analyze`.
+        command: the command line, which the result keeps as an attribute.
         choice: what to measure, see `analyze`.
 
     Raises:
@@ -48,7 +50,7 @@ def analyze_and_save(
         check_output(output, overwrite=overwrite)
     chosen = selection_of(run(), **choice)
     _check_update(output, chosen, overwrite=overwrite)
-    result = measure(chosen, execution, progress=progress)
+    result = _made_by(command, measure(chosen, execution, progress=progress))
     if not overwrite:
         _check_kept(output, result)
     save(result, output, overwrite=overwrite or output.exists())
@@ -64,6 +66,7 @@ def follow_and_save(
     say: Callable[[str], None],
     interval: float = 10.0,
     overwrite: bool = False,
+    command: str | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> list[str]:
     """Follow a run and save each analysis of it, until `stopped` says so.
@@ -76,6 +79,7 @@ def follow_and_save(
         say: prints a line: what was measured, or what is waited for.
         interval: see `follow`.
         overwrite: see `analyze_and_save`.
+        command: see `analyze_and_save`.
         choice: what to measure, see `follow`.
 
     Returns:
@@ -105,7 +109,7 @@ def follow_and_save(
         execution=execution,
         **choice,
     ):
-        save(result, output, overwrite=overwrite or output.exists())
+        save(_made_by(command, result), output, overwrite=overwrite or output.exists())
         saved = True
         problems = json.loads(result.attrs["problems"])
         say(_progress_line(result))
@@ -125,6 +129,7 @@ def compare_and_save(
     baseline: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    command: str | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> xr.Dataset:
     """Compare runs and save the comparison, or the differences from `baseline`.
@@ -136,6 +141,7 @@ def compare_and_save(
         baseline: the run that is subtracted from the others; nothing is by default.
         overwrite: whether the result may replace another one.
         progress: see `analyze`.
+        command: see `analyze_and_save`.
         choice: what to measure, see `analyze`.
 
     Returns:
@@ -147,11 +153,17 @@ def compare_and_save(
     """
     check_output(output, overwrite=overwrite)
     if baseline is not None and baseline not in runs:
-        raise MissingError(f"The baseline {baseline!r} is none of {', '.join(runs)}.")
-    both = compare(runs, progress=progress, execution=execution, **choice)
+        raise MissingError(
+            f"The baseline {baseline!r}{near(baseline, runs)} is none of {', '.join(runs)}."
+        )
+    both = _made_by(command, compare(runs, progress=progress, execution=execution, **choice))
     result = both if baseline is None else difference(both, baseline=baseline)
     save(result, output, overwrite=overwrite)
     return both
+
+
+def _made_by(command: str | None, result: xr.Dataset) -> xr.Dataset:
+    return result if command is None else result.assign_attrs({schema.COMMAND: command})
 
 
 def _check_update(

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypedDict, TypeVar
 from dynamics import schema
 from dynamics.components import COMPONENTS, DEFAULT_COMPONENTS, check_components
 from dynamics.components.parameters import Measurable
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.metrics import Metric, select_metrics
 from dynamics.runs.dependencies import TracedRun
 from dynamics.runs.intervals import lagged
@@ -97,17 +97,26 @@ def selection_of(
     chosen = [each for each in offered if select is None or matches(each.info.name, select)]
     if not chosen:
         raise MissingError(
-            f"No matrix of {run.path} matches {select!r}; "
+            f"No matrix of {run.path} matches {select!r}{_near(select, offered)}; "
             f"it has {', '.join(each.info.name for each in offered[:4])}, ..."
         )
     return Selection(traced, table, chosen_kinds, chosen_steps, chosen, lag)
 
 
+def _near(select: str | Sequence[str] | None, offered: Sequence[ChosenMatrix]) -> str:
+    """The name of a matrix, or the last part of one, that is most like a pattern."""
+    names = [each.info.name for each in offered]
+    ends = [name.removesuffix(".weight").rpartition(".")[2] for name in names]
+    patterns = [select] if isinstance(select, str) else list(select or ())
+    found = (near(each.strip("*"), [*names, *ends]) for each in patterns)
+    return next(filter(None, found), "")
+
+
 def _lagged(run: Run, lag: int, kinds: list[str]) -> Run:
     if schema.UPDATE not in kinds:
         raise MissingError(
-            f"lag={lag} says which updates to measure, and {schema.UPDATE} is not among the kinds "
-            f"({', '.join(kinds)}); add it, or leave lag out."
+            f"lag={lag} (--lag) says which updates to measure, and {schema.UPDATE} is not among "
+            f"the kinds ({', '.join(kinds)}); add it, or leave lag out."
         )
     return lagged(run, lag)
 
@@ -163,7 +172,7 @@ def _step_range(part: str) -> StepRange:
         return StepRange(part, int(first) if first else None, int(last) if last else None)
     except ValueError as error:
         raise DynamicsError(
-            f"steps takes numbers and ranges FIRST:LAST, found {part!r}."
+            f"steps (--steps) takes numbers and ranges FIRST:LAST, found {part!r}."
         ) from error
 
 
@@ -189,7 +198,8 @@ def _listed(argument: str, items: Iterable[Item] | None) -> list[Item] | None:
     listed = None if items is None else list(items)
     if listed == []:
         raise MissingError(
-            f"{argument} is empty: there is nothing to measure; leave it out for all."
+            f"{argument} (--{argument}) is empty: there is nothing to measure; leave it out for "
+            "all."
         )
     return listed
 
@@ -202,7 +212,9 @@ def _kinds(run: Run, kinds: list[str] | None) -> list[str]:
     kinds = list(dict.fromkeys(kinds))
     for kind in kinds:
         if kind not in schema.KINDS:
-            raise MissingError(f"No kind {kind!r}; known: {', '.join(schema.KINDS)}.")
+            raise MissingError(
+                f"No kind {kind!r}{near(kind, schema.KINDS)}; known: {', '.join(schema.KINDS)}."
+            )
         if kind not in run.kinds:
             reason = run.absent_kinds.get(
                 kind, f"{run.path} has no {kind} matrices; it has {', '.join(run.kinds)}."

@@ -9,7 +9,7 @@ from scipy.stats import t as student_t
 
 from dynamics import schema
 from dynamics.analysis.settings import difference_of_runs, settings_groups
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError, MissingError, near
 
 STATISTIC = "statistic"
 # What describes single runs, and is neither averaged nor subtracted.
@@ -223,7 +223,10 @@ def _under(values: Values, partners: Sequence[int], others: Sequence[int]) -> Va
 
 def _check_run(baseline: str, known: Sequence[str]) -> None:
     if baseline not in known:
-        raise MissingError(f"No run {baseline!r} in this comparison; it has {', '.join(known)}.")
+        raise MissingError(
+            f"No run {baseline!r}{near(baseline, known)} in this comparison; it has "
+            f"{', '.join(known)}."
+        )
 
 
 def _pairs(

@@ -115,6 +115,8 @@ class _Processes:
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         # Imported once for all processes.
         context.set_forkserver_preload(["dynamics.formats", "dynamics.analysis.workers"])
+        if "forkserver" in methods:
+            _start_server()
         self._context: BaseContext = context
         self._pickled = pickled_run
         self._of_thread = threading.local()
@@ -165,6 +167,21 @@ class _Processes:
                 each.kill()
         for each in self._started:
             each.join()
+
+
+def _start_server() -> None:
+    """Start what starts processes, without SIGINT: Ctrl-C goes to all processes of a terminal.
+
+    It ignores the signal only after its imports, and would print a traceback until then.
+    """
+    from multiprocessing import forkserver, resource_tracker
+
+    resource_tracker.ensure_running()  # it unblocks SIGINT itself, once it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Connection, pickled_run: bytes) -> None:

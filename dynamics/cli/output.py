@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from dynamics import schema
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    import xarray as xr
     from rich.console import Console
     from rich.table import Table
 
@@ -109,11 +112,29 @@ def print_line(line: str) -> None:
     console().print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def print_account(account: str, of: str = "") -> None:
+def problems_of(attrs: "Mapping[str, Any]") -> list[str]:
+    """What could not be measured of a saved result; of a comparison, run by run."""
+    found = json.loads(attrs.get("problems", "[]"))
+    if isinstance(found, dict):
+        return [f"{run}: {each}" for run, problems in found.items() for each in problems]
+    return list(found)
+
+
+def print_accounts(dataset: "xr.Dataset") -> None:
+    """Print what of the model of a result is measured; run by run of a comparison."""
+    account = json.loads(dataset.attrs.get("account", "null"))
+    if schema.RUN not in dataset.dims:
+        print_account(account)
+        return
+    for run, of_run in (account or {}).items():
+        print_account(of_run, f"{run}: ")
+
+
+def print_account(account: Any, of: str = "") -> None:
     """Print what of a model is measured, and a warning where much of it is not."""
     from dynamics.runs.account import Account
 
-    found = Account.from_json(json.loads(account))
+    found = Account.from_json(account)
     if found is None:
         return
     print_line(f"{of}Measured {found.line(names=3)}")

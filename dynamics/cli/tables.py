@@ -1,5 +1,6 @@
 """Tables and lines for a terminal: results, contents of runs, audits."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ _COLUMNS = {
     "numerical_rank": "numerical\nrank",
 }
 
+_MEASURED = "is_measured"
+
 _COLORS = {
     Severity.FAIL: "bold red",
     Severity.WARN: "yellow",
@@ -49,6 +52,14 @@ class Table(RichTable):
         super().add_row(*map(_as_it_is, cells), **options)
 
 
+def _pairs() -> Table:
+    """A table without header: what, and how it is."""
+    table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    return table
+
+
 def _as_it_is(text: Any) -> Any:
     return Text(text) if isinstance(text, str) else text
 
@@ -62,6 +73,7 @@ def summary_table(dataset: xr.Dataset) -> Table:
     """
     if STATISTIC in dataset.dims:
         dataset = dataset.sel({STATISTIC: "mean"}, drop=True)
+    dataset = dataset.assign({_MEASURED: _is_measured(dataset)})
     several = schema.RUN in dataset.dims
     metrics = [name for name in _COLUMNS if name in dataset] or metric_names(dataset)[:2]
     over = "the matrices of the layers" if several else "layers"
@@ -79,15 +91,58 @@ def summary_table(dataset: xr.Dataset) -> Table:
         table.add_column(_COLUMNS.get(metric, metric), justify="right")
     for kind in dataset[schema.KIND].values.tolist():
         for name, rows in _groups(dataset.sel({schema.KIND: kind}), several):
-            if _is_measured(rows).any():
+            if rows[_MEASURED].any():
                 table.add_row(kind, name, *(_first_to_last(rows[metric]) for metric in metrics))
         table.add_section()
     return table
 
 
+def result_table(dataset: xr.Dataset, path: object) -> Table:
+    """What a saved result is, what is in it, and what made it."""
+    attrs = dataset.attrs
+    table = _pairs()
+    several = schema.RUN in dataset.dims
+    what = f"differences from {attrs['baseline']}" if "baseline" in attrs else "comparison"
+    table.add_row("path", str(path))
+    table.add_row("result", what if several else "analysis")
+    if several:
+        table.add_row("runs", ", ".join(dataset[schema.RUN].values.tolist()))
+        for name, coord in dataset.coords.items():
+            if coord.dims == (schema.RUN,) and name != schema.RUN:
+                table.add_row(str(name), abridged(list(dict.fromkeys(coord.values.tolist()))))
+    if "source" in attrs:
+        table.add_row("source", str(attrs["source"]))
+    table.add_row("kinds", ", ".join(dataset[schema.KIND].values.tolist()))
+    table.add_row("steps", abridged(dataset[schema.STEP].values.tolist()))
+    modules = list(dict.fromkeys(dataset["module"].values.ravel().tolist()))
+    table.add_row("matrices", f"{dataset.sizes[schema.MATRIX]}: {abridged(modules)}")
+    table.add_row("metrics", ", ".join(metric_names(dataset)))
+    if schema.STATUS in dataset:
+        numbers, counts = np.unique(dataset[schema.STATUS].values, return_counts=True)
+        cells = [
+            f"{count} {Status(number).name.lower().replace('_', ' ')}"
+            for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        ]
+        table.add_row("cells", ", ".join(cells))
+    versions = json.loads(attrs.get("versions", "{}"))
+    table.add_row("versions", ", ".join(f"{name} {each}" for name, each in versions.items()))
+    table.add_row("command", str(attrs.get(schema.COMMAND, "none; it was made in Python")))
+    return table
+
+
+def diagnosis_table(diagnosis: Mapping[str, list[tuple[str, str]]]) -> Table:
+    """What `dynamics doctor` found."""
+    table = _pairs()
+    for heading, rows in diagnosis.items():
+        table.add_row(Text(heading, style="bold"), "")
+        for what, found in rows:
+            table.add_row(f"  {what}", found)
+    return table
+
+
 def contents_table(run: Run) -> Table:
     """What a run holds."""
-    table = Table(show_header=False, box=None)
+    table = _pairs()
     table.add_row("path", run.path)
     table.add_row("format", run.format)
     table.add_row("steps", abridged(run.steps.tolist()))
@@ -188,7 +243,7 @@ def _is_measured(dataset: xr.Dataset) -> xr.DataArray:
 
 def _measured_steps(dataset: xr.Dataset) -> tuple[str, str | None]:
     """(first → last measured step, those of the kinds and runs that have others)."""
-    measured = _is_measured(dataset).any(schema.MATRIX)
+    measured = dataset[_MEASURED].any(schema.MATRIX)
     steps = dataset[schema.STEP].values
     of_all = _range(steps[measured.any([d for d in measured.dims if d != schema.STEP]).values])
     others: dict[str, list[str]] = {}

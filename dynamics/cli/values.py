@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from dynamics.errors import DynamicsError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dynamics.analysis.execution import Execution
     from dynamics.analysis.selection import SelectionOptions
 
@@ -21,9 +23,9 @@ def choice_of(
 ) -> "SelectionOptions":
     """What to measure."""
     return {
-        "metrics": _split(metrics),
-        "components": _split(components),
-        "kinds": _split(kinds),
+        "metrics": _split("--metrics", metrics),
+        "components": _split("--components", components),
+        "kinds": _split("--kinds", kinds),
         "steps": steps,
         "select": select or None,
         "lag": lag,
@@ -44,6 +46,27 @@ def execution_of(
         scheduler=scheduler,
         device=device,
     )
+
+
+def refuse_unused(options: "Mapping[str, object]", why: str) -> None:
+    """Refuse options that were given and have no effect.
+
+    Args:
+        options: argument of the library -> value; None and switches that are off were not given.
+        why: of what they have no effect on.
+    """
+    for name, value in options.items():
+        if value is not None and not isinstance(value, bool):
+            raise DynamicsError(
+                f"--{name.replace('_', '-')} has no effect on {why}; leave it out, or give runs."
+            )
+
+
+def interrupted(cache: object) -> str:
+    """What Ctrl-C leaves, and how to go on."""
+    if cache is None:
+        return "Stopped; nothing is kept (--no-cache). The same command begins anew."
+    return f"Stopped; what was measured is in {cache}. The same command goes on from there."
 
 
 def named_paths(runs: list[str]) -> dict[str, str]:
@@ -93,6 +116,9 @@ def stem_of(result: Path) -> str:
     return result.resolve().name.removesuffix(".zarr").removesuffix(".analysis")
 
 
-def _split(text: str | None) -> list[str] | None:
+def _split(option: str, text: str | None) -> list[str] | None:
     """The parts of a comma-separated list, None for None."""
-    return None if text is None else [each.strip() for each in text.split(",") if each.strip()]
+    parts = None if text is None else [each.strip() for each in text.split(",") if each.strip()]
+    if parts == []:
+        raise DynamicsError(f"{option} is empty; name one or more, or leave it out.")
+    return parts

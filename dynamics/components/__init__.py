@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from dynamics.components import circuits, parameters, pico_circuits
 from dynamics.components.parameters import Measurable
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, near
 from dynamics.runs.run import MatrixInfo, Run
 
 # name -> the matrices of a run, each with the function that reads it at a step and kind
@@ -24,5 +24,7 @@ def check_components(names: list[str]) -> list[str]:
     """The names themselves, each once; MissingError lists the known components."""
     for name in names:
         if name not in COMPONENTS:
-            raise MissingError(f"No component {name!r}; known: {', '.join(COMPONENTS)}.")
+            raise MissingError(
+                f"No component {name!r}{near(name, COMPONENTS)}; known: {', '.join(COMPONENTS)}."
+            )
     return list(dict.fromkeys(names))

@@ -128,7 +128,9 @@ def attention_layers(run: Run, modules: tuple[str, ...]) -> list[Attention]:
         wanted = " and ".join(modules)
         fused = [name for name, info in run.matrices.items() if info.module == QKV]
         if fused:
-            reason = kept_whole(run).get(fused[0], "Open it with split_fused=True.")
+            reason = kept_whole(run).get(
+                fused[0], "Open it with split_fused=True (without --keep-fused)."
+            )
             raise MissingError(
                 f"{run.path} fuses query, key and value in one matrix ({fused[0]}); "
                 f"circuits need {wanted} apart. {reason}"

@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.exports.arrow_files import write_arrow, write_parquet
 from dynamics.exports.csv_file import write_csv
 from dynamics.exports.files import write_file
@@ -70,8 +70,9 @@ def export(
         >>> export(dy.analyze("run.zarr", kinds=["weight"]), "csv", "weights.csv")
         'Saved to weights.csv'
     """
-    if to not in (*FILES, *TRACKERS):
-        raise DynamicsError(f"No target {to!r}; known: {', '.join((*FILES, *TRACKERS))}.")
+    targets = (*FILES, *TRACKERS)
+    if to not in targets:
+        raise DynamicsError(f"No target {to!r}{near(to, targets)}; known: {', '.join(targets)}.")
     if spectra and to in TRACKERS:
         raise DynamicsError(f"--spectra is for files ({', '.join(FILES)}); {to} takes means.")
     if project is not None and to in (*FILES, "tensorboard"):
@@ -97,12 +98,16 @@ def _chosen(
     metrics = None if metrics is None else list(metrics)
     for metric in metrics or ():
         if metric not in has:
-            raise MissingError(f"No metric {metric!r} in this result; it has {', '.join(has)}.")
+            raise MissingError(
+                f"No metric {metric!r}{near(metric, has)} in this result; it has {', '.join(has)}."
+            )
     known = dataset[schema.KIND].values.tolist() if schema.KIND in dataset else []
     kinds = None if kinds is None else list(kinds)
     for kind in kinds or ():
         if kind not in known:
-            raise MissingError(f"No kind {kind!r} in this result; it has {', '.join(known)}.")
+            raise MissingError(
+                f"No kind {kind!r}{near(kind, known)} in this result; it has {', '.join(known)}."
+            )
     if metrics is not None:
         dataset = dataset.drop_vars([name for name in has if name not in metrics])
     return dataset if kinds is None else dataset.sel({schema.KIND: list(dict.fromkeys(kinds))})

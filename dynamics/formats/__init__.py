@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zarr.abc.store import Store
 
-from dynamics.errors import DynamicsError, FormatError, MissingError
+from dynamics.errors import DynamicsError, FormatError, MissingError, near
 from dynamics.formats.dcp import DCPFormat
 from dynamics.formats.deepspeed import DeepSpeedFormat
 from dynamics.formats.format import Format, OpenOptions
@@ -168,8 +168,9 @@ def _format_called(name: str) -> Format:
     for format in FORMATS:
         if format.name == name:
             return format
+    names = [each.name for each in FORMATS]
     raise MissingError(
-        f"There is no format {name!r}; give one of {', '.join(each.name for each in FORMATS)}."
+        f"There is no format {name!r}{near(name, names)}; give one of {', '.join(names)}."
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from numpy.typing import ArrayLike
 
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, near
 from dynamics.metrics.spectral import (
     above,
     condition_number,
@@ -143,5 +143,7 @@ def select_metrics(names: Iterable[str] | None) -> dict[str, Metric]:
     names = list(names)
     for name in names:
         if name not in METRICS:
-            raise MissingError(f"No metric {name!r}; known: {', '.join(METRICS)}.")
+            raise MissingError(
+                f"No metric {name!r}{near(name, METRICS)}; known: {', '.join(METRICS)}."
+            )
     return {name: METRICS[name] for name in names}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.plots import shared
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def plot_comparison(
     if schema.RUN not in comparison.dims:
         raise DynamicsError(
             "plot_comparison takes what compare() returns, with a dimension 'run'; draw one run "
-            "with plot_trajectory."
+            "with plot_trajectory (--style trajectory)."
         )
     values = shared.metric_values(comparison, metric, kind)
     if module is None:
@@ -62,8 +62,11 @@ def plot_comparison(
     else:
         values = values.sel({schema.MATRIX: values["module"] == module})
         if values.size == 0:
-            known = ", ".join(sorted(set(comparison["module"].values.tolist())))
-            raise MissingError(f"No {kind} of a module {module!r} was measured; modules: {known}.")
+            known = sorted(set(comparison["module"].values.tolist()))
+            raise MissingError(
+                f"No {kind} of a module {module!r}{near(module, known)} was measured; modules: "
+                f"{', '.join(known)}."
+            )
     ax = shared.axes_or_new(ax)
     for run in values[schema.RUN].values.tolist():
         of_run = values.sel({schema.RUN: run}).dropna(schema.STEP, how="all")

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, near
 from dynamics.plots import shared
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ def plot_heatmap(
     modules = sorted(set(values["module"].values.tolist()))
     if module is not None:
         if module not in modules:
-            raise MissingError(f"No {kind} of a module {module!r}; there are {', '.join(modules)}.")
+            raise MissingError(
+                f"No {kind} of a module {module!r}{near(module, modules)}; there are "
+                f"{', '.join(modules)}."
+            )
         values = values.sel({schema.MATRIX: values["module"] == module})
     grid = values.groupby("layer").mean(schema.MATRIX).transpose("layer", schema.STEP)
     ax = shared.axes_or_new(ax)

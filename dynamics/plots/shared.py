@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import DynamicsError, MissingError, near
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +23,20 @@ def metric_values(dataset: xr.Dataset, metric: str, kind: str) -> xr.DataArray:
     """
     metrics = [str(name) for name, each in dataset.items() if _is_metric(each)]
     if metric not in metrics:
-        raise MissingError(f"No metric {metric!r} in this analysis; it has {', '.join(metrics)}.")
+        raise MissingError(
+            f"No metric {metric!r}{near(metric, metrics)} in this analysis; it has "
+            f"{', '.join(metrics)}."
+        )
     if kind not in dataset[schema.KIND]:
-        known = ", ".join(dataset[schema.KIND].values.tolist())
-        raise MissingError(f"No kind {kind!r} in this analysis; it has {known}.")
+        known = dataset[schema.KIND].values.tolist()
+        raise MissingError(
+            f"No kind {kind!r}{near(kind, known)} in this analysis; it has {', '.join(known)}."
+        )
     values = dataset[metric].sel({schema.KIND: kind}).dropna(schema.MATRIX, how="all")
     if values.size == 0:
-        raise MissingError(f"No {kind} was measured in this analysis; dataset['status'] says why.")
+        raise MissingError(
+            f"No {kind} was measured in this analysis; its variable 'status' says why."
+        )
     if not np.isfinite(values).any():
         raise MissingError(
             f"{metric} of {kind} is infinite everywhere, so there is nothing to draw; choose "
@@ -50,7 +57,7 @@ def inside_layers(values: xr.DataArray, kind: str) -> xr.DataArray:
     if values.size == 0:
         raise MissingError(
             f"No {kind} inside the stack of layers was measured; plot_trajectory with by='matrix' "
-            "draws all matrices."
+            "(--style trajectory --by matrix) draws all matrices."
         )
     return values
 
@@ -64,7 +71,7 @@ def require_one_run(dataset: xr.Dataset) -> xr.Dataset:
     if schema.RUN in dataset.dims:
         labels = ", ".join(dataset[schema.RUN].values.tolist())
         raise DynamicsError(
-            f"This figure shows one run; choose one of {labels} with .sel(run=...)."
+            f"This figure shows one run; choose one of {labels} with .sel(run=...) (--run)."
         )
     return dataset
 

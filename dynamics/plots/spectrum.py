@@ -7,8 +7,9 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, near
 from dynamics.plots import shared
+from dynamics.runs.run import abridged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +53,11 @@ def plot_spectrum(
     """
     values = shared.metric_values(shared.require_one_run(dataset), schema.NOISE_FLOOR, kind)
     if matrix not in values[schema.MATRIX]:
-        known = ", ".join(values[schema.MATRIX].values.tolist()[:4])
-        raise MissingError(f"No measured {kind} of {matrix!r}; there are {known}, ...")
+        known = values[schema.MATRIX].values.tolist()
+        raise MissingError(
+            f"No measured {kind} of {matrix!r}{near(matrix, known)}; there are "
+            f"{abridged(known, 4)}."
+        )
     floors = values.sel({schema.MATRIX: matrix}).dropna(schema.STEP)
     measured_steps = floors[schema.STEP].values.tolist()
     if steps is None:

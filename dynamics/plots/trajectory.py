@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, near
 from dynamics.plots import shared
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def plot_trajectory(
         >>> matplotlib.pyplot.close(ax.figure)
     """
     if by not in _BY:
-        raise MissingError(f"No grouping {by!r}; known: {', '.join(_BY)}.")
+        raise MissingError(f"No grouping {by!r}{near(by, _BY)}; known: {', '.join(_BY)}.")
     values = shared.metric_values(shared.require_one_run(dataset), metric, kind)
     if by == "layer":
         values = shared.inside_layers(values, kind)

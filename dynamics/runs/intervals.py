@@ -66,13 +66,14 @@ def lagged(run: Run, lag: int) -> IntervalRun:
     defined = [step for step in run.steps.tolist() if view.update_reference(step) is not None]
     if not defined:
         raise MissingError(
-            f"{run.path} has no two records that are lag={lag} optimizer steps apart; it has "
-            f"{abridged(run.steps.tolist())}."
+            f"{run.path} has no two records that are lag={lag} (--lag) optimizer steps apart; it "
+            f"has {abridged(run.steps.tolist())}."
         )
     if schema.UPDATE in run.spectrum_kinds and not any(map(view.is_recorded, defined)):
         raise MissingError(
             f"{run.path} holds the singular values of updates from each record to the next one, "
-            f"and none is over lag={lag} optimizer steps; record matrices, or leave lag out."
+            f"and none is over lag={lag} (--lag) optimizer steps; record matrices, or leave "
+            "lag out."
         )
     return view
 

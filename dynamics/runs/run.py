@@ -319,8 +319,11 @@ class Run(ABC):
     def check_step(self, step: int) -> int:
         """The step itself if the run has it; MissingError names those it has."""
         if step not in self.steps:
+            known = self.steps.tolist()
+            nearest = min(known, key=lambda each: abs(each - step), default=None)
+            also = "" if nearest is None else f"; the nearest is {nearest}"
             raise MissingError(
-                f"No step {step} in {self.path}; available: {abridged(self.steps.tolist())}."
+                f"No step {step} in {self.path}; available: {abridged(known)}{also}."
             )
         return step
 

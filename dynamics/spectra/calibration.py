@@ -88,6 +88,12 @@ def measure_rates(
     )
 
 
+def rates_path() -> Path:
+    """Where the rates of this user's machines are kept."""
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return directory / "learning-dynamics" / "rates.json"
+
+
 def load_rates(name: str, measure: Callable[[], Rates]) -> Rates:
     """The rates of a processor of this machine: measured once, and then read from a file.
 
@@ -98,8 +104,7 @@ def load_rates(name: str, measure: Callable[[], Rates]) -> Rates:
         name: names the processor and the software that computes on it.
         measure: measures the rates.
     """
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = directory / "learning-dynamics" / "rates.json"
+    path = rates_path()
     key = f"{_VERSION} {platform.node()} {name}"
     known: dict[str, dict] = {}
     with suppress(OSError, ValueError, TypeError):

@@ -27,7 +27,14 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("accelerate", "peft", "tokenizers", "transformers"):
         raise
-    raise require_extra("relora", error) from error
+    _missing = error
+
+    def __getattr__(name: str) -> object:
+        """Not when the package is imported: its command line says this in one line."""
+        if name not in __all__:
+            raise AttributeError(name)
+        raise require_extra("relora", _missing) from _missing
+
 
 __all__ = [
     "PRESETS",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamics.cli.app import run_app
+from dynamics.cli.running import Commands, goes_on, run_app
 
 if TYPE_CHECKING:
     from probes.relora.evaluation.evaluations import Evaluation
@@ -29,7 +29,7 @@ LimitOption = Annotated[
     ),
 ]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
@@ -92,6 +92,7 @@ def train(
     from probes.relora.experiment import run_experiment
     from probes.relora.settings import config_from_words
 
+    goes_on("Stopped. The same command with --resume goes on from the last checkpoint.")
     config = config_from_words(
         preset,
         method,
@@ -148,6 +149,7 @@ def sweep(
     from probes.relora.sweep import run_sweep
     from probes.relora.sweep_plan import plan
 
+    goes_on("Stopped. The same command goes on with the runs that are not done.")
     if not all(seed.isdecimal() for seed in seeds.split(",")):
         raise DynamicsError(f"--seeds takes numbers, as in 0,1,2; found {seeds!r}.")
     runs = plan(
@@ -212,6 +214,7 @@ def evaluate(
     from probes.relora.evaluation.evaluate import validation_loss
     from probes.relora.evaluation.tables import evaluation_tables
 
+    goes_on("Stopped. The same command goes on with the checkpoints that are not evaluated.")
     if steps is not None and not all(step.strip().isdecimal() for step in steps.split(",")):
         raise DynamicsError(f"--steps takes numbers, as in 80,160; found {steps!r}.")
     if blimp is not None and download_blimp:

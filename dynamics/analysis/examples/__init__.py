@@ -8,7 +8,7 @@ from pathlib import Path
 import xarray as xr
 
 from dynamics.analysis.storage import load
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, near
 
 EXAMPLES: dict[str, str] = {
     "relora_micro": "full rank, ReLoRA, ReLoRA as published and LoRA at the size micro, compared",
@@ -35,7 +35,9 @@ def load_example(name: str) -> xr.Dataset:
         ['full_rank', 'lora', 'relora', 'relora:as_published']
     """
     if name not in EXAMPLES:
-        raise MissingError(f"No example {name!r}; known: {', '.join(EXAMPLES)}.")
+        raise MissingError(
+            f"No example {name!r}{near(name, EXAMPLES)}; known: {', '.join(EXAMPLES)}."
+        )
     with (
         as_file(files("dynamics.analysis.examples") / f"{name}.zip") as archive,
         tempfile.TemporaryDirectory() as folder,

@@ -117,7 +117,9 @@ def test_checkpoints_are_followed_and_a_half_written_one_is_waited_for(
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert not any("warning" in line for line in log())
-    xr.testing.assert_identical(dy.load(result), dy.analyze(run))
+    saved = dy.load(result)
+    assert " --follow" in saved.attrs.pop("command")
+    xr.testing.assert_identical(saved, dy.analyze(run))
 
 
 @pytest.mark.slow
@@ -280,6 +282,7 @@ def test_an_analysis_is_brought_up_to_date(command, write_recording, tmp_path):
     write_recording(run)
     assert command(os.path.relpath(run))[0] == 0  # the same place, and more metrics and steps
     loaded = dy.load("run.analysis.zarr")
+    assert loaded.attrs.pop("command") == "dynamics analyze ../run.zarr"
     xr.testing.assert_identical(loaded, dy.analyze(os.path.relpath(run)))
     assert os.path.exists("run.analysis.cache")
 

@@ -339,10 +339,16 @@ def run(write_recording):
         ({"steps": [5]}, r"No step 5 in .*; available: 0, 10, 20"),
         ({"steps": [0, 11]}, r"No step 11"),
         ({"metrics": ["er"]}, r"No metric 'er'; known: effective_rank, "),
-        ({"kinds": ["weights"]}, r"No kind 'weights'; known: weight, base, adapter, "),
+        (
+            {"kinds": ["weights"]},
+            r"No kind 'weights' \(did you mean 'weight'\?\); known: weight, base, ",
+        ),
         ({"kinds": ["adapter"]}, r"has no adapter matrices; it has weight, gradient, update, "),
         ({"components": ["heads"]}, r"'heads'.*parameters"),
-        ({"select": "*_proj_"}, r"No matrix of .* matches '\*_proj_'; it has model\.embed"),
+        (
+            {"select": "*_proj_"},
+            r"matches '\*_proj_' \(did you mean '._proj'\?\); it has model\.embed",
+        ),
         ({"steps": []}, "steps"),
         ({"kinds": []}, "kind"),
         ({"components": []}, "component"),
@@ -358,7 +364,9 @@ def test_what_the_run_does_not_have_is_refused_with_what_it_has(run, request_, m
 def test_of_many_steps_the_first_and_the_last_are_listed(write_recording):
     shapes = {"a.weight": (2, 2)}
     run = dy.open_run(write_recording(MemoryStore(), steps=range(0, 300, 10), shapes=shapes))
-    with pytest.raises(MissingError, match=r"available: 0, 10, .*90, \.\.\., 290\."):
+    with pytest.raises(
+        MissingError, match=r"available: 0, 10, .*90, \.\.\., 290; the nearest is 0\."
+    ):
         dy.analyze(run, steps=[5])
 
 

@@ -148,8 +148,9 @@ def test_a_missing_dependency_is_named_with_the_extra_that_brings_it(
     for name in [name for name in sys.modules if name.split(".")[:2] == ["probes", "relora"]]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "peft", None)
+    package = importlib.import_module("probes.relora")
     with pytest.raises(DynamicsError) as refused:
-        importlib.import_module("probes.relora")
+        _ = package.train
     assert str(refused.value) == (
         "This needs the package 'peft': pip install 'learning-dynamics[relora]'."
     )

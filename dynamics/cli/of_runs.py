@@ -1,0 +1,311 @@
+"""The verbs that read runs: analyze, compare, inspect, audit."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynamics.cli.options import (
+    AdapterOption,
+    AlphaOption,
+    BaseOption,
+    BlocksOption,
+    ComponentsOption,
+    DeviceOption,
+    FormatOption,
+    FusedOption,
+    KindsOption,
+    LagOption,
+    MetricsOption,
+    NoCacheOption,
+    OverwriteOption,
+    RunPaths,
+    SchedulerOption,
+    SelectOption,
+    StepsOption,
+    StrictOption,
+    WorkersOption,
+)
+from dynamics.cli.output import (
+    print_accounts,
+    print_line,
+    print_table,
+    print_warning,
+    progress_bar,
+    report_problems,
+)
+from dynamics.cli.running import command_line, goes_on
+from dynamics.cli.values import (
+    choice_of,
+    execution_of,
+    interrupted,
+    named_paths,
+    refuse_unused,
+    run_name,
+    run_of,
+)
+from dynamics.errors import DynamicsError
+
+if TYPE_CHECKING:
+    from dynamics.runs.run import Run
+
+
+def analyze(
+    run: RunPaths,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", help="Where to save the result; RUN.analysis.zarr by default."
+        ),
+    ] = None,
+    metrics: MetricsOption = None,
+    components: ComponentsOption = None,
+    kinds: KindsOption = None,
+    steps: StepsOption = None,
+    select: SelectOption = None,
+    lag: LagOption = None,
+    format: FormatOption = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
+    keep_fused: FusedOption = False,
+    overwrite: OverwriteOption = False,
+    strict: StrictOption = False,
+    no_cache: NoCacheOption = False,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Measure a run in progress again and again, until Ctrl-C."),
+    ] = False,
+    interval: Annotated[
+        float | None,
+        typer.Option(
+            "--interval",
+            min=0.1,
+            help="Seconds that --follow waits between two looks; 10 by default.",
+        ),
+    ] = None,
+    workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Measure a run and save the result. What an earlier result has is not measured again."""
+    from dynamics.analysis.saved import analyze_and_save, follow_and_save
+    from dynamics.cli.tables import passed_over_lines, summary_table
+    from dynamics.formats import open_run
+
+    if interval is not None and not follow:
+        raise DynamicsError(
+            "--interval has no effect without --follow; leave one out, or add the other."
+        )
+    output = output or Path(f"{run_name(run)}.analysis.zarr")
+    execution = execution_of(output, no_cache, strict, workers, scheduler, device)
+    goes_on(interrupted(execution.cache))
+    choice = choice_of(metrics, components, kinds, steps, select, lag)
+    opened = partial(
+        open_run,
+        run_of(run),
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        split_fused=not keep_fused,
+    )
+    if follow:
+        from dynamics.cli.following import until_signalled
+
+        with until_signalled() as stopped:
+            problems = follow_and_save(
+                opened,
+                output,
+                execution,
+                stopped=stopped,
+                say=print_line,
+                interval=10.0 if interval is None else interval,
+                overwrite=overwrite,
+                command=command_line(),
+                **choice,
+            )
+        return report_problems(problems)
+    with progress_bar(run_name(run)) as progress:
+        result = analyze_and_save(
+            opened,
+            output,
+            execution,
+            overwrite=overwrite,
+            progress=progress,
+            command=command_line(),
+            **choice,
+        )
+    print_table(summary_table(result))
+    print_accounts(result)
+    for line in passed_over_lines(json.loads(result.attrs["passed_over"])):
+        print_line(line)
+    print_line(f"Saved to {output}")
+    report_problems(json.loads(result.attrs["problems"]))
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME=RUN...", help="Two or more runs or saved analyses, each with a name."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where to save the result.")
+    ] = Path("comparison.zarr"),
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Save the differences from this run instead.")
+    ] = None,
+    metrics: MetricsOption = None,
+    components: ComponentsOption = None,
+    kinds: KindsOption = None,
+    steps: StepsOption = None,
+    select: SelectOption = None,
+    lag: LagOption = None,
+    format: FormatOption = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
+    keep_fused: FusedOption = False,
+    overwrite: OverwriteOption = False,
+    strict: StrictOption = False,
+    no_cache: NoCacheOption = False,
+    workers: WorkersOption = 1,
+    scheduler: SchedulerOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Measure runs, or take saved analyses, and align them side by side."""
+    from dynamics.analysis.saved import compare_and_save
+    from dynamics.analysis.storage import is_analysis
+    from dynamics.cli.tables import summary_table
+    from dynamics.formats import open_run
+
+    opened = partial(
+        open_run,
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        split_fused=not keep_fused,
+    )
+    given: dict[str, Path | Run] = {
+        name: Path(path) if is_analysis(path) else opened(path)
+        for name, path in named_paths(runs).items()
+    }
+    execution = execution_of(output, no_cache, strict, workers, scheduler, device)
+    goes_on(interrupted(execution.cache))
+    choice = choice_of(metrics, components, kinds, steps, select, lag)
+    if all(isinstance(each, Path) for each in given.values()):
+        refuse_unused({**choice, **opened.keywords}, "saved analyses, which are not measured again")
+    with progress_bar(", ".join(given)) as progress:
+        both = compare_and_save(
+            given,
+            output,
+            execution,
+            baseline=baseline,
+            overwrite=overwrite,
+            progress=progress,
+            command=command_line(),
+            **choice,
+        )
+    print_table(summary_table(both))
+    print_accounts(both)
+    print_line(f"Saved to {output}")
+    measured = [name for name, each in given.items() if not isinstance(each, Path)]
+    problems = json.loads(both.attrs["problems"])
+    report_problems([f"{name}: {each}" for name in measured for each in problems[name]])
+
+
+def inspect(
+    run: RunPaths,
+    format: FormatOption = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
+    keep_fused: FusedOption = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read every number of a recording. Exit code 1: it is damaged."
+        ),
+    ] = False,
+) -> None:
+    """Show what a run holds: its format, steps, kinds, matrices, scalars and events."""
+    from dynamics.cli.tables import (
+        contents_table,
+        matrices_table,
+        passed_over_lines,
+        verification_lines,
+    )
+    from dynamics.formats import open_run
+    from dynamics.formats.recording import RecordingRun
+
+    opened = open_run(
+        run_of(run),
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        split_fused=not (keep_fused or verify),
+    )
+    print_table(contents_table(opened))
+    for line in passed_over_lines(opened.passed_over):
+        print_line(line)
+    print_table(matrices_table(opened))
+    problems = [*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())]
+    if verify:
+        if not isinstance(opened, RecordingRun):
+            raise DynamicsError(
+                f"{opened.path} is not a recording (its format is {opened.format!r}). Only "
+                "recordings have checksums to verify; leave --verify out."
+            )
+        verification = opened.verify()
+        for line in verification_lines(verification, len(opened.steps)):
+            print_line(line)
+        problems = [*verification.damaged, *problems]
+    if opened.account is not None and (warning := opened.account.warning()):
+        print_warning(warning)
+    report_problems(problems)
+
+
+def audit(
+    run: RunPaths,
+    format: FormatOption = None,
+    base: BaseOption = None,
+    adapter: AdapterOption = None,
+    lora_alpha: AlphaOption = None,
+    expert_blocks: BlocksOption = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
+    ] = False,
+) -> None:
+    """Check a run for defects, such as wrong merges, dead layers, NaN. Exit code 1: one failed."""
+    from dynamics.auditing import audit as audit_run
+    from dynamics.cli.tables import audit_table
+    from dynamics.formats import open_run
+
+    opened = open_run(
+        run_of(run),
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+    )
+    report = audit_run(opened)
+    if as_json:
+        print(report.to_json())
+    else:
+        print_table(audit_table(report))
+        print_line(report.line)
+    if report.failed:
+        raise typer.Exit(1)
