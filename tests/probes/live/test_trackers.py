@@ -22,6 +22,7 @@ def in_float32(values):
 def offline(tmp_path, monkeypatch):
     """W&B without a server, in a folder of its own."""
     wandb = pytest.importorskip("wandb", reason="needs wandb")
+    wandb.teardown()  # what a test before has left running knows the environment of its own time
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
