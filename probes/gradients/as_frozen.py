@@ -1,7 +1,9 @@
 """Operations choose kernels as if weights were frozen, and still give gradients of stand-ins."""
 
+import inspect
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -65,10 +67,17 @@ class AsFrozen(TorchFunctionMode):
 
     The mode is on while a model computes with stand-ins, and where gradient checkpointing computes
     the same again. It is off in compiled modules, whose kernels the compiler chooses.
+
+    Reentrant checkpointing gives no gradient to what trains inside, if nothing that trains leads to
+    its inputs. Stand-ins that lead to them would change that, so it computes again with constants.
+
+    Args:
+        with_constants: within it, weights that train are constants.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, with_constants: Callable[[], AbstractContextManager[None]] = nullcontext):
         super().__init__()
+        self._with_constants = with_constants
         self._paused: list[nn.Module] = []
 
     def enter(self, module: nn.Module, compiled: bool = False) -> None:
@@ -99,7 +108,11 @@ class AsFrozen(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute what was called."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling() or (func not in _PRODUCTS and func not in _OTHERS):
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if func not in _PRODUCTS and func not in _OTHERS:
+            if not torch.is_grad_enabled():  # so does reentrant checkpointing compute
+                self._start_where_it_is_computed_again()
             return func(*args, **kwargs)
         self._start_where_it_is_computed_again()
         if func in _PRODUCTS and not _may_fold(args, kwargs):
@@ -115,24 +128,46 @@ class AsFrozen(TorchFunctionMode):
                 if generator is not None:
                     self._start_within(generator.gi_frame.f_locals["new_frame"], "recompute_fn")
             elif frame.f_code.co_name == "forward" and "run_function" in frame.f_locals:
-                self._start_within(frame.f_locals.get("ctx"), "run_function")
+                self._start_within(frame.f_locals.get("ctx"), "run_function", frame)
             frame = frame.f_back
 
-    def _start_within(self, holder: Any, name: str) -> None:
+    def _start_within(self, holder: Any, name: str, reentrant: FrameType | None = None) -> None:
         function = getattr(holder, name, None)
-        if function is not None and not isinstance(function, _Again):
-            setattr(holder, name, _Again(self, function))
+        if function is None or isinstance(function, _Again):
+            return
+        gets_none = reentrant is not None and not any(map(_trains, _inputs(reentrant)))
+        within = self._with_constants if gets_none else nullcontext
+        setattr(holder, name, _Again(self, function, within))
 
 
 class _Again:
     """A function that gradient checkpointing calls again, in the mode in which it was called."""
 
-    def __init__(self, mode: AsFrozen, function: Callable[..., Any]):
-        self._mode, self._function = mode, function
+    def __init__(
+        self,
+        mode: AsFrozen,
+        function: Callable[..., Any],
+        within: Callable[[], AbstractContextManager[None]],
+    ):
+        self._mode, self._function, self._within = mode, function, within
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._mode.start()
-        return self._function(*args, **kwargs)
+        with self._within():
+            return self._function(*args, **kwargs)
+
+
+def _inputs(frame: FrameType) -> list[torch.Tensor]:
+    """The tensors that a function was given, as autograd counts them: none inside of a tuple."""
+    values = inspect.getargvalues(frame)
+    given = [values.locals[each] for each in values.args]
+    if values.varargs is not None:
+        given += values.locals[values.varargs]
+    return [each for each in given if isinstance(each, torch.Tensor)]
+
+
+def _trains(tensor: torch.Tensor) -> bool:
+    return tensor.requires_grad and not _is_probed(tensor)
 
 
 def _is_mode(mode: Any) -> bool:

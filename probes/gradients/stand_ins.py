@@ -5,6 +5,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any, NamedTuple
@@ -68,7 +69,7 @@ class StandIns:
         self._places: _Places | None = None
         self._outermost: nn.Module | None = None
         self._depth = 0
-        self._as_frozen = AsFrozen()
+        self._as_frozen = AsFrozen(self._with_constants)
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
         # Compiled models are guarded by the numbers of hooks, so each hook keeps its number.
@@ -158,6 +159,9 @@ class StandIns:
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(again)
 
+    def _with_constants(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._places is None else self._places.with_constants()
+
     def _would_leave_a_fast_path(self) -> bool:
         return any(
             not module.training and not any(each.requires_grad for each in module.parameters())
@@ -178,6 +182,7 @@ class _Places:
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], collect: Collect):
         self.collect: Collect | None = collect
         self._places = list(_places(model, weights))
+        self._all = list(_places(model, dict(model.named_parameters())))
         self._made: dict[str, torch.Tensor] = {}
         self._taken: list[tuple[_Place, Any]] = []
 
@@ -200,6 +205,23 @@ class _Places:
             elif getattr(found, "stands_for", None) is place.parameter:  # of another recorder
                 found.collectors[id(self)] = stand_in.collectors[id(self)]
             # What somebody else has put there, such as functional_call, stays.
+
+    @contextmanager
+    def with_constants(self) -> Iterator[None]:
+        """Within it, the model computes with constants in place of the weights that train."""
+        put = []
+        for place in self._all:
+            if place.parameter.requires_grad and _at(place) is place.parameter:
+                constant: Any = place.parameter.detach()
+                constant._is_param = True
+                place.container[place.key] = constant
+                put.append((place, constant))
+        try:
+            yield
+        finally:
+            for place, constant in put:
+                if _at(place) is constant:
+                    place.container[place.key] = place.parameter
 
     def leave(self) -> Callable[[Any], None]:
         """Put the weights back; returns what does the same again for one backward pass."""

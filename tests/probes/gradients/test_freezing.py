@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dynamics as dy
 from probes import Recorder
+from probes.gradients.absent import AbsentGradientWarning
 from probes.frameworks.lightning import RecorderCallback
 from tests.probes.adapted import adam, adapted_model, tokens
 
@@ -238,6 +239,48 @@ def test_checkpointed_functions_compute_again_as_they_did(tmp_path, reentrant):
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             assert (run.read(name, 1, "gradient").values == parameter.grad.numpy()).all(), name
+
+
+class Above(nn.Module):
+    """Reentrant checkpoints above frozen weights; torch gives no gradient to what trains in them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.within = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.frozen.requires_grad_(False)
+        self.within.requires_grad_(False)
+        self.lost, self.norm = nn.Linear(8, 8, bias=False), nn.LayerNorm(8)
+        self.middle, self.head = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def both(self, x):
+        return torch.tanh(self.within(self.lost(x)))
+
+    def forward(self, x, again=checkpoint):
+        x = again(self.both, self.frozen(x), use_reentrant=True)
+        x = self.middle(again(self.norm, x, use_reentrant=True))
+        return again(self.head, x, use_reentrant=True)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_what_reentrant_checkpointing_leaves_untrained_stays_so(tmp_path):
+    def train(attach):
+        model = Above()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return loop(model, optimizer, attach)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=AbsentGradientWarning)
+        same_bits(tmp_path, train)
+    run = dy.open_run(tmp_path / "1-0.zarr")
+    model = Above().requires_grad_(True)
+    out = model(batch(0), again=lambda function, x, use_reentrant: function(x))
+    (out - batch(0)).square().mean().backward()
+    for name in ("frozen", "within", "middle", "head"):
+        expected = model.get_submodule(name).weight.grad.numpy()
+        assert (run.read(f"{name}.weight", 1, "gradient").values == expected).all(), name
+    with pytest.raises(dy.DynamicsError):
+        run.read("lost.weight", 1, "gradient")
 
 
 def test_a_recorder_may_come_and_go_between_forward_and_backward(tmp_path):
