@@ -21,7 +21,7 @@ from tests.benchmarks.timing import one_thread
 
 BUDGET = 0.02
 # Steps between records, records of a block, pairs of blocks.
-SCHEDULE = {"micro": (25, 6, 10), "small": (10, 2, 3)}
+SCHEDULE = {"micro": (25, 6, 10), "small": (10, 4, 4)}
 
 
 def block(name: str, model: torch.nn.Module, folder: Path, live: Live | None) -> tuple[float, ...]:
