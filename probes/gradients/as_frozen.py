@@ -44,6 +44,15 @@ _OTHERS = {
     F.multi_head_attention_forward,
 }
 
+# What torch refuses of a tensor that is computed from one that requires a gradient.
+_OF_CONSTANTS = {
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    torch.Tensor.__deepcopy__,
+    torch.Tensor.requires_grad_,
+    torch.Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
+}
+_REQUESTED = "a gradient was asked for"
 
 # These leave their fast paths, which need that no gradient is computed, if any mode is on.
 _ASK_FOR_MODES = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -110,6 +119,8 @@ class AsFrozen(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
+        if func in _OF_CONSTANTS and is_probed(args[0]):
+            return as_constant(args[0], func.__name__)(*args[1:], **kwargs)
         if func not in _PRODUCTS and func not in _OTHERS:
             if not torch.is_grad_enabled():  # so does reentrant checkpointing compute
                 self._start_where_it_is_computed_again()
@@ -167,7 +178,7 @@ def _inputs(frame: FrameType) -> list[torch.Tensor]:
 
 
 def _trains(tensor: torch.Tensor) -> bool:
-    return tensor.requires_grad and not _is_probed(tensor)
+    return tensor.requires_grad and not is_probed(tensor)
 
 
 def _is_mode(mode: Any) -> bool:
@@ -207,7 +218,7 @@ def _as_frozen(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     plain = {
         number: each.detach()
         for number, each in tensors.items()
-        if type(each) in (torch.Tensor, torch.nn.Parameter) and _is_probed(each)
+        if type(each) in (torch.Tensor, torch.nn.Parameter) and is_probed(each)
     }
     if not plain or torch._C._are_functorch_transforms_active():
         return func(*args, **kwargs)
@@ -249,7 +260,19 @@ class _Joined(torch.autograd.Function):
         return gradient, gradient
 
 
-def _is_probed(tensor: torch.Tensor) -> bool:
+def as_constant(tensor: torch.Tensor, method: str) -> Callable[..., Any]:
+    """A method of a tensor that would not require a gradient without stand-ins."""
+
+    def request(requires_grad: bool = True) -> torch.Tensor:
+        if requires_grad and tensor.grad_fn is not None:
+            tensor.grad_fn.metadata[_REQUESTED] = True  # so it trains from here on
+        return tensor
+
+    is_request = method in ("requires_grad_", "__set__")
+    return request if is_request else getattr(tensor.detach(), method)
+
+
+def is_probed(tensor: torch.Tensor) -> bool:
     """Whether a tensor requires a gradient, and would not without stand-ins."""
     if not tensor.requires_grad:
         return False
@@ -258,6 +281,8 @@ def _is_probed(tensor: torch.Tensor) -> bool:
     seen, waiting = set(), [tensor.grad_fn]
     while waiting:
         node: Any = waiting.pop()
+        if node is not None and _REQUESTED in node.metadata:
+            return False
         if node is None or node in seen or _Joined in node.metadata:
             continue
         seen.add(node)

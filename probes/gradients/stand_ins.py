@@ -15,7 +15,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from probes.contexts import after_backward, in_backward
-from probes.gradients.as_frozen import AsFrozen, is_called_by_compiled_code
+from probes.gradients.as_frozen import (
+    AsFrozen,
+    as_constant,
+    is_called_by_compiled_code,
+    is_probed,
+)
 
 # Their fast paths ask whether any tensor requires a gradient, and compute other bits if one does.
 _FAST_PATHS = (nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -156,8 +161,12 @@ class StandIns:
         assert self._places is not None
         again = self._places.leave()
         for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(again)
+            if tensor.grad_fn is None:
+                continue
+            tensor.grad_fn.register_prehook(again)
+            if is_probed(tensor):  # to the user it is a constant
+                for method in ("numpy", "__array__", "__deepcopy__", "requires_grad_"):
+                    setattr(tensor, method, as_constant(tensor, method))
 
     def _with_constants(self) -> AbstractContextManager[None]:
         return nullcontext() if self._places is None else self._places.with_constants()

@@ -5,8 +5,10 @@ gradient. Recurrent and attention layers multiply so inside, and attention has a
 masks that require a gradient.
 """
 
+import copy
 import functools
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -181,6 +183,57 @@ def test_training_computes_the_same_bits_wherever_torch_asks(tmp_path, again):
         if parameter.ndim == 2:
             found = run.read(name, 1, "gradient").values
             assert relative_error(found, parameter.grad) < 1e-12, name
+
+
+class Requested(nn.Module):
+    """A product by an output of a frozen weight, whose gradient somebody asks for, as PEFT does."""
+
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen, self.head = nn.Linear(32, 32).double(), nn.Linear(32, 32).double()
+        self.way = way
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.frozen(x[0])
+        if self.way == "method":
+            h.requires_grad_()
+        else:
+            h.requires_grad = True
+        return self.head(x.mT.contiguous().mT @ h.T[:, :7] @ x[0])
+
+
+@pytest.mark.parametrize("way", ["method", "attribute"])
+def test_an_output_whose_gradient_is_asked_for_is_as_one_that_trains(tmp_path, way):
+    same_bits(tmp_path, lambda attach: loop(Requested(way), attach), everies=(1,))
+
+
+def test_outputs_of_frozen_parts_are_read_as_constants(tmp_path):
+    """Torch refuses each of these for what requires a gradient, and the training would end."""
+
+    class Reads(Requested):
+        def forward(self, x):
+            h = self.frozen(x[0])
+            h.requires_grad_(False)
+            h.requires_grad = False
+            self.seen = [h.numpy(), np.asarray(h), copy.deepcopy(h)]
+            return self.head(h)
+
+    def train(attach):
+        model, seen = Reads(None), []
+
+        def read(step):
+            h = model.frozen(batch(step)[0])
+            copied = copy.deepcopy(h)
+            values = [*model.seen, h.numpy(), np.asarray(h), copied, h.requires_grad_(False)]
+            assert not copied.requires_grad
+            seen.extend(torch.as_tensor(np.array(each.tolist())) for each in values)
+
+        return [*loop(model, attach, between=read), *seen]
+
+    same_bits(tmp_path, train, everies=(1, 2))
+    assert dy.open_run(tmp_path / "1-0.zarr").read("frozen.weight", 1, "gradient") is not None
 
 
 @pytest.mark.slow

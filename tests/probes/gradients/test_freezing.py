@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dynamics as dy
 from probes import Recorder
-from probes.gradients.absent import AbsentGradientWarning
 from probes.frameworks.lightning import RecorderCallback
+from probes.gradients.absent import AbsentGradientWarning
 from tests.probes.adapted import adam, adapted_model, tokens
 
 
@@ -242,7 +242,7 @@ def test_checkpointed_functions_compute_again_as_they_did(tmp_path, reentrant):
 
 
 class Above(nn.Module):
-    """Reentrant checkpoints above frozen weights; torch gives no gradient to what trains in them."""
+    """Reentrant checkpoints above frozen weights: what trains in them gets no gradient of torch."""
 
     def __init__(self):
         super().__init__()
@@ -279,8 +279,7 @@ def test_what_reentrant_checkpointing_leaves_untrained_stays_so(tmp_path):
     for name in ("frozen", "within", "middle", "head"):
         expected = model.get_submodule(name).weight.grad.numpy()
         assert (run.read(f"{name}.weight", 1, "gradient").values == expected).all(), name
-    with pytest.raises(dy.DynamicsError):
-        run.read("lost.weight", 1, "gradient")
+    assert run.read("lost.weight", 1, "gradient") is None
 
 
 def test_a_recorder_may_come_and_go_between_forward_and_backward(tmp_path):
