@@ -265,7 +265,8 @@ def as_constant(tensor: torch.Tensor, method: str) -> Callable[..., Any]:
 
     def request(requires_grad: bool = True) -> torch.Tensor:
         if requires_grad and tensor.grad_fn is not None:
-            tensor.grad_fn.metadata[_REQUESTED] = True  # so it trains from here on
+            node: Any = tensor.grad_fn
+            node.metadata[_REQUESTED] = True  # so it trains from here on
         return tensor
 
     is_request = method in ("requires_grad_", "__set__")

@@ -14,8 +14,8 @@ _AT_LEAST, _PER_PRODUCT = 1e-3, 1e-9
 class Turns:
     """Hands out the matrices of a model in turn, as far as the time that is left goes.
 
-    Matrices of all groups alternate. A matrix that costs more than is left ends the turn of its
-    record; the next record begins with it, and has the time that this one left over.
+    Matrices of all groups alternate. A matrix that costs more than is left waits for a later
+    record, and saves half of what each record earns; the others have the rest meanwhile.
 
     Args:
         budget: seconds to spend per second of training; None hands out everything.
@@ -24,15 +24,16 @@ class Turns:
 
     def __init__(self, budget: float | None, clock: Callable[[], float] = time.perf_counter):
         self._budget, self._clock = budget, clock
-        self._left = FIRST
+        self._left = self._earned = FIRST
         self._trained_until: float | None = None
-        self._next: str | None = None  # the matrix that begins
+        self._order: list[str] = []  # those that wait begin, those that were measured last end
         self._took: dict[tuple[int, int], float] = {}  # shape -> seconds, all kinds
 
     def trained(self, until: float) -> None:
         """A record was made at this time: the training since the one before earns its share."""
         if self._budget is not None and self._trained_until is not None:
-            self._left += self._budget * (until - self._trained_until)
+            self._earned = self._budget * (until - self._trained_until)
+            self._left += self._earned
         self._trained_until = until
 
     def spend(self, seconds: float) -> None:
@@ -49,23 +50,27 @@ class Turns:
             groups: name -> group; groups alternate.
             kinds: how many matrices each name stands for.
         """
-        names = _alternating(groups)
-        begin = names.index(self._next) if self._next in names else 0
-        names = names[begin:] + names[:begin]
-        costs = {name: self._cost(matrices[name], kinds) for name in names}
-        for number, name in enumerate(names):
-            if self._budget is not None and costs[name] > self._left:
-                self._next = name
-                # No more than a whole turn is saved up.
-                self._left = min(self._left, sum(costs.values()))
-                return
+        order = [name for name in self._order if name in groups]
+        order += [name for name in _alternating(groups) if name not in set(order)]
+        costs = {name: self._cost(matrices[name], kinds) for name in order}
+        waiting: list[str] = []
+        done: list[str] = []
+        saved = 0.0  # for the first that waits
+        for name in order:
+            if self._budget is not None and costs[name] > self._left - saved:
+                if not waiting:
+                    saved = max(self._left - self._earned / 2, 0.0)
+                waiting.append(name)
+                continue
             info, begun = matrices[name], self._clock()
             yield name
             took = self._clock() - begun
             self._took[info.rows, info.cols] = took
             self._left -= took
-            self._next = names[(number + 1) % len(names)]
-        self._left = min(self._left, 0.0)
+            done.append(name)
+        self._order = waiting + done
+        # No more than a whole turn is saved up.
+        self._left = min(self._left, sum(costs.values()) if waiting else 0.0)
 
     def _cost(self, info: MatrixInfo, kinds: int) -> float:
         guess = _AT_LEAST + _PER_PRODUCT * info.rows * info.cols * min(info.rows, info.cols)

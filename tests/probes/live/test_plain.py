@@ -227,6 +227,33 @@ def test_a_small_budget_measures_matrices_in_turn_and_says_so_once(tmp_path, mon
     assert first == second == sorted(matrices)
 
 
+def test_a_matrix_that_costs_much_waits_for_its_turn_and_the_others_go_on():
+    now = 0.0
+    turns = Turns(1.0, clock=lambda: now)
+    shapes = {"embed_tokens.weight": (4000, 10)}
+    shapes |= {f"layers.{each}.q_proj.weight": (4, 4) for each in range(4)}
+    matrices = matrices_of(shapes)
+    groups = {name: info.module for name, info in matrices.items()}
+    large = next(name for name in matrices if name.startswith("embed"))
+    turns.trained(0)
+    measured, spent = [], 0.0
+    for record in range(60):
+        turn = []
+        for name in turns.of_record(matrices, groups, 1):
+            turn.append(name)
+            took = 10.0 if name == large else 0.25
+            now, spent = now + took, spent + took
+        measured.append(turn)
+        turns.trained(record + 1)  # measuring goes on beside the training
+        assert spent <= 10.1 + record  # what was earned, and one matrix before its cost was known
+    again = [number for number, turn in enumerate(measured) if large in turn][1:]
+    assert again
+    assert again[0] > 10
+    assert np.diff(again).max(initial=0) <= 21  # half of all is saved for it
+    others = sum(len(turn) for turn in measured[again[0] + 1 :])
+    assert others >= 2 * len(measured[again[0] + 1 :]) - 2
+
+
 def test_means_over_a_subset_are_said_to_be(tmp_path, shown, to):
     with pytest.warns(LiveSubsetWarning, match=r"of 6 matrices .* budget=1e-09") as told:
         train(tmp_path / "run.zarr", to, steps=40, every=1, live={"budget": 1e-9})
