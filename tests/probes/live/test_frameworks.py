@@ -18,13 +18,17 @@ __all__ = ["offline"]
 
 
 def trained(folder, name, report_to, **live):
-    """The Trainer's log history after 4 steps, of which every one is logged and recorded."""
+    """A Trainer after 4 steps, of which every one is logged and recorded."""
     from probes.frameworks.hf_trainer import RecorderCallback
 
     settings = Live(budget=None, **live)
     callback = RecorderCallback(folder / f"{name}.zarr", every=1, live=settings)
-    trainer = trained_by_trainer(folder, name, batch=4, callbacks=[callback], report_to=report_to)
-    return trainer.state.log_history
+    return trained_by_trainer(folder, name, batch=4, callbacks=[callback], report_to=report_to)
+
+
+def same_weights(one, other):
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def losses(history):
@@ -35,7 +39,9 @@ def test_the_trainers_trackers_have_the_values_and_all_of_its_own(tmp_path, offl
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    history = trained(tmp_path, "run", ["tensorboard", "wandb"])
+    trainer = trained(tmp_path, "run", ["tensorboard", "wandb"])
+    assert same_weights(trainer.model, trained_by_trainer(tmp_path, "plain", batch=4).model)
+    history = trainer.state.log_history
     values = expected(tmp_path / "run.zarr")
     assert list(losses(history)) == [1, 2, 3, 4]  # nothing of the Trainer's own log is missing,
     assert "rank/" not in json.dumps(history)  # and nothing of ours is in it
@@ -67,7 +73,7 @@ class Data(torch.utils.data.Dataset):
         return torch.randn(12, generator=torch.Generator().manual_seed(index))
 
 
-def fitted(folder, loggers, **options):
+def fitted(folder, loggers, live=True):
     import lightning.pytorch as pl
 
     from probes.frameworks.lightning import RecorderCallback
@@ -88,10 +94,13 @@ def fitted(folder, loggers, **options):
     torch.manual_seed(0)
     callback = RecorderCallback(folder / "run.zarr", every=1, live=Live(budget=None))
     trainer = pl.Trainer(
-        max_steps=6, accelerator="cpu", callbacks=[callback], logger=loggers, log_every_n_steps=2,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options
+        max_steps=6, accelerator="cpu", logger=loggers, callbacks=[callback] if live else [],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        log_every_n_steps=2,
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(Data(), batch_size=4))
+    module = Module()
+    trainer.fit(module, torch.utils.data.DataLoader(Data(), batch_size=4))
+    return module
 
 
 def test_lightnings_loggers_have_the_values_and_their_own(tmp_path, offline):
@@ -103,7 +112,7 @@ def test_lightnings_loggers_have_the_values_and_their_own(tmp_path, offline):
         WandbLogger(save_dir=tmp_path, offline=True),
         CSVLogger(tmp_path / "csv"),
     ]
-    fitted(tmp_path, loggers)
+    assert same_weights(fitted(tmp_path, loggers), fitted(tmp_path, False, live=False))
     values = expected(tmp_path / "run.zarr")
     assert reading.of_tensorboard(tmp_path / "log") == in_float32(values)
     assert reading.of_wandb(tmp_path, step="trainer/global_step") == values
