@@ -11,6 +11,7 @@ from .directions.expressibility import gradient_expressibility
 from .directions.subspaces import run_alignment, subspace_overlaps
 from .errors import DynamicsError, IntervalWarning, LeftOutWarning, UnmeasuredWarning
 from .exports.frame import to_frame
+from .exports.report.report import report
 from .formats import open_run
 from .metrics import METRICS
 from .plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
@@ -43,6 +44,7 @@ __all__ = [
     "plot_heatmap",
     "plot_spectrum",
     "plot_trajectory",
+    "report",
     "run_alignment",
     "save",
     "select_run",

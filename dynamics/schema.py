@@ -65,6 +65,9 @@ NOISE_FLOOR = "noise_floor"
 STATUS = "status"
 REFERENCE_STEP = "reference_step"
 COMMAND = "command"  # an attribute: the command line that made a saved result
+MADE = "made"  # an attribute: when it was made, UTC
+SOURCES = "sources"  # an attribute of comparisons: what each run was measured from
+AUDITS = "audits"  # an attribute: check -> its verdict; of comparisons by run
 LAG = "lag"  # an attribute: the optimizer steps that updates are over, where that was asked for
 NO_STEP = -1  # the `reference_step` of what is no difference, or has nothing to subtract
 

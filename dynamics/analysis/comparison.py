@@ -22,7 +22,16 @@ from dynamics.runs.run import Run
 from dynamics.schema import Status
 
 # Attributes that become JSON objects by run -> what a run without them has.
-_OF_RUNS = {"events": "[]", "problems": "[]", "account": "null", "left_out": "{}"}
+_OF_RUNS = {
+    "events": "[]",
+    "problems": "[]",
+    "account": "null",
+    "left_out": "{}",
+    "passed_over": "{}",
+    schema.AUDITS: "null",
+}
+# What tells where the numbers of a run are from.
+_OF_SOURCE = ("source", "source_format", "versions", "measured_by", schema.COMMAND, schema.MADE)
 
 
 def compare(
@@ -62,7 +71,8 @@ def compare(
         `cols` get the dimension `run` too where the runs' shapes differ. Each setting in which the
         runs differ is a coordinate along `run`: of the model's config, the trainer's arguments, the
         adapter, and the recorder's `attrs`; NaN or "" where a run does not have it. The attributes
-        `events`, `problems`, `account` and `left_out` become JSON objects by run.
+        `events`, `problems`, `account`, `left_out`, `passed_over` and `audits` become JSON objects
+        by run, and `sources` tells what each run was measured from.
 
     Warns:
         IntervalWarning: updates or displacements of one step are over different intervals.
@@ -141,6 +151,11 @@ def compare(
     for name, none in _OF_RUNS.items():
         by_run = {label: json.loads(each.attrs.get(name, none)) for label, each in analyses.items()}
         both.attrs[name] = json.dumps(by_run)
+    sources = {
+        label: {name: each.attrs[name] for name in _OF_SOURCE if name in each.attrs}
+        for label, each in analyses.items()
+    }
+    both.attrs[schema.SOURCES] = json.dumps(sources)
     both = both.assign_coords(_matrix_coords(list(analyses.values()), matrices))
     both = with_settings(both, analyses)
     for line in (*_unavailable(planned), *_differing_intervals(both)):
@@ -276,7 +291,8 @@ def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
         for name in _OF_RUNS
         if name in comparison.attrs
     }
-    return comparison.sel({schema.RUN: run}).assign_attrs(own)
+    source = json.loads(comparison.attrs.get(schema.SOURCES, "{}")).get(run, {})
+    return comparison.sel({schema.RUN: run}).assign_attrs(own | source)
 
 
 def _matrix_coords(analyses: list[xr.Dataset], matrices: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -163,7 +164,10 @@ def compare_and_save(
 
 
 def _made_by(command: str | None, result: xr.Dataset) -> xr.Dataset:
-    return result if command is None else result.assign_attrs({schema.COMMAND: command})
+    if command is None:
+        return result
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    return result.assign_attrs({schema.COMMAND: command, schema.MADE: made})
 
 
 def _check_update(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dynamics import schema
+from dynamics.cli.of_report import report
 from dynamics.cli.of_results import export, plot, show
 from dynamics.cli.of_runs import analyze, audit, compare, inspect
 from dynamics.cli.options import Listing
@@ -58,6 +59,13 @@ app.command(
     "  dynamics export comparison.zarr --to parquet --spectra\n\n"
     "  dynamics export comparison.zarr --to wandb --metrics effective_rank --kinds weight,update"
 )(export)
+
+app.command(
+    epilog="Examples:\n\n  dynamics report run.zarr\n\n"
+    "  dynamics report full=full/run.zarr relora=relora/run.zarr -o both.html\n\n"
+    "  dynamics report comparison.zarr\n\n"
+    "  dynamics report run.zarr --follow"
+)(report)
 
 app.command(
     epilog="Examples:\n\n  dynamics show run.analysis.zarr\n\n  dynamics show comparison.zarr"

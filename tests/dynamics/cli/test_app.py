@@ -51,7 +51,7 @@ def made_by_command(dataset):
     """A saved result without the command line in it, which must be there."""
     assert dataset.attrs["command"].startswith("dynamics ")
     return dataset.drop_attrs(deep=False).assign_attrs(
-        {name: each for name, each in dataset.attrs.items() if name != "command"}
+        {name: each for name, each in dataset.attrs.items() if name not in ("command", "made")}
     )
 
 
