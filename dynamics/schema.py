@@ -62,6 +62,7 @@ NO_EXPERT = -1  # the `expert` of a matrix outside of the routed experts of a mi
 SINGULAR_VALUE = "singular_value"
 SINGULAR_VALUE_ERROR = "singular_value_error"
 NOISE_FLOOR = "noise_floor"
+STORAGE_NOISE_FLOOR = "storage_noise_floor"
 STATUS = "status"
 REFERENCE_STEP = "reference_step"
 COMMAND = "command"  # an attribute: the command line that made a saved result

@@ -19,7 +19,7 @@ from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.spectrum import MEASURE_VERSION
 
 _APPLICATION = 0x6C64796E  # "ldyn", in the file's header
-_VERSION = 1
+_VERSION = 2
 _FLUSH_SECONDS = 1.0
 _DAMAGED = (sqlite3.Error, UnicodeError)  # the latter from the text of an error
 _SCHEMA = f"""
@@ -27,7 +27,7 @@ BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS spectra (
     content BLOB PRIMARY KEY, s BLOB NOT NULL, "rows" INTEGER NOT NULL, cols INTEGER NOT NULL,
     rank_bound INTEGER NOT NULL, error REAL NOT NULL, noise_floor REAL NOT NULL,
-    checksum BLOB NOT NULL
+    checksum BLOB NOT NULL, storage_noise_floor REAL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS cells (
     cell BLOB PRIMARY KEY, dependencies BLOB NOT NULL, content BLOB NOT NULL,
@@ -35,6 +35,14 @@ CREATE TABLE IF NOT EXISTS cells (
 ) WITHOUT ROWID;
 PRAGMA application_id = {_APPLICATION};
 PRAGMA user_version = {_VERSION};
+COMMIT;
+"""
+# The first version counted no roundings of training: other spectra are what they were.
+_FROM_VERSION_1 = """
+BEGIN IMMEDIATE;
+ALTER TABLE spectra ADD COLUMN storage_noise_floor REAL;
+DELETE FROM cells;
+PRAGMA user_version = 2;
 COMMIT;
 """
 # Other releases of these may give other last digits, and an analysis names the ones it was made by.
@@ -48,7 +56,7 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
     if isinstance(matrix, Factored):
         other: tuple[object, ...] = (matrix.scale, matrix.dtype, matrix.transposed)
         if matrix.noise is not None:  # of quantised factors; the keys of others stay what they were
-            other = (*other, matrix.noise)
+            other = (*other, matrix.noise, *(matrix.storage_noise or ()))
         parts = [matrix.left, matrix.right]
     elif isinstance(matrix, Difference):
         other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
@@ -57,6 +65,8 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
         if matrix.adapter is not None:  # its product was rounded
             other = (*other, matrix.adapter.scale)
             parts += [matrix.adapter.left, matrix.adapter.right]
+        if matrix.rounded_in_training is not None:
+            other = (*other, matrix.rounded_in_training[1])
     else:
         other, parts = (matrix.dtype,), [matrix.values, *_errors(matrix)]
     digest.update(repr((type(matrix).__name__, other)).encode())
@@ -131,13 +141,13 @@ class SpectrumCache:
         if content in self._spectra:
             return self._spectra[content]
         row = self._row(
-            'SELECT s, "rows", cols, rank_bound, error, noise_floor, checksum FROM spectra'
-            " WHERE content = ?",
+            'SELECT s, "rows", cols, rank_bound, error, noise_floor, storage_noise_floor, checksum'
+            " FROM spectra WHERE content = ?",
             content,
         )
         if row is None:
             return None
-        if row[-1] != _checksum(content, *row[:-1]):
+        if row[-1] != _checksum(content, *_given(row[:-1])):
             raise self._damaged("a spectrum does not fit its checksum")
         return Spectrum(np.frombuffer(row[0], dtype="<f8").astype(np.float64), *row[1:-1])
 
@@ -164,7 +174,9 @@ class SpectrumCache:
             if not self._connection.execute("PRAGMA page_count").fetchone()[0]:
                 self._connection.executescript(_SCHEMA)
             application = self._connection.execute("PRAGMA application_id").fetchone()[0]
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
+            if self._version() == 1 and application == _APPLICATION:
+                self._connection.executescript(_FROM_VERSION_1)
+            version = self._version()
         except sqlite3.OperationalError as error:
             raise self._refused(error) from error
         except _DAMAGED as error:
@@ -176,6 +188,9 @@ class SpectrumCache:
                 f"{self.path} is a cache of version {version}, this release has {_VERSION}; "
                 "delete it, and everything is measured once more."
             )
+
+    def _version(self) -> int:
+        return int(self._connection.execute("PRAGMA user_version").fetchone()[0])
 
     def _row(self, query: str, key: bytes) -> Any:
         try:
@@ -194,14 +209,16 @@ class SpectrumCache:
         for content, each in self._spectra.items():
             s = each.s.astype("<f8").tobytes()
             sizes = (int(each.rows), int(each.cols), int(each.rank_bound))
+            storage = each.storage_noise_floor
+            storage = None if storage is None else float(storage)
             row = (s, *sizes, float(each.error), float(each.noise_floor))
-            spectra.append((content, *row, _checksum(content, *row)))
+            spectra.append((content, *row, _checksum(content, *_given((*row, storage))), storage))
         cells = [(cell, *row) for cell, row in self._cells.items()]
         try:
             if spectra or cells:
                 self._connection.execute("BEGIN IMMEDIATE")
                 self._connection.executemany(
-                    "INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?, ?, ?, ?, ?)", spectra
+                    "INSERT OR REPLACE INTO spectra VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", spectra
                 )
                 self._connection.executemany(
                     "INSERT OR REPLACE INTO cells VALUES (?, ?, ?, ?)", cells
@@ -225,6 +242,10 @@ class SpectrumCache:
             f"{self.path} cannot be used as a cache: {_line(why)}. Choose another output, or do "
             "without (--no-cache); if it is locked, wait for the analysis that uses it."
         )
+
+
+def _given(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    return row if row[-1] is not None else row[:-1]  # as in files of the first version
 
 
 def _checksum(*row: object) -> bytes:

@@ -42,6 +42,7 @@ class ResultBuilder:
         width = max(min(info.rows, info.cols) for info in infos)
         self._singular = _array((*shape, width))
         self._numbers = {name: np.full(shape, np.nan) for name in _SPECTRUM}
+        self._storage_noise = np.full(shape, np.nan)
         self._status = np.zeros(shape, dtype=np.int8)
         self._problems: dict[tuple[int, int, int], str] = {}
         self._kind = {kind: k for k, kind in enumerate(chosen.kinds)}
@@ -65,6 +66,8 @@ class ResultBuilder:
             self._singular[k, t, m, : spectrum.s.size] = spectrum.s
             for each in _SPECTRUM:
                 self._numbers[each][k, t, m] = getattr(spectrum, each)
+            storage = spectrum.storage_noise_floor
+            self._storage_noise[k, t, m] = spectrum.noise_floor if storage is None else storage
 
     @property
     def problems(self) -> list[str]:
@@ -76,6 +79,7 @@ class ResultBuilder:
         chosen, run = self._chosen, self._chosen.run
         values = self._metrics()
         values[schema.NOISE_FLOOR] = self._numbers["noise_floor"]
+        values[schema.STORAGE_NOISE_FLOOR] = self._storage_noise
         values[schema.SINGULAR_VALUE_ERROR] = self._numbers["error"]
         dataset = _dataset(
             chosen.metrics,
@@ -203,6 +207,12 @@ def _dataset(
     variables[schema.NOISE_FLOOR] = (
         dims,
         values[schema.NOISE_FLOOR],
+        {"long_name": "spectral norm of the noise of all roundings, those of training too"}
+        | of_matrix,
+    )
+    variables[schema.STORAGE_NOISE_FLOOR] = (
+        dims,
+        values[schema.STORAGE_NOISE_FLOOR],
         {"long_name": "spectral norm of the stored numbers' rounding noise", **of_matrix},
     )
     variables[schema.STATUS] = (

@@ -231,7 +231,12 @@ def _loss(old: xr.Dataset, planned: Selection, *, rewound: bool) -> str | None:
         passed = [each for each in steps if each < planned.steps[-1] and each not in planned.steps]
         return f"and this would lose {schema.STEP} {_list(passed)}" if passed else None
     of_cell = (schema.KIND, schema.STEP, schema.MATRIX)
-    always = (schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR, schema.STATUS)
+    always = (
+        schema.NOISE_FLOOR,
+        schema.STORAGE_NOISE_FLOOR,
+        schema.SINGULAR_VALUE_ERROR,
+        schema.STATUS,
+    )
     metrics = [name for name, each in old.data_vars.items() if each.dims == of_cell]
     matrices = [each.info.name for each in planned.matrices]
     for word, had, has in (

@@ -17,6 +17,7 @@ _DESCRIBED = (
     schema.STATUS,
     schema.SINGULAR_VALUE_ERROR,
     schema.NOISE_FLOOR,
+    schema.STORAGE_NOISE_FLOOR,
     schema.REFERENCE_STEP,
 )
 Values = TypeVar("Values", xr.Dataset, xr.DataArray)

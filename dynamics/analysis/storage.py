@@ -128,6 +128,9 @@ def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
         for name, each in dataset.coords.items()
         if each.dtype.kind in "TO"
     }
+    # Saved when there was one floor, that of the stored numbers; its `long_name` says so.
+    if schema.NOISE_FLOOR in dataset and schema.STORAGE_NOISE_FLOOR not in {*dataset, *without}:
+        dataset[schema.STORAGE_NOISE_FLOOR] = dataset[schema.NOISE_FLOOR].copy()
     # Saved before there were components of single heads, experts, or several stacks of layers.
     missing = {"head": schema.NO_HEAD, "expert": schema.NO_EXPERT, "stack": "", "attention": ""}
     for name, none in missing.items():

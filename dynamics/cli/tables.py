@@ -124,6 +124,9 @@ def result_table(dataset: xr.Dataset, path: object) -> Table:
             for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
         ]
         table.add_row("cells", ", ".join(cells))
+    if schema.NOISE_FLOOR in dataset:
+        mixed = "of different definitions in different runs: analyse the older ones again"
+        table.add_row("noise floor", dataset[schema.NOISE_FLOOR].attrs.get("long_name", mixed))
     versions = json.loads(attrs.get("versions", "{}"))
     table.add_row("versions", ", ".join(f"{name} {each}" for name, each in versions.items()))
     table.add_row("command", str(attrs.get(schema.COMMAND, "none; it was made in Python")))

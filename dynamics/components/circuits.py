@@ -37,7 +37,7 @@ from dynamics import schema
 from dynamics.components.parameters import Measurable
 from dynamics.errors import MissingError
 from dynamics.runs.attention_config import Architecture, check_projections, read_architecture
-from dynamics.runs.differences import reference_step
+from dynamics.runs.differences import reference_step, trained_steps, training_roundings
 from dynamics.runs.fused import Part, kept_whole
 from dynamics.runs.parameter_names import QKV, attention_path, stack_of
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
@@ -195,7 +195,9 @@ def _reader(run: Run, factors: Factors, attention: Attention) -> Measurable:
             if before is None:
                 return Status.UNDEFINED
             parts = [factors(step, schema.WEIGHT), factors(before, schema.WEIGHT)]
-            combined: Callable[..., Factored] = _difference
+            names = [info.name for info in attention.projections.values()]
+            steps = [trained_steps(run, name, before, step) for name in names]
+            combined: Callable[..., Factored] = partial(_difference, steps=steps)
         elif kind == schema.GRADIENT:
             parts = [factors(step, schema.WEIGHT), factors(step, schema.GRADIENT)]
             combined = _first_order_change
@@ -220,7 +222,9 @@ def _product(pair: tuple[Dense, Dense]) -> Factored:
     return Factored(left.values, right.values, 1.0, coarsest(left.dtype, right.dtype), noise=noise)
 
 
-def _difference(now: tuple[Dense, Dense], before: tuple[Dense, Dense]) -> Factored:
+def _difference(
+    now: tuple[Dense, Dense], before: tuple[Dense, Dense], steps: list[int]
+) -> Factored:
     # Of the stored numbers themselves, not of their differences: their rounding is the noise.
     # Where both are of one quantised base, its errors cancel.
     pairs = list(zip(now, before, strict=True))
@@ -228,9 +232,16 @@ def _difference(now: tuple[Dense, Dense], before: tuple[Dense, Dense]) -> Factor
         now, before = ((replace(o, errors=None), replace(v, errors=None)) for o, v in (now, before))
     left = np.hstack([now[0].values.astype(np.float64), -before[0].values.astype(np.float64)])
     right = np.vstack([each[1].values.astype(np.float64) for each in (now, before)])
-    noise = noise_of_factors([now[0], before[0]], [now[1], before[1]])
+    noise, storage = noise_of_factors([now[0], before[0]], [now[1], before[1]]), None
+    if noise is None and any(steps):
+        variances = [[rounding_variance(*weight.stored[0]) for weight in pair] for pair in pairs]
+        storage = _norms(variances)
+        for (of_now, _), weight, count in zip(variances, now, steps, strict=True):
+            dtype, times = training_roundings(weight.dtype, count)
+            of_now += times * rounding_variance(weight.values, dtype)
+        noise = _norms(variances)
     dtype = coarsest(*(each.dtype for each in (*now, *before)))
-    return Factored(left, right, 1.0, dtype, noise=noise)
+    return Factored(left, right, 1.0, dtype, noise=noise, storage_noise=storage)
 
 
 def _first_order_change(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> Factored:
@@ -262,7 +273,12 @@ def noise_of_factors(left: list[Dense], right: list[Dense]) -> tuple[float, floa
     if all(each.errors is None for each in (*left, *right)):
         return None
     variances = [[rounding_variance(*each.stored[0]) for each in side] for side in (left, right)]
-    return noise_norm_bound(np.hstack(variances[0])), noise_norm_bound(np.vstack(variances[1]))
+    return _norms(variances)
+
+
+def _norms(variances: list[list[np.ndarray]]) -> tuple[float, float]:
+    left, right = variances
+    return noise_norm_bound(np.hstack(left)), noise_norm_bound(np.vstack(right))
 
 
 def _balance(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> int:

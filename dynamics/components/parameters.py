@@ -8,6 +8,7 @@ from dynamics.runs.differences import (
     accumulated_adapter,
     difference_rank_bound,
     reference_step,
+    trained_steps,
 )
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
@@ -44,7 +45,8 @@ def _reader(run: Run, name: str) -> Measurable:
         bound = difference_rank_bound(run, name, before_step, step)
         adapter = run.read(name, step, schema.ADAPTER) if bound is not None else None
         assert adapter is None or isinstance(adapter, Factored)
-        return Difference(now, before, merges, bound, adapter)
+        steps = trained_steps(run, name, before_step, step)
+        return Difference(now, before, merges, bound, adapter, steps)
 
     return matrix
 

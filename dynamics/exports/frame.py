@@ -20,7 +20,7 @@ _NONE = {
     schema.REFERENCE_STEP: schema.NO_STEP,
 }
 _DIMS = (schema.RUN, schema.KIND, schema.STEP, schema.MATRIX)
-_LAST = (schema.NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR)
+_LAST = (schema.NOISE_FLOOR, schema.STORAGE_NOISE_FLOOR, schema.SINGULAR_VALUE_ERROR)
 # What results do not describe.
 _DESCRIBED = {
     schema.STEP: {"long_name": "optimizer step", "units": "optimizer steps"},

@@ -11,7 +11,12 @@ from dynamics.errors import DynamicsError
 from dynamics.runs.run import MatrixInfo
 
 MODULE = "module"
-_NO_METRICS = {schema.STATUS, schema.SINGULAR_VALUE_ERROR, schema.NOISE_FLOOR}
+_NO_METRICS = {
+    schema.STATUS,
+    schema.SINGULAR_VALUE_ERROR,
+    schema.NOISE_FLOOR,
+    schema.STORAGE_NOISE_FLOOR,
+}
 
 
 def tracker_key(kind: str, metric: str, module: str) -> str:

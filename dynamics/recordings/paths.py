@@ -43,7 +43,7 @@ import zarr
 from dynamics.errors import FormatError
 
 WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA = "weight", "gradient", "base", "adapter", "spectra"
-SINGULAR_VALUE, BOUNDS = "singular_value", "bounds"
+SINGULAR_VALUE, BOUNDS, STORAGE_NOISE = "singular_value", "bounds", "storage_noise_floor"
 STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
 SCALARS, EVENTS = "scalars", "events"
 ROOT, WRITER = "zarr.json", "writer/zarr.json"
@@ -166,7 +166,7 @@ def factor_path(parameter: str, factor: str) -> str:
 
 
 def spectra_path(kind: str, array: str) -> str:
-    """Path of the spectra of a kind: `array` is SINGULAR_VALUE or BOUNDS."""
+    """Path of the spectra of a kind: `array` is one of the three that there are."""
     return f"{SPECTRA}/{kind}/{array}"
 
 
@@ -198,7 +198,8 @@ def dimension_names(path: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         return (STEP,)
     rows, cols = shape
     if path.startswith(f"{SPECTRA}/"):
-        return STEP, "matrix", "bound" if path.endswith(f"/{BOUNDS}") else "index"
+        along = {BOUNDS: "bound", STORAGE_NOISE: "floor"}
+        return STEP, "matrix", along.get(path.rpartition("/")[2], "index")
     if path.startswith(f"{ADAPTER}/"):
         return (
             (STEP, f"rank_{rows}", f"in_{cols}")

@@ -1,4 +1,7 @@
-"""Spectra in a recording: two arrays per kind, with one row per matrix in each record."""
+"""Spectra in a recording: two arrays per kind, with one row per matrix in each record.
+
+A third array is there for differences: their noise floor without the roundings of training.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,14 +30,20 @@ def spectra_arrays(
     width = max(min(each["rows"], each["cols"]) for each in matrices)
     values = np.full((len(matrices), width), np.nan)
     bounds = np.full((len(matrices), 3), np.nan)
+    storage = np.full((len(matrices), 1), np.nan)
     for row, each in enumerate(matrices):
         if (spectrum := spectra.get(each["name"])) is not None:
             values[row, : spectrum.s.size] = spectrum.s
             bounds[row] = spectrum.error, spectrum.noise_floor, spectrum.rank_bound
+            storage[row] = spectrum.noise_floor
+            if spectrum.storage_noise_floor is not None:
+                storage[row] = spectrum.storage_noise_floor
     arrays = {
         paths.spectra_path(kind, paths.SINGULAR_VALUE): values,
         paths.spectra_path(kind, paths.BOUNDS): bounds,
     }
+    if kind in schema.DIFFERENCES:
+        arrays[paths.spectra_path(kind, paths.STORAGE_NOISE)] = storage
     return arrays, {MATRICES: [dict(each) for each in matrices]}
 
 
@@ -83,13 +92,15 @@ class SpectraReader:
             # Kept, as an analysis goes matrix by matrix. Its result holds as many numbers anyway.
             self._arrays[kind, index] = tuple(
                 self._recording.read(paths.spectra_path(kind, array), index)
-                for array in (paths.SINGULAR_VALUE, paths.BOUNDS)
+                for array in (paths.SINGULAR_VALUE, paths.BOUNDS, paths.STORAGE_NOISE)
             )
-        values, bounds = self._arrays[kind, index]
+        values, bounds, storage = self._arrays[kind, index]
         if values is None or bounds is None:
             return None
         row, (rows, cols) = self._rows[kind][name], self.shapes[kind][name]
         error, noise_floor, bound = bounds[row].tolist()
         if np.isnan(bound):
             return None
-        return Spectrum(values[row, : min(rows, cols)], rows, cols, int(bound), error, noise_floor)
+        s = values[row, : min(rows, cols)]
+        of_storage = None if storage is None else float(storage[row, 0])
+        return Spectrum(s, rows, cols, int(bound), error, noise_floor, of_storage)

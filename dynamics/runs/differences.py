@@ -19,12 +19,17 @@ class Difference:
     sum of independent terms have (r + 1)/2 times the variance of its last rounding. The errors of
     one quantised base are in both terms and cancel.
 
+    A weight that is trained in place is rounded by each optimizer step, too: T + 1 roundings are
+    behind a difference over T steps. Where a dtype shorter than float32 is stored, they are those
+    of float32, because such weights are trained with a float32 copy.
+
     Attributes:
         now: the later matrix.
         before: the earlier one.
         merges: how often an adapter was merged into the weight between the two.
         rank_bound: the largest rank it can have, where adapters alone moved the weight.
         adapter: what `now` is the sum of, beside its base.
+        trained_steps: how many optimizer steps trained the weight in place between the two.
     """
 
     now: Dense
@@ -32,6 +37,7 @@ class Difference:
     merges: int = 0
     rank_bound: int | None = None
     adapter: Factored | None = None
+    trained_steps: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,6 +61,44 @@ class Difference:
             return sums
         product = (self.adapter.product(), self.now.dtype)
         return (*sums, *((product,) * product_roundings(self.adapter.rank_bound, self.now.dtype)))
+
+    @property
+    def rounded_in_training(self) -> tuple[Stored, int] | None:
+        """What the optimizer steps rounded, and how often beyond `stored`; None for never."""
+        if self.now.errors is not None:
+            return None
+        dtype, times = training_roundings(self.now.dtype, self.trained_steps)
+        return ((self.now.values, dtype), times) if times > 0 else None
+
+
+def training_roundings(dtype: str, steps: int) -> tuple[str, int]:
+    """(In which dtype, how often) `steps` optimizer steps round a weight, storing it aside.
+
+    Storing a float32 or float64 weight rounds nothing that the last step has not rounded. Shorter
+    dtypes are roundings of a float32 weight; pure bfloat16 training is not told from it.
+
+    Example:
+        >>> training_roundings("float32", 100), training_roundings("bfloat16", 100)
+        (('float32', 99), ('float32', 100))
+    """
+    if dtype in ("float32", "float64"):
+        return dtype, max(steps - 1, 0)
+    return "float32", steps
+
+
+def trained_steps(run: Run, name: str, before: int, now: int) -> int:
+    """How many optimizer steps trained a weight in place between two records.
+
+    None of those of a weight that an adapter changes, or that is frozen. Where the run does not
+    tell, a weight without an adapter counts as trained.
+    """
+    trains = run.trains(name)
+    if trains is None:
+        adapted = schema.ADAPTER in run.stored_kinds and any(
+            run.read(name, step, schema.ADAPTER) is not None for step in (before, now)
+        )
+        trains = not adapted
+    return now - before if trains else 0
 
 
 def product_roundings(rank: int, dtype: str) -> int:

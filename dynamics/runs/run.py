@@ -110,7 +110,8 @@ class Factored:
         dtype: the dtype that the factors were stored in.
         transposed: whether left is LoRA's Aᵀ and right its Bᵀ, not B and A.
         noise: the norms of the errors of left and of right, where other than their dtype decides
-            them: they were quantised.
+            them: they were quantised, or trained in place.
+        storage_noise: the same without the roundings of training, where there were any.
     """
 
     left: np.ndarray
@@ -119,6 +120,7 @@ class Factored:
     dtype: str
     transposed: bool = False
     noise: tuple[float, float] | None = None
+    storage_noise: tuple[float, float] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -150,7 +152,10 @@ class Spectrum:
             adapters for a difference that adapters alone made, else k.
         error: bound on |computed - exact| for every singular value. Where they come from a Gram
             matrix it is that of the smallest, and the others are nearer to theirs by s_k/s.
-        noise_floor: spectral norm of the rounding noise in the stored numbers.
+        noise_floor: spectral norm of the noise of all roundings that are behind the numbers: those
+            of the stored numbers and, in a difference of weights that were trained in place, one
+            for each optimizer step.
+        storage_noise_floor: that of the stored numbers alone; None where it is the same.
 
     Example:
         >>> spectrum = dy.spectrum(np.diag([3.0, 1.0]))
@@ -164,6 +169,7 @@ class Spectrum:
     rank_bound: int
     error: float
     noise_floor: float
+    storage_noise_floor: float | None = None
 
     @property
     def floor(self) -> float:

@@ -152,7 +152,9 @@ def noise_limit(*stored: Stored) -> float:
 
 
 def noise_floor(
-    *stored: Stored, sums: Callable[[Stored], tuple[np.ndarray, np.ndarray]] | None = None
+    *stored: Stored,
+    repeated: tuple[Stored, int] | None = None,
+    sums: Callable[[Stored], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> float:
     """The level that a singular value of a sum or difference of stored matrices must exceed.
 
@@ -162,6 +164,7 @@ def noise_floor(
     Args:
         stored: (values, dtype) or (values, "int8", scale) of each term, all values (m, n). One term
             for a matrix itself, two for the difference of two checkpoints.
+        repeated: one more term, and how many times it was rounded.
         sums: computes `variance_sums`. A backend passes a method that computes them once per array,
             because a checkpoint is part of many differences.
 
@@ -173,15 +176,18 @@ def noise_floor(
     """
     sums = sums or variance_sums
     counts = Counter(map(id, stored))
+    terms = [(each, counts[id(each)]) for each in {id(each): each for each in stored}.values()]
+    terms += [] if repeated is None else [repeated]
     rows: np.ndarray | float = 0.0
     cols: np.ndarray | float = 0.0
-    for term in {id(each): each for each in stored}.values():
+    for term, count in terms:
         with np.errstate(over="ignore"):
             of_rows, of_cols = sums(term)
-            rows, cols = rows + counts[id(term)] * of_rows, cols + counts[id(term)] * of_cols
+            rows, cols = rows + count * of_rows, cols + count * of_cols
     rows, cols = np.asarray(rows), np.asarray(cols)
     if not max(rows.max(), cols.max()) < _LARGEST:
-        return noise_floor(*map(_shrunk, stored)) / _SHRINK
+        shrunk = repeated and (_shrunk(repeated[0]), repeated[1])
+        return noise_floor(*map(_shrunk, stored), repeated=shrunk) / _SHRINK
     return bound_of_sums(rows, cols)
 
 

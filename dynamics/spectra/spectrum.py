@@ -129,22 +129,30 @@ def spectrum(
         # The backward error of two QRs and a product is relative to ‖left‖‖right‖, not to s₁.
         norms = float(singular_values(r1)[0]), float(singular_values(r2)[0])
         error = max(rows, cols) * EPS * abs(matrix.scale) * norms[0] * norms[1]
-        noise = _product_noise(matrix, norms)
+        noise = _product_noise(matrix, matrix.noise, norms)
+        storage = matrix.storage_noise and _product_noise(matrix, matrix.storage_noise, norms)
     else:
         s, error = backend.singular_values(matrix)
         bound = (matrix.rank_bound if isinstance(matrix, Difference) else None) or k
-        noise = noise_of(matrix, backend)
+        noise, storage = noise_of(matrix, backend), None
+        if isinstance(matrix, Difference) and (trained := matrix.rounded_in_training):
+            storage = noise
+            noise = noise_floor(*matrix.stored, repeated=trained, sums=backend.variance_sums)
     bound = bound if rank_bound is None else min(bound, rank_bound)
-    return Spectrum(s, rows, cols, bound, error, noise)
+    return Spectrum(s, rows, cols, bound, error, noise, storage)
 
 
 def noise_of(matrix: Dense | Factored | Difference, backend: Backend | None = None) -> float:
     """The spectral norm of the rounding noise in the stored numbers of a matrix of a run."""
     if isinstance(matrix, Factored):
-        return _product_noise(matrix)
+        return _product_noise(matrix, matrix.storage_noise or matrix.noise)
     return noise_floor(*matrix.stored, sums=(backend or NumpyBackend()).variance_sums)
 
 
-def _product_noise(matrix: Factored, norms: tuple[float, float] | None = None) -> float:
+def _product_noise(
+    matrix: Factored,
+    noise: tuple[float, float] | None,
+    norms: tuple[float, float] | None = None,
+) -> float:
     left, right = (matrix.left, matrix.dtype), (matrix.right, matrix.dtype)
-    return abs(matrix.scale) * product_noise_bound(left, right, norms, matrix.noise)
+    return abs(matrix.scale) * product_noise_bound(left, right, norms, noise)

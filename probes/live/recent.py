@@ -15,10 +15,11 @@ Arrays = Mapping[str, np.ndarray]
 Attrs = Mapping[str, Mapping[str, Any]]
 
 
-class _Shape(NamedTuple):
-    """Of an array in a recording: (records, m, n)."""
+class _Array(NamedTuple):
+    """What is asked of an array in a recording, whose shape is (records, m, n)."""
 
     shape: tuple[int, ...]
+    attrs: Mapping[str, Any]
 
 
 class RecentRecords(Recording):
@@ -93,7 +94,7 @@ class RecentRecords(Recording):
     def array(self, path: str) -> Any:
         """See `Recording.array`."""
         found = next(record[path] for record in reversed(self._records) if path in record)
-        return _Shape((len(self._records), *found.shape))
+        return _Array((len(self._records), *found.shape), self._array_attrs[path])
 
     def attr(self, path: str, name: str, *kinds: type) -> Any:
         """See `Recording.attr`."""

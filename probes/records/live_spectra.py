@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from dynamics.runs.differences import product_roundings
+from dynamics.runs.differences import product_roundings, training_roundings
 from dynamics.runs.run import Factored, Spectrum
 from dynamics.spectra import spectrum
 from dynamics.spectra.noise import bound_of_sums
@@ -21,6 +21,7 @@ def live_spectrum(
     merges: int = 0,
     rank_bound: int | None = None,
     adapter: Factors | None = None,
+    trained_steps: int = 0,
 ) -> Spectrum:
     """What `dynamics.spectrum` gives for the stored matrix: the same singular values and floors.
 
@@ -30,18 +31,19 @@ def live_spectrum(
         merges: how often an adapter was merged in between, see `differences.Difference`.
         rank_bound: the largest rank that the difference can have, where only adapters changed it.
         adapter: the adapter that is part of `matrix`; the rounding of its product counts.
+        trained_steps: how many optimizer steps trained the matrix in place since `before`.
 
     Returns:
         float64 singular values with their bounds. If a number is NaN or Inf, everything except the
         sizes and the rank bound is NaN.
     """
     try:
-        return _spectrum(matrix, before, merges, rank_bound, adapter)
+        return _spectrum(matrix, before, merges, rank_bound, adapter, trained_steps)
     except torch.OutOfMemoryError:  # training uses the rest of the GPU, and must go on
         matrix, before = matrix.cpu(), None if before is None else before.cpu()
         if adapter is not None:
             adapter = adapter._replace(a=adapter.a.cpu(), b=adapter.b.cpu())
-        return _spectrum(matrix, before, merges, rank_bound, adapter)
+        return _spectrum(matrix, before, merges, rank_bound, adapter, trained_steps)
 
 
 def _spectrum(
@@ -50,6 +52,7 @@ def _spectrum(
     merges: int,
     rank_bound: int | None,
     adapter: Factors | None,
+    trained_steps: int,
 ) -> Spectrum:
     rows, cols = matrix.shape
     k = min(rows, cols)
@@ -66,7 +69,13 @@ def _spectrum(
         count = product_roundings(adapter.a.shape[0], _name(matrix.dtype))
         of_rows, of_cols = variance_sums(_product(adapter), _name(matrix.dtype))
         row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
-    return Spectrum(s, rows, cols, bound, error, bound_of_sums(row_sums, col_sums))
+    noise, storage = bound_of_sums(row_sums, col_sums), None
+    dtype, count = training_roundings(_name(matrix.dtype), trained_steps)
+    if count > 0:
+        of_rows, of_cols = variance_sums(matrix, dtype)
+        storage = noise
+        noise = bound_of_sums(row_sums + count * of_rows, col_sums + count * of_cols)
+    return Spectrum(s, rows, cols, bound, error, noise, storage)
 
 
 def adapter_spectrum(factors: Factors) -> Spectrum:

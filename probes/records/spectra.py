@@ -99,22 +99,35 @@ class SpectrumContents(Contents):
             return
         for part, matrix in each.matrices(weight):
             own = factors.get(part.name)
-            for kind, spectrum in self._of_weight(part.name, matrix, own, record):
+            trains = own is None and each.weight.trains
+            for kind, spectrum in self._of_weight(part.name, matrix, own, trains, record):
                 yield kind, part.name, spectrum
 
     def _of_weight(
-        self, name: str, weight: torch.Tensor, factors: Factors | None, record: Record
+        self,
+        name: str,
+        weight: torch.Tensor,
+        factors: Factors | None,
+        trains: bool,
+        record: Record,
     ) -> Iterator[tuple[str, Spectrum]]:
         if WEIGHT in self._record:
             yield WEIGHT, live_spectrum(weight)
         for kind in DIFFERENCES:
             if kind in self._record:
                 if (before := self._references[kind].get(name)) is not None:
-                    yield kind, self._difference_spectrum(weight, factors, before, record.step)
+                    steps = record.step - before.step if trains else 0
+                    found = self._difference_spectrum(weight, factors, before, record.step, steps)
+                    yield kind, found
                 self._remember(kind, name, weight, factors, record)
 
     def _difference_spectrum(
-        self, weight: torch.Tensor, factors: Factors | None, before: _Reference, step: int
+        self,
+        weight: torch.Tensor,
+        factors: Factors | None,
+        before: _Reference,
+        step: int,
+        trained_steps: int,
     ) -> Spectrum:
         merges, bound = 0, None
         if factors is not None:
@@ -129,7 +142,12 @@ class SpectrumContents(Contents):
         earlier = before.weight.to(weight.device)
         adapter = None if bound is None else factors
         return live_spectrum(
-            weight, before=earlier, merges=merges, rank_bound=bound, adapter=adapter
+            weight,
+            before=earlier,
+            merges=merges,
+            rank_bound=bound,
+            adapter=adapter,
+            trained_steps=trained_steps,
         )
 
     def _remember(

@@ -471,8 +471,8 @@ def test_a_database_of_something_else_or_of_another_version_is_refused(recording
     cache.unlink()
     dy.analyze(recording, cache=cache, kinds=["weight"])
     with sqlite3.connect(cache) as newer:
-        newer.execute("PRAGMA user_version = 2")
-    with pytest.raises(dy.DynamicsError, match=r"version 2, this release has 1; delete it"):
+        newer.execute("PRAGMA user_version = 3")
+    with pytest.raises(dy.DynamicsError, match=r"version 3, this release has 2; delete it"):
         dy.analyze(recording, cache=cache)
 
 

@@ -105,6 +105,28 @@ def test_the_floor_of_a_difference_covers_the_rounding_of_both_terms(
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_the_floor_of_a_difference_covers_the_rounding_of_each_step(
+    component, write_run, random_attention, dense_circuit, circuits
+):
+    """Both projections are trained in place for 50 steps, in float32."""
+    config, first = random_attention(4, 2, 8, 64)
+    now = before = {name: each.astype(np.float32) for name, each in first.items()}
+    exact = {name: each.astype(np.float64) for name, each in before.items()}
+    for seed in range(50):
+        steps = moved({name: np.zeros_like(each) for name, each in exact.items()}, 1e-3, seed)
+        exact = {name: each + steps[name] for name, each in exact.items()}
+        now = {name: (each + steps[name]).astype(np.float32) for name, each in now.items()}
+    run = write_run(config, {10: before, 60: now})
+    for head in range(4):
+        found = spectrum(circuits(run, component)[NAME.format(component, head)](60, "update"))
+        of_now, of_exact = (dense_circuit(each, config, component, head) for each in (now, exact))
+        noise = np.linalg.norm(of_now - of_exact, 2)
+        assert noise <= found.noise_floor <= 6 * noise
+        assert noise > found.storage_noise_floor / 3
+        assert 3 < found.noise_floor / found.storage_noise_floor < 5.1  # at most √51/√2
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
 def test_a_gradient_is_the_derivative_along_the_parameters_gradients(
     size, component, random_attention, dense_circuit, record, circuits

@@ -41,7 +41,7 @@ def rows(dataset, names):
 def test_there_is_one_row_for_each_cell_that_was_measured(which, request):
     dataset = request.getfixturevalue(which)
     names = ["layer", "module", "rows", "cols", "loss", "reference_step", "stable_rank",
-             "noise_floor", "singular_value_error"]  # fmt: skip
+             "noise_floor", "storage_noise_floor", "singular_value_error"]  # fmt: skip
     frame = dy.to_frame(dataset)
     expected = pd.DataFrame(rows(dataset, names), columns=["run", "kind", "step", "matrix", *names])
     expected = expected.drop(columns=[] if which == "both" else "run")
@@ -60,7 +60,7 @@ def test_the_columns_are_in_the_order_that_people_read_and_have_types(both):
         "run", "lr", "kind", "step", "tokens", "loss", "matrix", "component", "layer", "module",
         "stack", "attention", "head", "expert", "rows", "cols", "reference_step", "effective_rank",
     ]  # fmt: skip
-    assert frame.columns.tolist()[-2:] == ["noise_floor", "singular_value_error"]
+    assert frame.columns.tolist()[-2:] == ["storage_noise_floor", "singular_value_error"]
     texts = ["run", "kind", "matrix", "component", "module", "stack", "attention"]
     assert frame.select_dtypes("category").columns.tolist() == texts
     assert frame["layer"].isna().sum() == (frame["matrix"].str.contains("embed|norm")).sum()

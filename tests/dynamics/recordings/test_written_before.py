@@ -60,7 +60,10 @@ def test_a_saved_analysis_has_the_same_numbers(written, expected):
     for name, numbers in expected["metrics"].items():
         assert hexadecimal(result[name].values) == numbers
     again = dy.analyze(written / "run.zarr", metrics=list(expected["metrics"]))
-    assert set(again.variables) - set(result.variables) == {"reference_step"}  # since then
+    since = set(again.variables) - set(result.variables)
+    assert since == {"reference_step"}
+    assert result["noise_floor"].equals(result["storage_noise_floor"])  # there was one floor
+    assert "stored numbers" in result["noise_floor"].attrs["long_name"]
     for name in ("singular_value", *expected["metrics"]):
         assert again[name].dims == result[name].dims
         np.testing.assert_allclose(again[name].values, result[name].values, rtol=1e-9, atol=1e-12)

@@ -80,6 +80,67 @@ def test_an_update_below_the_rounding_of_bfloat16_has_no_rank_above_the_floor():
     assert numerical_rank(found.s, found.floor) == 0
 
 
+def _trained(dtype, steps, size, every=1, shape=(160, 96), seed=0):
+    """A weight before and after `steps` changes of rank 8 within one subspace, added in `dtype`.
+
+    Returns both in float64, and the exact sum of the changes. The entries of half of the rows
+    change at each `every`-th step only.
+    """
+    rng = np.random.default_rng(seed)
+    directions = np.linalg.qr(rng.standard_normal((shape[1], 8)))[0].T
+    first = torch.from_numpy(0.02 * rng.standard_normal(shape)).to(dtype)
+    weight, exact = first.clone(), np.zeros(shape)
+    for step in range(steps):
+        change = size * (1 - step / steps) * rng.standard_normal((shape[0], 8)) @ directions
+        change[::2] *= step % every == 0
+        exact += change
+        weight = (weight.double() + torch.from_numpy(change)).to(dtype)
+    return first.double().numpy(), weight.double().numpy(), exact
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("steps", [1, 20, 240])
+@pytest.mark.parametrize("size", [1e-2, 1e-4])
+def test_the_floor_of_a_weight_that_is_trained_in_place_covers_each_step(dtype, steps, size):
+    for seed in range(3):
+        before, now, exact = _trained(getattr(torch, dtype), steps, size, seed=seed)
+        found = spectrum(Difference(Dense(now, dtype), Dense(before, dtype), trained_steps=steps))
+        noise = np.linalg.norm(now - before - exact, 2)
+        assert noise <= found.noise_floor <= 2 * noise
+        assert numerical_rank(found.s, found.floor) == 8
+        storage = found.storage_noise_floor or found.noise_floor
+        assert (numerical_rank(found.s, storage) > 8) == (steps > 1)
+
+
+def test_steps_that_leave_a_weight_as_it_is_round_nothing():
+    """The floor then counts more than there was: it is a bound still."""
+    before, now, exact = _trained(torch.float32, 100, 1e-3, every=10)
+    found = spectrum(Difference(Dense(now, "float32"), Dense(before, "float32"), trained_steps=100))
+    assert np.linalg.norm(now - before - exact, 2) <= found.noise_floor
+    assert numerical_rank(found.s, found.floor) == 8
+
+
+def test_a_float32_weight_that_is_stored_as_bfloat16_has_two_roundings_that_count():
+    before, now, _ = _trained(torch.float32, 100, 1e-2)
+    before, now = (torch.from_numpy(w).to(torch.bfloat16).double().numpy() for w in (before, now))
+    stored = Dense(now, "bfloat16"), Dense(before, "bfloat16")
+    found = spectrum(Difference(*stored, trained_steps=100))
+    assert found.storage_noise_floor == spectrum(Difference(*stored)).noise_floor
+    assert 1 < found.noise_floor / found.storage_noise_floor < 1.001
+    assert numerical_rank(found.s, found.floor) == 8
+
+
+@pytest.mark.parametrize(("size", "of_all_steps"), [(1e-3, 8), (1e-4, 0)])
+def test_no_floor_restores_the_rank_of_pure_bfloat16_training(size, of_all_steps):
+    """Steps below half a unit in the last place are lost: no noise, but another training."""
+    before, now, _ = _trained(torch.bfloat16, 100, size)
+    found = spectrum(
+        Difference(Dense(now, "bfloat16"), Dense(before, "bfloat16"), trained_steps=100)
+    )
+    assert numerical_rank(found.s, found.floor) > 2 * 8
+    assert numerical_rank(found.s, found.noise_floor * np.sqrt(101 / 2)) == of_all_steps
+
+
 def test_the_values_are_exact_differences():
     now, before = np.float32([[1.0, 2.0]]), np.float32([[1.0 - 2**-24, 4.0]])
     difference = Difference(Dense(now, "float32"), Dense(before, "float32"))
