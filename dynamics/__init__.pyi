@@ -8,6 +8,8 @@ from .analysis.statistics import difference, mean_interval, over
 from .analysis.storage import load, save
 from .auditing import audit
 from .directions.expressibility import gradient_expressibility
+from .directions.gradients import gradient_subspaces
+from .directions.intruders import RandomReferenceWarning, intruders
 from .directions.subspaces import run_alignment, subspace_overlaps
 from .errors import DynamicsError, IntervalWarning, LeftOutWarning, UnmeasuredWarning
 from .exports.frame import to_frame
@@ -25,6 +27,7 @@ __all__ = [
     "Execution",
     "IntervalWarning",
     "LeftOutWarning",
+    "RandomReferenceWarning",
     "Run",
     "Spectrum",
     "Status",
@@ -35,6 +38,8 @@ __all__ = [
     "difference",
     "follow",
     "gradient_expressibility",
+    "gradient_subspaces",
+    "intruders",
     "load",
     "load_example",
     "mean_interval",

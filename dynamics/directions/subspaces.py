@@ -4,7 +4,7 @@
 dimensions `kind, step, matrix` of an analysis.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -103,13 +103,13 @@ def subspace_overlaps(
     chosen = _chosen_kinds(run, kinds)
     merges = sorted({each.step for each in run.events if each.kind == schema.MERGE})
     cells: Cells = {}
-    matrices = _selected(run, select)
+    matrices = selected_matrices(run, select)
     for m, (info, read) in enumerate(matrices):
         leading = lru_cache(maxsize=None)(partial(_leading, read, k))
         for t, step in enumerate(run.steps.tolist()):
             last_merge = max((merge for merge in merges if merge < step), default=None)
             for i, kind in enumerate(chosen):
-                matrix, update = _measurable(read, step, kind), leading(step, kind)
+                matrix, update = measurable(read, step, kind), leading(step, kind)
                 if matrix is None or update is None:
                     continue
                 weight = leading(_start(run, info.name, step, kind), schema.WEIGHT)
@@ -128,7 +128,8 @@ def subspace_overlaps(
                                 before.right, update.right
                             ),
                         )
-    return _dataset(cells, chosen, run.steps, [info for info, _ in matrices], k)
+    infos = [info for info, _ in matrices]
+    return dataset_of_cells(cells, _LONG_NAMES, chosen, run.steps, infos, k)
 
 
 def run_alignment(
@@ -178,14 +179,14 @@ def run_alignment(
         if kind not in run.kinds:
             raise MissingError(f"{run.path} has no {kind}; it has {', '.join(run.kinds)}.")
     steps = np.intersect1d(one.steps, other.steps)
-    theirs = dict(_selected(other, select))
-    common = [(info, read) for info, read in _selected(one, select) if info in theirs]
+    theirs = dict(selected_matrices(other, select))
+    common = [(info, read) for info, read in selected_matrices(one, select) if info in theirs]
     if not steps.size or not common:
         raise MissingError(f"{one.path} and {other.path} have no step or no matrix in common.")
     cells: Cells = {}
     for m, (info, read) in enumerate(common):
         for t, step in enumerate(steps.tolist()):
-            ours, other_one = _measurable(read, step, kind), _measurable(theirs[info], step, kind)
+            ours, other_one = measurable(read, step, kind), measurable(theirs[info], step, kind)
             if ours is None or other_one is None:
                 continue
             a, b = (leading_subspaces(each, k) for each in (ours, other_one))
@@ -195,7 +196,8 @@ def run_alignment(
                 "right_overlap": subspace_overlap(a.right, b.right),
                 "subspace_dimension": min(a.s.size, b.s.size),
             }
-    return _dataset(cells, [kind], steps, [info for info, _ in common], k)
+    infos = [info for info, _ in common]
+    return dataset_of_cells(cells, _LONG_NAMES, [kind], steps, infos, k)
 
 
 def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
@@ -209,7 +211,14 @@ def _chosen_kinds(run: Run, kinds: Iterable[str] | None) -> list[str]:
     return chosen
 
 
-def _selected(run: Run, select: str | Sequence[str] | None) -> list[tuple[MatrixInfo, Measurable]]:
+def selected_matrices(
+    run: Run, select: str | Sequence[str] | None
+) -> list[tuple[MatrixInfo, Measurable]]:
+    """The parameters of a run that `select` matches, each with its reader.
+
+    Raises:
+        MissingError: there is none, or the run holds only spectra.
+    """
     run.require_matrices("The overlap of subspaces")
     offered = parameters(CachedRun(run))  # which keeps what several kinds read
     chosen = [each for each in offered if select is None or matches(each[0].name, select)]
@@ -225,21 +234,28 @@ def _start(run: Run, name: str, step: int, kind: str) -> int:
     return step if start is None else start
 
 
-def _measurable(read: Measurable, step: int, kind: str) -> Matrix | Difference | None:
+def measurable(read: Measurable, step: int, kind: str) -> Matrix | Difference | None:
+    """A matrix of a run, None where there is none or it holds NaN or Inf."""
     matrix = read(step, kind)
     assert not isinstance(matrix, Spectrum), "refused by require_matrices"
     return None if isinstance(matrix, Status) or not is_finite(matrix) else matrix
 
 
 def _leading(read: Measurable, k: int, step: int, kind: str) -> Subspaces | None:
-    matrix = _measurable(read, step, kind)
+    matrix = measurable(read, step, kind)
     return None if matrix is None else leading_subspaces(matrix, k)
 
 
-def _dataset(
-    cells: Cells, kinds: list[str], steps: np.ndarray, infos: list[MatrixInfo], k: int
+def dataset_of_cells(
+    cells: Cells,
+    long_names: Mapping[str, str],
+    kinds: list[str],
+    steps: np.ndarray,
+    infos: list[MatrixInfo],
+    k: int,
 ) -> xr.Dataset:
-    names = [name for name in _LONG_NAMES if any(name in cell for cell in cells.values())]
+    """The cells as a Dataset (kind, step, matrix), NaN elsewhere; only variables with a value."""
+    names = [name for name in long_names if any(name in cell for cell in cells.values())]
     values = {name: np.full((len(kinds), len(steps), len(infos)), np.nan) for name in names}
     for position, cell in cells.items():
         for name, value in cell.items():
@@ -247,7 +263,7 @@ def _dataset(
     dims = (schema.KIND, schema.STEP, schema.MATRIX)
     return xr.Dataset(
         {
-            name: (dims, array, {"long_name": _LONG_NAMES[name], "units": "1"})
+            name: (dims, array, {"long_name": long_names[name], "units": "1"})
             for name, array in values.items()
         },
         coords={
