@@ -16,7 +16,21 @@ from .exports.frame import to_frame
 from .exports.report.report import report
 from .formats import open_run
 from .metrics import METRICS
-from .plots import plot_comparison, plot_heatmap, plot_spectrum, plot_trajectory
+from .plots import (
+    caption,
+    figure_style,
+    plot_comparison,
+    plot_difference,
+    plot_heatmap,
+    plot_loss,
+    plot_overlaps,
+    plot_panels,
+    plot_rank_budget,
+    plot_spectra_over_time,
+    plot_spectrum,
+    plot_staircase,
+    plot_trajectory,
+)
 from .runs.run import Run, Spectrum
 from .schema import Status
 from .spectra.spectrum import singular_values, spectrum
@@ -34,8 +48,10 @@ __all__ = [
     "UnmeasuredWarning",
     "analyze",
     "audit",
+    "caption",
     "compare",
     "difference",
+    "figure_style",
     "follow",
     "gradient_expressibility",
     "gradient_subspaces",
@@ -46,8 +62,15 @@ __all__ = [
     "open_run",
     "over",
     "plot_comparison",
+    "plot_difference",
     "plot_heatmap",
+    "plot_loss",
+    "plot_overlaps",
+    "plot_panels",
+    "plot_rank_budget",
+    "plot_spectra_over_time",
     "plot_spectrum",
+    "plot_staircase",
     "plot_trajectory",
     "report",
     "run_alignment",

@@ -26,10 +26,10 @@ LAYERS: list[dict[str, str]] = [
         "dynamics.directions": "where do matrices point?",
         "dynamics.exports": "how do results reach other tools?",
     },
+    {"dynamics.plots": "what does it look like?"},
     {
         "dynamics.analysis": "who does the work?",
         "dynamics.auditing": "is something broken?",
-        "dynamics.plots": "what does it look like?",
     },
     {
         "dynamics.components": "what is measured of a model?",

@@ -20,7 +20,7 @@ from dynamics.cli.output import (
     print_warning,
     problems_of,
 )
-from dynamics.cli.values import choice_of, stem_of
+from dynamics.cli.values import choice_of, stem_of, step_numbers, width_of
 
 
 def plot(
@@ -41,23 +41,60 @@ def plot(
         str | None, typer.Option("--metric", help="The metric to draw; effective_rank by default.")
     ] = None,
     kind: Annotated[
-        str, typer.Option("--kind", help="The kind of matrix to draw.")
-    ] = schema.WEIGHT,
+        str | None,
+        typer.Option(
+            "--kind",
+            help="The kind of matrix to draw; weight by default, and displacement for staircases "
+            "and budgets.",
+        ),
+    ] = None,
     by: Annotated[
         str | None,
         typer.Option(
-            "--by", help="For trajectories: one line per module (the default), layer or matrix."
+            "--by",
+            help="For trajectories and budgets: one line or bar per module (the default), layer, "
+            "expert or matrix.",
         ),
     ] = None,
-    module: Annotated[
-        str | None, typer.Option("--module", help="For heatmaps and comparisons: only this module.")
+    panels: Annotated[
+        str | None,
+        typer.Option(
+            "--panels", help="One panel per run, kind, module, layer or expert, on one scale."
+        ),
     ] = None,
+    module: Annotated[str | None, typer.Option("--module", help="Only this module.")] = None,
     matrix: Annotated[
         str | None, typer.Option("--matrix", help="For spectra: the name of the matrix.")
     ] = None,
     run: Annotated[
         str | None, typer.Option("--run", help="Draw only this run of a comparison.")
     ] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="For differences: the run to subtract.")
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            "--over", help="Average runs that differ in this setting alone, such as seed."
+        ),
+    ] = None,
+    x: Annotated[
+        str | None, typer.Option("--x", help="Draw along step (the default), tokens or epoch.")
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option("--steps", help="For spectra: the steps to draw, separated by commas."),
+    ] = None,
+    slides: Annotated[
+        bool, typer.Option("--slides", help="Size and fonts of slides in place of paper.")
+    ] = False,
+    width: Annotated[
+        str | None,
+        typer.Option(
+            "--width", help="column (3.4 inches, the default), page (6.75 inches), or inches."
+        ),
+    ] = None,
+    height: Annotated[float | None, typer.Option("--height", help="Inches.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Draw a figure of a saved result."""
@@ -70,19 +107,28 @@ def plot(
     dataset = storage.load(result)
     if run is not None:
         dataset = comparison.select_run(dataset, run)
-    output = save_figure(
+    output, caption = save_figure(
         dataset,
         output,
         stem=stem_of(result),
         style=style and style.value,
+        panels=panels,
+        slides=slides,
+        width=width_of(width),
+        height=height,
+        overwrite=overwrite,
         metric=metric,
         kind=kind,
         by=by,
         module=module,
         matrix=matrix,
-        overwrite=overwrite,
+        baseline=baseline,
+        over=over,
+        x=x,
+        steps=step_numbers(steps),
     )
     print_line(f"Saved to {output}")
+    print_line(caption)
 
 
 def export(

@@ -114,9 +114,14 @@ class Style(StrEnum):
     """The figures that `dynamics plot` draws."""
 
     trajectory = "trajectory"
-    spectrum = "spectrum"
-    heatmap = "heatmap"
     comparison = "comparison"
+    difference = "difference"
+    heatmap = "heatmap"
+    spectrum = "spectrum"
+    spectra = "spectra"
+    staircase = "staircase"
+    budget = "budget"
+    loss = "loss"
 
 
 class Target(StrEnum):

@@ -116,6 +116,24 @@ def stem_of(result: Path) -> str:
     return result.resolve().name.removesuffix(".zarr").removesuffix(".analysis")
 
 
+def step_numbers(text: str | None) -> list[int] | None:
+    """The steps of "0,80,560", None for None."""
+    parts = _split("--steps", text)
+    if parts is None:
+        return None
+    if not all(part.isdecimal() for part in parts):
+        raise DynamicsError(f"--steps takes step numbers with commas, found {text!r}.")
+    return [int(part) for part in parts]
+
+
+def width_of(text: str | None) -> str | float | None:
+    """A width by name, or its inches."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
 def _split(option: str, text: str | None) -> list[str] | None:
     """The parts of a comma-separated list, None for None."""
     parts = None if text is None else [each.strip() for each in text.split(",") if each.strip()]

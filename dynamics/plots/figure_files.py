@@ -1,23 +1,44 @@
 """Figures in files: which figure a style is, what its file is called, what it may not replace."""
 
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, OutputExistsError
+from dynamics.errors import DynamicsError, MissingError, OutputExistsError, near
+from dynamics.plots.budget import plot_rank_budget
 from dynamics.plots.comparison import plot_comparison
+from dynamics.plots.differences import plot_difference
+from dynamics.plots.drawing.captions import caption
+from dynamics.plots.drawing.style import figure_style, whole_figure
 from dynamics.plots.heatmap import plot_heatmap
+from dynamics.plots.loss import plot_loss
+from dynamics.plots.panels import plot_panels
+from dynamics.plots.spectra_over_time import plot_spectra_over_time
 from dynamics.plots.spectrum import plot_spectrum
+from dynamics.plots.staircase import plot_staircase
 from dynamics.plots.trajectory import plot_trajectory
 
-# What only some styles take -> these styles.
-_STYLES_OF = {
-    "metric": ("trajectory", "heatmap", "comparison"),
-    "by": ("trajectory",),
-    "module": ("heatmap", "comparison"),
-    "matrix": ("spectrum",),
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Style -> the function that draws it; what it takes are its arguments.
+STYLES: "dict[str, Callable[..., Axes]]" = {
+    "trajectory": plot_trajectory,
+    "comparison": plot_comparison,
+    "difference": plot_difference,
+    "heatmap": plot_heatmap,
+    "spectrum": plot_spectrum,
+    "spectra": plot_spectra_over_time,
+    "staircase": plot_staircase,
+    "budget": plot_rank_budget,
+    "loss": plot_loss,
 }
+# Without a date, the same figure is the same file.
+_METADATA = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 def save_figure(
@@ -26,61 +47,76 @@ def save_figure(
     *,
     stem: str = "result",
     style: str | None = None,
-    metric: str | None = None,
-    kind: str = schema.WEIGHT,
-    by: str | None = None,
-    module: str | None = None,
-    matrix: str | None = None,
+    panels: str | None = None,
+    slides: bool = False,
+    width: str | float | None = None,
+    height: float | None = None,
     overwrite: bool = False,
-) -> Path:
-    """Draw a result into a file; returns its path.
+    **options: Any,
+) -> tuple[Path, str]:
+    """Draw a result into a file; returns its path and the caption.
 
     Args:
-        dataset: what `analyze` or `compare` returned.
+        dataset: what `analyze`, `compare` or `difference` returned.
         output: a PNG, PDF or SVG file; STEM.STYLE.METRIC.KIND.png by default.
         stem: how the names of files without `output` begin.
-        style: "trajectory", "heatmap", "comparison" or "spectrum"; by default "comparison" for
-            several runs, else "trajectory".
-        metric: what is drawn, "effective_rank" by default; a spectrum draws singular values.
-        kind: of which kind of matrix.
-        by: what each line of a trajectory is a mean over, "module" by default.
-        module: draw only this module; heat-maps and comparisons.
-        matrix: the matrix of a spectrum.
+        style: one of `STYLES`; by default "comparison" for several runs, else "trajectory".
+        panels: one figure for each of these, see `plot_panels`.
+        slides: whether fonts and size are those of slides; those of paper by default.
+        width: see `figure_style`.
+        height: likewise.
         overwrite: whether the file may replace another one.
+        options: what the function of the style takes by name; None stands for its default.
 
     Raises:
         OutputExistsError: the file exists.
-        DynamicsError: a spectrum without `matrix`; something that this style does not take;
-            the file cannot be written.
+        DynamicsError: something that this style needs or does not take; the file cannot be written.
         MissingError: the result does not have what is to be drawn.
     """
     style = style or ("comparison" if schema.RUN in dataset.dims else "trajectory")
-    given = {"metric": metric, "by": by, "module": module, "matrix": matrix}
-    for name, value in given.items():
-        if value is not None and style not in (takes := _STYLES_OF[name]):
-            raise DynamicsError(
-                f"--{name} has no effect on --style {style}; it is for {' and '.join(takes)}. "
-                "Leave it out, or choose another --style."
-            )
-    metric = metric or "effective_rank"
-    drawn = schema.SINGULAR_VALUE if style == "spectrum" else metric
-    output = output or Path(f"{stem}.{style}.{drawn}.{kind}.png")
+    if style not in STYLES:
+        raise MissingError(f"No style {style!r}{near(style, STYLES)}; known: {', '.join(STYLES)}.")
+    draw = STYLES[style]
+    given = {name: each for name, each in options.items() if each is not None}
+    _check(style, given)
+    output = output or Path(f"{stem}.{_name(style, given)}.png")
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output} exists; choose another output or add --overwrite.")
-    if style == "trajectory":
-        ax = plot_trajectory(dataset, metric, kind=kind, by=by or "module")
-    elif style == "heatmap":
-        ax = plot_heatmap(dataset, metric, kind=kind, module=module)
-    elif style == "comparison":
-        ax = plot_comparison(dataset, metric, kind=kind, module=module)
-    elif matrix is None:
-        raise DynamicsError("--style spectrum needs --matrix NAME; 'dynamics inspect' lists them.")
-    else:
-        ax = plot_spectrum(dataset, matrix, kind=kind)
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    try:
-        figure.savefig(output, dpi=150)
-    except (ValueError, OSError) as error:
-        raise DynamicsError(f"Cannot draw {output}: {error}.") from error
-    return output
+    with figure_style("slides" if slides else "paper", width=width, height=height):
+        axes: Any = (
+            draw(dataset, **given)
+            if panels is None
+            else plot_panels(draw, dataset, by=panels, **given)
+        )
+        first = axes if panels is None else axes[0]
+        figure = whole_figure(first)
+        text = caption(figure.axes if style == "loss" else axes)
+        try:
+            figure.savefig(output, metadata=_METADATA.get(output.suffix.lower()))
+        except (ValueError, OSError) as error:
+            raise DynamicsError(f"Cannot draw {output}: {error}.") from error
+    return output, text
+
+
+def _check(style: str, given: dict[str, Any]) -> None:
+    """Refuse options that the style has not, and a spectrum of no matrix."""
+    takes = {name: set(signature(each).parameters) for name, each in STYLES.items()}
+    for name in given:
+        if name not in takes[style]:
+            fits = [each for each, parameters in takes.items() if name in parameters]
+            raise DynamicsError(
+                f"--{name} has no effect on --style {style}; it is for {' and '.join(fits)}. "
+                "Leave it out, or choose another --style."
+            )
+    if "matrix" in takes[style] and "matrix" not in given:
+        raise DynamicsError(f"--style {style} needs --matrix NAME; 'dynamics inspect' lists them.")
+
+
+def _name(style: str, given: dict[str, Any]) -> str:
+    """STYLE.METRIC.KIND, as far as the style has a metric and a kind."""
+    parameters = signature(STYLES[style]).parameters
+    metric = given.get("metric", parameters["metric"].default if "metric" in parameters else None)
+    if style in ("spectrum", "spectra"):
+        metric = schema.SINGULAR_VALUE
+    kind = given.get("kind", parameters["kind"].default)
+    return ".".join(str(each) for each in (style, metric, kind) if each is not None)

@@ -439,6 +439,15 @@ def test_compare_refuses_what_it_cannot_serve(refused, saved, recording, tmp_pat
         (1, ["--module", "q_proj"], "both.comparison.effective_rank.weight.png"),
         (1, ["--run", "b"], "both.trajectory.effective_rank.weight.png"),
         (1, ["--run", "b", "--style", "heatmap"], "both.heatmap.effective_rank.weight.png"),
+        (0, ["--style", "spectra", "--matrix", UP1], "a.spectra.singular_value.weight.png"),
+        (0, ["--style", "staircase", "--kind", "update"], "a.staircase.update.png"),
+        (0, ["--style", "budget", "--by", "layer"], "a.budget.displacement.png"),
+        (0, ["--style", "loss", "--x", "tokens"], "a.loss.effective_rank.weight.png"),
+        (1, ["--style", "difference", "--baseline", "a"],
+         "both.difference.effective_rank.weight.png"),
+        (1, ["--style", "heatmap", "--panels", "run"], "both.heatmap.effective_rank.weight.png"),
+        (0, ["--style", "spectrum", "--matrix", UP1, "--steps", "0,20"],
+         "a.spectrum.singular_value.weight.png"),
     ],
 )  # fmt: skip
 def test_each_style_writes_a_picture(command, saved, here, which, options, name):
@@ -449,6 +458,23 @@ def test_each_style_writes_a_picture(command, saved, here, which, options, name)
     content = (here / name).read_bytes()
     assert content.startswith(PNG)
     assert len(content) > 5000
+
+
+@pytest.mark.slow
+def test_a_picture_has_the_size_that_is_asked_for_and_its_caption_is_printed(command, saved, here):
+    from matplotlib.image import imread
+
+    for options, width in (
+        ([], 1020),
+        (["--width", "page"], 2025),
+        (["--width", "5", "--height", "2"], 1500),
+        (["--slides"], 1500),
+    ):
+        code, out, _ = command("plot", saved[0], "-o", "figure.png", "--overwrite", *options)
+        assert code == 0
+        assert imread(here / "figure.png").shape[1] == width
+    assert imread(here / "figure.png").shape[0] == 840  # 5.6 of 10 inches
+    assert "Effective rank of the weight along optimizer steps." in " ".join(out.split())
 
 
 @pytest.mark.parametrize(("suffix", "start"), [("pdf", b"%PDF"), ("svg", b"<?xml"), ("png", PNG)])
@@ -489,6 +515,19 @@ def test_a_figure_that_cannot_be_written_is_one_line(refused, saved, here):
         (1, ["--run", "c"], "No run 'c' in this result; it has a, b"),
         (1, ["--style", "heatmap"], "choose one of a, b"),
         (1, ["--module", "x"], "'x'"),
+        (0, ["--x", "epoch"], "No 'epoch' to draw along in this result; it has step, tokens"),
+        (0, ["--style", "spectra"], "--style spectra needs --matrix NAME"),
+        (0, ["--style", "loss", "--metric", "er"], "No metric 'er'"),
+        (1, ["--style", "difference"], "Give baseline (--baseline), one of a, b"),
+        (1, ["--over", "seed"], "No setting 'seed' along run"),
+        (0, ["--panels", "run"], "Panels by run are for several runs"),
+        (0, ["--panels", "layers"], "did you mean 'layer'"),
+        (0, ["--panels", "kind", "--kind", "weight"], "leave kind (--kind) out"),
+        (0, ["--width", "colum"], "did you mean 'column'"),
+        (0, ["--slides", "--width", "page"], "is a width of paper"),
+        (0, ["--height", "0"], "height is 0"),
+        (0, ["--style", "spectrum", "--matrix", UP1, "--steps", "0:10"], "--steps takes step num"),
+        (0, ["--style", "spectrum", "--matrix", UP1, "--steps", "3"], "at step 3; steps: 0, 10"),
     ],
 )
 def test_what_a_result_does_not_have_cannot_be_drawn(refused, saved, here, which, options, message):

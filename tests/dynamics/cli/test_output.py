@@ -99,6 +99,11 @@ def test_a_terminal_gets_tables_of_its_width_and_nothing_is_cut(commands, verb):
     [
         (["--by", "layer"], "--by has no effect on --style comparison; it is for trajectory"),
         (["--matrix", "w"], "--matrix has no effect on --style comparison"),
+        (["--steps", "1"], "--steps has no effect on --style comparison; it is for spectrum"),
+        (["--baseline", "a"], "--baseline has no effect on --style comparison"),
+        (["--style", "budget", "--metric", "x"], "--metric has no effect on --style budget"),
+        (["--style", "budget", "--x", "tokens"], "--x has no effect on --style budget"),
+        (["--run", "a", "--over", "seed"], "--over has no effect on --style trajectory"),
         (["--style", "heatmap", "--run", "a", "--by", "layer"], "--by has no effect"),
         (["--run", "a", "--module", "up_proj"], "--module has no effect on --style trajectory"),
         (

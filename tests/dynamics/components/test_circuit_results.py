@@ -72,7 +72,7 @@ def test_tables_and_figures_group_by_module(analysis):
     Console(file=text, width=120).print(summary_table(analysis))
     assert text.getvalue().count("ov_circuit") == 3  # weight, update and displacement
     ax = dy.plot_trajectory(analysis, "effective_rank", by="module")
-    assert {"ov_circuit", "qk_circuit"} <= {text.get_text() for text in ax.get_legend().texts}
+    assert {"ov_circuit", "qk_circuit"} <= {text.get_text() for text in ax.texts}
     dy.plot_trajectory(analysis, "effective_rank", by="layer")
     dy.plot_heatmap(analysis, "effective_rank", module="ov_circuit")
     dy.plot_spectrum(analysis, "model.layers.0.self_attn.qk_circuit.2")

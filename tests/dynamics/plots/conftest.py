@@ -7,6 +7,7 @@ from zarr.storage import MemoryStore
 
 import dynamics as dy
 from dynamics.recordings import RecordingWriter
+from dynamics.runs.run import Event
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,41 @@ def adapter_analysis():
         attrs = {"source_dtype": "float64", "scaling": 2.0, "transposed": False}
         writer.append(step, factors, attrs=dict.fromkeys(factors, attrs))
     return dy.analyze(dy.open_run(store))
+
+
+@pytest.fixture(scope="session")
+def study():
+    """Twelve runs: four methods × three seeds."""
+    return dy.load_example("relora_micro")
+
+
+@pytest.fixture(scope="session")
+def relora(study):
+    return dy.select_run(study, "relora-seed=0")
+
+
+@pytest.fixture(scope="session")
+def cycles():
+    """Two layers whose weights move by two more directions in each of three cycles."""
+    store, rng = MemoryStore(), np.random.default_rng(0)
+    writer = RecordingWriter(store, {})
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+    first = {name: rng.standard_normal((16, 12), np.float32) for name in names}
+    added = {
+        name: [rng.standard_normal((16, 2)) @ rng.standard_normal((2, 12)) for _ in range(3)]
+        for name in names
+    }
+    attrs = {f"weight/{name}": {"source_dtype": "float32"} for name in names}
+    for step in range(7):
+        whole, part = divmod(step, 2)
+        weights = {}
+        for name in names:
+            moved = sum(added[name][:whole], np.zeros((16, 12)))
+            if part:
+                moved = moved + 0.5 * added[name][whole]
+            weights[f"weight/{name}"] = (first[name] + moved).astype(np.float32)
+        writer.append(step, weights, attrs=attrs, scalars={"loss": 3.0 / (step + 1)}, tokens=step)
+        if step in (2, 4):
+            writer.event(Event(step, "merge", {}))
+    writer.close()
+    return dy.analyze(dy.open_run(store), kinds=["weight", "displacement"])

@@ -18,7 +18,15 @@ FIGURES = {
     "trajectory": lambda comparison, single, ax: plot_trajectory(single, ax=ax),
     "heatmap": lambda comparison, single, ax: plot_heatmap(single, ax=ax),
     "spectrum": lambda comparison, single, ax: plot_spectrum(single, UP_0, ax=ax),
+    "spectra": lambda comparison, single, ax: dy.plot_spectra_over_time(single, UP_0, ax=ax),
     "comparison": lambda comparison, single, ax: plot_comparison(comparison, ax=ax),
+    "difference": lambda comparison, single, ax: dy.plot_difference(
+        comparison, baseline="a", ax=ax
+    ),
+    "staircase": lambda comparison, single, ax: dy.plot_staircase(single, kind="update", ax=ax),
+    "budget": lambda comparison, single, ax: dy.plot_rank_budget(comparison, kind="weight", ax=ax),
+    "loss": lambda comparison, single, ax: dy.plot_loss(comparison, metric=None, ax=ax),
+    "loss above ranks": lambda comparison, single, ax: dy.plot_loss(single, ax=ax),
 }
 
 
@@ -103,7 +111,7 @@ def test_infinite_numbers_cannot_be_drawn(adapter_analysis):
         (drawing(plot_trajectory, by="head"), "No grouping 'head'; known: layer, module, matrix"),
         (drawing(plot_heatmap, "er"), "No metric 'er'"),
         (drawing(plot_heatmap, kind="base"), "No kind 'base'"),
-        (drawing(plot_heatmap, module="lm_head"), "'lm_head'; there are q_proj, up_proj"),
+        (drawing(plot_heatmap, module="lm_head"), "'lm_head' was measured; there are q_proj"),
         (drawing(plot_spectrum, "w"), r"No measured weight of 'w'; there are model\.embed"),
         (drawing(plot_spectrum, UP_0, kind="base"), "No kind 'base'"),
         (drawing(plot_spectrum, UP_0, steps=[11]), "at step 11"),

@@ -1,0 +1,193 @@
+"""The time axis: optimizer steps, tokens or epochs; the cells, cycles and merges along it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from dynamics import schema
+from dynamics.errors import DynamicsError, MissingError, near
+from dynamics.plots.drawing.captions import counted, describe, listed
+from dynamics.plots.drawing.style import thickness
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LABELS = {schema.STEP: "optimizer step", "tokens": "tokens", "epoch": "epoch"}
+_PLURALS = {schema.STEP: "optimizer steps", "tokens": "tokens", "epoch": "epochs"}
+# Kinds that begin anew with each cycle: a line across a merge would join different matrices.
+_OF_CYCLES = (schema.ADAPTER, schema.CYCLE_UPDATE)
+Run = str | None  # None: the one run of a result
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """Where the steps of each run lie.
+
+    Attributes:
+        name: "step", "tokens" or "epoch".
+        known: run -> the steps of its records and their positions, NaN where unknown.
+        merges: run -> the steps of its merges.
+    """
+
+    name: str
+    known: Mapping[Run, tuple[np.ndarray, np.ndarray]]
+    merges: Mapping[Run, list[int]]
+
+    @property
+    def plural(self) -> str:
+        """What the axis counts, for captions."""
+        return _PLURALS[self.name]
+
+    def at(self, steps: Sequence[int] | np.ndarray, run: Run = None) -> np.ndarray:
+        """The positions of steps, interpolated between records; NaN where they are unknown."""
+        steps = np.asarray(steps, dtype=np.float64)
+        if self.name == schema.STEP:
+            return steps
+        known, positions = self.known[run]
+        return np.interp(steps, known, positions, left=np.nan, right=np.nan)
+
+    def cycles(self, steps: np.ndarray, run: Run, kind: str) -> list[slice]:
+        """The records between merges, for kinds that begin anew with each; else all in one."""
+        merges = self.merges.get(run, []) if kind in _OF_CYCLES else []
+        # A merge at step m comes after the record of m.
+        cuts = np.unique(np.searchsorted(steps, merges, side="right"))
+        ends = [0, *(int(cut) for cut in cuts if 0 < cut < len(steps)), len(steps)]
+        return [slice(a, b) for a, b in pairwise(ends)]
+
+    def label(self, ax: "Axes") -> None:
+        """Name the x axis; many tokens get a k, M or G."""
+        ax.set_xlabel(_LABELS[self.name])
+        if self.name == "tokens":
+            from matplotlib.ticker import EngFormatter
+
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+    def pooled(self, groups: Mapping[str, Sequence[str]]) -> "TimeAxis":
+        """The axis for groups of runs that have the same positions.
+
+        Raises:
+            DynamicsError: runs of a group are at different positions at the same step.
+        """
+        known: dict[Run, tuple[np.ndarray, np.ndarray]] = {}
+        merges: dict[Run, list[int]] = {}
+        for group, runs in groups.items():
+            for run in runs if self.name != schema.STEP else ():
+                first, other = self.known[runs[0]], self.known[run]
+                if not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True)):
+                    raise DynamicsError(
+                        f"{runs[0]!r} and {run!r} are not at the same {self.plural} at the same "
+                        "step, so there is no mean along them; draw along steps."
+                    )
+            known[group] = self.known[runs[0]]
+            merges[group] = sorted({step for run in runs for step in self.merges[run]})
+        return TimeAxis(self.name, known, merges)
+
+
+def time_axis(dataset: xr.Dataset, x: str) -> TimeAxis:
+    """The axis that is called x.
+
+    Args:
+        dataset: a result, of one run or several.
+        x: "step", "tokens" or "epoch". The last two are logged values: the result must have them.
+
+    Raises:
+        MissingError: the result does not have it, or x is none of these.
+    """
+    has = [name for name in _LABELS if name == schema.STEP or _is_logged(dataset, name)]
+    if x not in has:
+        raise MissingError(
+            f"No {x!r}{near(x, has)} to draw along in this result; it has {', '.join(has)}."
+        )
+    merges = _merges(dataset)
+    steps = dataset[schema.STEP].values
+    known: dict[Run, tuple[np.ndarray, np.ndarray]] = {}
+    for run in merges:
+        if x == schema.STEP:
+            known[run] = steps, steps.astype(np.float64)
+            continue
+        values = dataset[x] if run is None else dataset[x].sel({schema.RUN: run})
+        positions = values.values.astype(np.float64)
+        positions = np.where((steps == 0) & np.isnan(positions), 0.0, positions)
+        there = np.isfinite(positions)
+        known[run] = steps[there], positions[there]
+        if not there.any():
+            known[run] = steps[:1], np.array([np.nan])
+    return TimeAxis(x, known, merges)
+
+
+def _is_logged(dataset: xr.Dataset, name: str) -> bool:
+    return (
+        name in dataset
+        and schema.STEP in dataset[name].dims
+        and set(dataset[name].dims) <= {schema.RUN, schema.STEP}
+        and bool(np.isfinite(dataset[name]).any())
+    )
+
+
+def _merges(dataset: xr.Dataset) -> dict[Run, list[int]]:
+    """Run -> the steps of its merges; one run is called None."""
+    events = json.loads(dataset.attrs.get("events", "[]"))
+    if schema.RUN in dataset.dims:
+        runs: list[Run] = dataset[schema.RUN].values.tolist()
+        # Events without a run are those of one that was given a name (expand_dims).
+        by_run = events if isinstance(events, dict) else dict.fromkeys(runs, events)
+    else:
+        runs = [None]
+        if isinstance(events, dict):  # of a comparison, from which .sel took one run
+            label = str(dataset.coords[schema.RUN].item()) if schema.RUN in dataset.coords else ""
+            events = events.get(label, [])
+        by_run = {None: events}
+    return {
+        run: sorted({e["step"] for e in by_run.get(run, []) if e["kind"] == schema.MERGE})
+        for run in runs
+    }
+
+
+def mark_merges(ax: "Axes", axis: TimeAxis, *, colour: str = "0.6") -> None:
+    """Draw a thin dotted line at every merge; the first is named, and the caption tells whose."""
+    by_run = {run: axis.at(steps, run) for run, steps in axis.merges.items() if steps}
+    at = sorted({float(x) for each in by_run.values() for x in each if np.isfinite(x)})
+    if not at:
+        return
+    for x in at:
+        ax.axvline(x, color=colour, linewidth=thickness(0.8), linestyle=":", zorder=0.5)
+    name_merge(ax, at[0])
+    runs = [str(run) for run in by_run if run is not None]
+    some = listed(runs) if len(runs) <= 4 else f"{len(runs)} of {len(axis.merges)} runs"
+    whose = f" of {some}" if 0 < len(runs) < len(axis.merges) else ""
+    how_many = "the merge" if len(at) == 1 else f"the {counted([len(at)], 'merge')}"
+    describe(ax, f"Dotted: {how_many}{whose}")
+
+
+def name_merge(ax: "Axes", x: float) -> None:
+    """Write "merge" above the axes, over the first one."""
+    import matplotlib
+
+    ax.annotate(
+        "merge",
+        (x, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 1.5),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=matplotlib.rcParams["legend.fontsize"],
+        color="0.4",
+    )
+
+
+def edges(positions: np.ndarray) -> np.ndarray:
+    """The ends of the cells of records: each reaches from the record before it to its own.
+
+    The first one, which has none before it, is as broad as the second.
+
+    >>> edges(np.array([0.0, 20.0, 60.0]))
+    array([-20.,   0.,  20.,  60.])
+    """
+    first = positions[1] - positions[0] if len(positions) > 1 else 1.0
+    return np.concatenate([[positions[0] - first], positions])
