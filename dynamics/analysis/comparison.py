@@ -286,10 +286,12 @@ def select_run(comparison: xr.Dataset, run: str) -> xr.Dataset:
     if run not in labels:
         known = ", ".join(labels) or "one run without a name"
         raise MissingError(f"No run {run!r}{near(run, labels)} in this result; it has {known}.")
+    noted = {n: json.loads(comparison.attrs[n]) for n in _OF_RUNS if n in comparison.attrs}
+    # Before some of them were kept by run, what all runs had in common stood in their place.
     own = {
-        name: json.dumps(json.loads(comparison.attrs[name])[run])
-        for name in _OF_RUNS
-        if name in comparison.attrs
+        name: json.dumps(by_run[run])
+        for name, by_run in noted.items()
+        if isinstance(by_run, dict) and run in by_run
     }
     source = json.loads(comparison.attrs.get(schema.SOURCES, "{}")).get(run, {})
     return comparison.sel({schema.RUN: run}).assign_attrs(own | source)

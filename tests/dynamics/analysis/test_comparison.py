@@ -168,6 +168,14 @@ def test_a_comparison_of_comparisons_is_refused(both, a):
         dy.compare({"a": a, "both": both})
 
 
+def test_a_run_of_an_older_comparison_can_be_selected(both, a):
+    """It has in common what is kept by run today."""
+    older = both.assign_attrs(passed_over="{}", left_out="null")
+    chosen = dy.select_run(older, "a")
+    assert chosen.attrs["passed_over"] == "{}"
+    np.testing.assert_array_equal(chosen["stable_rank"], both["stable_rank"].sel(run="a"))
+
+
 def test_selecting_a_run_gives_its_values_and_events(both, a):
     chosen = dy.select_run(both, "a")
     assert "run" not in chosen.dims
