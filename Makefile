@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 OUT    ?= demo
 TEXT   ?=
 
-.PHONY: demo test test-fast lint types check fuzz bench mutants lock clean
+.PHONY: demo test test-fast lint types check docs fuzz bench mutants lock clean
 .DEFAULT_GOAL := check
 
 $(STAMP): pyproject.toml constraints.txt
@@ -40,6 +40,10 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: test lint types
+
+docs: $(STAMP)  ## build the documentation site, docs/_build/html/index.html; needs no network
+	$(BIN)/python -m sphinx -W -q docs docs/_build/html
+	@echo docs/_build/html/index.html
 
 EXAMPLES ?= 2000
 fuzz: $(STAMP)  ## damage files in thousands of new ways (EXAMPLES per target), some minutes
@@ -77,4 +81,4 @@ lock:  ## write constraints.txt anew from the newest versions that pyproject.tom
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) demo mutants .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo mutants docs/_build docs/generated .pytest_cache .mypy_cache .ruff_cache

@@ -98,11 +98,11 @@ def merge_facts(before: list[WeightBeforeMerge]) -> dict[str, Any]:
     The facts are those of the layer where W_eff changed most. W is the effective weight before,
     W' the one after, and D = s·B·A the update that was merged; all in float64:
 
-    relative_change   ‖W' - W‖ / ‖D‖ (divided by ‖W‖ where D is zero); 0 if the merge keeps W_eff
-    tolerance         the largest relative_change that rounding can cause: W and W' rounded once
-                      each, eps·‖W‖, and the product twice, (r + 2)·eps·s·‖B‖‖A‖
-    scale             <Δbase, D> / ‖D‖²: 1 for a faithful merge, 1/s for a merge of B·A without s
-    worst_scaling, worst_layer   s and name of that layer
+    - relative_change: ‖W' - W‖ / ‖D‖ (divided by ‖W‖ where D is zero); 0 if the merge keeps W_eff.
+    - tolerance: the largest relative_change that rounding can cause: W and W' rounded once each,
+      eps·‖W‖, and the product twice, (r + 2)·eps·s·‖B‖‖A‖.
+    - scale: <Δbase, D> / ‖D‖²; 1 for a faithful merge, 1/s for a merge of B·A without s.
+    - worst_scaling, worst_layer: s and name of that layer.
 
     Args:
         before: the result of `weights_before_merge`, taken before the merge.
@@ -161,15 +161,14 @@ def optimizer_state_facts(
 ) -> dict[str, float | int | str]:
     """What Adam still holds for these parameters; call it right after a reset.
 
-    zero_exp_avg, zero_exp_avg_sq   share of the entries of m and v that are zero or gone
-    momentum_without_variance       share of the entries with v = 0 and |m| > ε. The next step
-                                    there is lr·m̂/(√v̂ + ε), where v̂ holds little but the new
-                                    gradient: it can be orders of magnitude larger than any
-                                    earlier step
-    worst_parameter                 the parameter with the largest such share; if none has any,
-                                    the one with the fullest state
-    largest_step                    Adam's step count; 0 where the state is gone
-    parameters_with_state           how many of the parameters have any state
+    - zero_exp_avg, zero_exp_avg_sq: share of the entries of m and v that are zero or gone.
+    - momentum_without_variance: share of the entries with v = 0 and |m| > ε. The next step there is
+      lr·m̂/(√v̂ + ε), where v̂ holds little but the new gradient: it can be orders of magnitude larger
+      than any earlier step.
+    - worst_parameter: the parameter with the largest such share; if none has any, the one with the
+      fullest state.
+    - largest_step: Adam's step count; 0 where the state is gone.
+    - parameters_with_state: how many of the parameters have any state.
 
     Args:
         optimizer: a torch optimizer, or a wrapper of one such as accelerate's.

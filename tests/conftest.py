@@ -31,6 +31,17 @@ def short_demo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def runs_of_examples(tmp_path_factory):
+    """The folder of the runs of `tests/example_runs.py`, to be copied."""
+    pytest.importorskip("peft", reason="needs the extra relora")
+    from tests import example_runs
+
+    folder = tmp_path_factory.mktemp("examples")
+    example_runs.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3():
     """An fsspec file system of a bucket on a server of this machine."""
     s3fs = pytest.importorskip("s3fs", reason="needs the extra remote")

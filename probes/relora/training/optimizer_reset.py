@@ -23,12 +23,12 @@ def reset_optimizer(
 ) -> int:
     """Reset the optimizer state of some parameters; all others keep theirs.
 
-    drop            removes the state. Adam starts again at its step 1, with the bias correction
-                    that a start needs. The default.
-    zero            sets the moments to zero and keeps the step count. The first update is then
-                    (1 - β1)/√(1 - β2) = 3.2 learning rates instead of one.
-    random_prune    sets a random share `ratio` of the entries to zero.
-    magnitude_prune sets the share `ratio` of the entries with the smallest |m| to zero.
+    - "drop" removes the state. Adam starts again at its step 1, with the bias correction that a
+      start needs. The default.
+    - "zero" sets the moments to zero and keeps the step count. The first update is then
+      (1 - β1)/√(1 - β2) = 3.2 learning rates instead of one.
+    - "random_prune" sets a random share `ratio` of the entries to zero.
+    - "magnitude_prune" sets the share `ratio` of the entries with the smallest |m| to zero.
 
     Pruning empties the same entries of all moments. A momentum that stays where its variance was
     removed makes the next step there 1/√(1 - β2) times too large, or worse. It is doubtful what the

@@ -258,7 +258,7 @@ def test_a_worker_of_a_cluster_that_is_killed_in_the_middle_is_replaced(recordin
 @pytest.mark.slow
 def test_the_job_of_the_docs_gives_the_serial_result(recording, serial, tmp_path):
     pytest.importorskip("distributed")
-    docs = Path(__file__).parents[3] / "docs/performance.md"
+    docs = Path(__file__).parents[3] / "docs/guides/clusters.md"
     (script,) = re.findall(r"```sh\n( *#!/bin/bash.*?)```", docs.read_text("utf-8"), re.DOTALL)
     for written, here in {
         "--nworkers 64": "--nworkers 1",
