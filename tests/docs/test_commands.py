@@ -23,6 +23,7 @@ NOT_RUN = {
     "torchrun": "trains for days; test_several_processes.py does it small",
     "s3://": "needs a bucket; test_s3.py has one",
     "hf://": "needs a network",
+    "--follow": "runs until it is stopped; test_following.py",
     "--device cuda": "needs a GPU",
     "--scheduler": "needs a cluster; test_workers.py starts one",
     "--workers": "starts processes; test_workers.py",
