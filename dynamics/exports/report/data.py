@@ -23,8 +23,8 @@ from dynamics.exports.report.runs import (
 from dynamics.metrics.modules import metric_names
 
 # How many numbers a report holds: about 3 bytes each in the file, compressed.
-CELLS = 1_000_000
-SPECTRA = 400_000
+CELLS = 800_000
+SPECTRA = 300_000
 _DIGITS = 6  # of metrics, which are subtracted from each other; singular values have four
 _FEWEST_RECORDS = 40  # rather than fewer, matrices of one layer and module become one
 _MOST_INDICES = 192  # of a spectrum

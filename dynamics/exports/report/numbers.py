@@ -11,14 +11,14 @@ def number(value: float, digits: int = 4) -> str:
     >>> number(109.714), number(-0.00012345), number(56.0), number(float("nan"))
     ('109.7', '−0.0001234', '56', 'none')
     >>> number(1234567.0), number(float("inf")), number(398123.0)
-    ('1.235e+06', '∞', '398,100')
+    ('1,235,000', '∞', '398,100')
     """
     if math.isnan(value):
         return "none"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     text = f"{value:.{digits}g}"
-    if 1e4 <= abs(value) < 1e6:
+    if 1e4 <= abs(value) < 1e9:
         text = f"{float(text):,.0f}"
     return text.replace("-", "−", 1) if text.startswith("-") else text
 

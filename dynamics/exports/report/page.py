@@ -72,6 +72,12 @@ _HOW = {
 }
 
 
+_SHARES = {
+    "per_over_random": "1 for a random matrix",
+    "proportional_effective_rank": "as a share of what is possible",
+}
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of the page, before there is a chart in it.
@@ -216,19 +222,25 @@ def _sections(comparison: xr.Dataset, data: ChartData, command: str | None) -> I
 
 def _first_figures(comparison: xr.Dataset, data: ChartData) -> Iterator[Figure]:
     """The four pictures of the first screen, as far as the result has them."""
+    mean = {"lines": "runs"} if comparison.sizes[schema.RUN] == 1 else {}
     learned = next((k for k in LEARNED if _has(data, "numerical_rank", k)), None)
     if learned:
         yield Figure(
             "staircase", "trajectories", f"{LEARNED[learned]}: its directions", "staircase",
-            {"metric": "numerical_rank", "kind": learned, "module": ""}, fixed=True,
+            {"metric": "numerical_rank", "kind": learned, "module": "", **mean}, fixed=True,
         )  # fmt: skip
     weights = next(
         (k for k in (schema.WEIGHT, schema.BASE) if _has(data, "effective_rank", k)), None
     )
     if weights:
+        metric, title = "effective_rank", "Effective rank of the weights"
+        if mean:  # the modules of one run have different sizes: as shares, they share an axis
+            shares = ("per_over_random", "proportional_effective_rank", metric)
+            metric = next(each for each in shares if _has(data, each, weights))
+            title += f", {_SHARES[metric]}" if metric in _SHARES else ""
         yield Figure(
-            "weights", "trajectories", "Effective rank of the weights", "weights",
-            {"metric": "effective_rank", "kind": weights, "module": ""}, fixed=True,
+            "weights", "trajectories", title, "weights",
+            {"metric": metric, "kind": weights, "module": ""}, fixed=True,
         )  # fmt: skip
     if data.document["spectra"]:
         yield Figure(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from dynamics.auditing.report import Severity
 from dynamics.exports.report.audits import Check, audits_of
 from dynamics.exports.report.runs import by_run, groups_of
 from dynamics.exports.report.sentences import cell_counts
-from dynamics.exports.report.tables import folded, pairs, paragraph, table
+from dynamics.exports.report.tables import Cell, folded, pairs, paragraph, table
 from dynamics.metrics import METRICS
 from dynamics.metrics.modules import metric_names
 from dynamics.runs.account import Account
@@ -38,44 +38,57 @@ def verdicts(comparison: xr.Dataset) -> str:
     without = [run for run in audits if run not in done]
     if without:
         parts.append(paragraph(f"Not audited: {abridged(without, 12)}."))
-    rows = []
-    for run, checks in done.items():
-        rows += [
-            [*([run] if several else []), *_row(each)]
-            for each in checks
-            if each.severity in (Severity.FAIL, Severity.WARN)
-        ]
-    columns = [*(["run"] if several else []), "verdict", "check", "where", "measured", "meaning"]
-    if rows:
-        parts.append(table("Checks that failed or warned", columns, rows, wide=True))
-    else:
+    bad = _rows(comparison, done, (Severity.FAIL, Severity.WARN))
+    passed = _rows(comparison, done, (Severity.PASS,))
+    if bad:
+        parts.append(_verdict_table("Checks that failed or warned", bad, several))
+    elif passed:
         parts.append(paragraph("No check failed, and none warned."))
-    passed = [
-        [*([run] if several else []), *_row(each)]
-        for run, checks in done.items()
-        for each in checks
-        if each.severity is Severity.PASS
-    ]
     if passed:
-        parts.append(
-            folded(
-                f"{len(passed):,} checks passed",
-                table("Checks that passed", columns, passed, wide=True),
-            )
-        )
+        number = sum(each.severity is Severity.PASS for checks in done.values() for each in checks)
+        content = _verdict_table("Checks that passed", passed, several)
+        parts.append(folded(f"{number:,} checks passed", content))
     parts.append(_not_checked(done))
     return "".join(parts)
 
 
-def _row(check: Check) -> list[Any]:
-    css = check.severity.name.lower()
-    return [
-        (str(check.severity), f"verdict {css}"),
-        check.check,
-        check.where,
-        check.numbers,
-        check.meaning,
-    ]
+def _rows(
+    comparison: xr.Dataset, done: Mapping[str, Sequence[Check]], severities: Sequence[Severity]
+) -> dict[Check, str]:
+    """Check -> the runs in which it came out so, the worst first."""
+    runs: dict[Check, list[str]] = {}
+    for severity in severities:
+        for run, checks in done.items():
+            for each in checks:
+                if each.severity is severity:
+                    runs.setdefault(each, []).append(run)
+    return {check: _together(comparison, each) for check, each in runs.items()}
+
+
+def _together(comparison: xr.Dataset, runs: Sequence[str]) -> str:
+    """Names of runs; a whole group is called by its name."""
+    names = [str(each) for each in comparison[schema.RUN].values]
+    left, found = list(runs), []
+    for group in groups_of(comparison):
+        members = [names[i] for i in group.runs]
+        if len(members) > 1 and set(members) <= set(left):
+            found.append(f"{group.name} ({len(members)} runs)")
+            left = [each for each in left if each not in members]
+    return ", ".join([*found, *left])
+
+
+def _verdict_table(caption: str, rows: Mapping[Check, str], several: bool) -> str:
+    """A row for each verdict; without the columns that would be empty."""
+    columns: dict[str, list[Cell]] = {
+        "runs": list(rows.values()) if several else [],
+        "verdict": [(str(c.severity), f"verdict {c.severity.name.lower()}") for c in rows],
+        "check": [each.check for each in rows],
+        "where": [each.where for each in rows],
+        "measured": [each.numbers for each in rows],
+        "meaning": [each.meaning for each in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    return table(caption, list(shown), list(zip(*shown.values(), strict=True)), wide=True)
 
 
 def _not_checked(done: dict[str, list[Check]]) -> str:

@@ -1,7 +1,7 @@
 """Five sentences about a result: is it broken, what was measured, what happened, is it right?"""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,7 +89,8 @@ def _broken(comparison: xr.Dataset, groups: Sequence[Group]) -> Sentence:
     if len(done) < total:
         text = f"{len(done)} of {total} runs were audited, and all of them pass."
     elif total > 1:
-        text = f"Nothing is broken: all {total} runs pass the audit."
+        who = f"all {total}" if total > 2 else "both"
+        text = f"Nothing is broken: {who} runs pass the audit."
     else:
         text = "Nothing is broken: the run passes the audit."
     checks = [each for of_run in done.values() for each in of_run]
@@ -174,24 +175,23 @@ def _measured(comparison: xr.Dataset, groups: Sequence[Group]) -> Sentence:
     tokens = comparison["tokens"].max().item() if "tokens" in comparison else np.nan
     if np.isfinite(tokens) and tokens > 0:
         when += f" ({amount(tokens)} tokens)"
-    cells = " ".join(_cells(comparison))
     text = f"{who}, {what}, {when}."
-    return Sentence("Measured.", _fitting(f"{text} {cells}", text))
+    return Sentence("Measured.", _fitting(f"{text} {_cells(comparison)}".rstrip(), text))
 
 
-def _cells(comparison: xr.Dataset) -> Iterator[str]:
+def _cells(comparison: xr.Dataset) -> str:
     """How many cells hold a number, of those that there could be, and why the others do not."""
     if schema.STATUS not in comparison:
-        return
+        return ""
     counts = cell_counts(comparison)
     there = sum(counts.values()) - counts["does not apply"]
-    yield f"{counts['measured']:,} of {there:,} spectra measured"
+    said = f"{counts['measured']:,} of {there:,} spectra measured"
     rest = [
         f"{counts[name]:,} {name}"
         for name in ("not recorded", "undefined", "non finite", "unreadable")
         if counts[name]
     ]
-    yield f"({', '.join(rest)})." if rest else "."
+    return f"{said} ({', '.join(rest)})." if rest else f"{said}."
 
 
 def cell_counts(comparison: xr.Dataset) -> dict[str, int]:
@@ -312,7 +312,12 @@ def _learned(comparison: xr.Dataset, groups: Sequence[Group]) -> Sentence:
         text += "" if bound is None else f" of {number(bound.value)}"
         text += "" if used is None else f" ({number(used.value, 3)})"
         parts.append((group.name, text))
-    begin = f"{LEARNED[kind]}, rank of the possible"
+    what = LEARNED[kind]
+    if len(parts) == 1:
+        return Sentence(
+            question, f"{what} has rank {parts[0][1].replace(' (', ' possible (effective rank ')}."
+        )
+    begin = f"Rank of {what[:1].lower()}{what[1:]}, of what is possible"
     begin += " (effective rank)" if effective is not None else ""
     return Sentence(question, _listing(begin, parts))
 

@@ -19,6 +19,8 @@ from dynamics.exports.report.runs import by_run, comparison_of, groups_of
 from dynamics.formats import open_run
 from dynamics.runs.run import Run
 
+# What many runs are called, so that it says nothing.
+_COMMON = ("run", "checkpoints")
 Source = xr.Dataset | Run | str | Path
 Sources = Source | Sequence[Source] | Mapping[str, Source]
 
@@ -87,7 +89,7 @@ def names_of(sources: Sequence[Source]) -> list[str]:
         >>> names_of(["runs/full/run.zarr", "runs/relora/run.zarr"])
         ['full', 'relora']
         >>> names_of(["a.analysis.zarr", "b.analysis.zarr"]), names_of(["runs/full/run.zarr"])
-        (['a', 'b'], ['run'])
+        (['a', 'b'], ['full/run'])
     """
     paths = [_parts(each) for each in sources]
     if len(paths) > 1:
@@ -98,7 +100,7 @@ def names_of(sources: Sequence[Source]) -> list[str]:
             paths = [path[:-1] for path in paths]
         names = ["/".join(path) for path in paths]
     else:
-        names = [path[-1] for path in paths]
+        names = ["/".join(path[-2:] if path[-1] in _COMMON else path[-1:]) for path in paths]
     return [
         name if name and names.count(name) == 1 else f"{name or 'run'} {number}"
         for number, name in enumerate(names, 1)
@@ -107,6 +109,8 @@ def names_of(sources: Sequence[Source]) -> list[str]:
 
 def _parts(source: Source) -> list[str]:
     if isinstance(source, xr.Dataset):
+        if schema.RUN in source.coords and not source[schema.RUN].dims:  # of `select_run`
+            return [str(source[schema.RUN].item())]
         path = str(source.attrs.get("source", "run"))
     else:
         path = source.path if isinstance(source, Run) else str(source)

@@ -27,6 +27,13 @@ function logTicks(domain) {
   return d3.range(Math.ceil(low / apart) * apart, high + 1e-9, apart).map((power) => 10 ** power);
 }
 
+// Steps are whole numbers: no ticks between them.
+function axisOfSteps([low, high], count) {
+  const ticks = d3.ticks(low, high, Math.max(3, Math.round(count))).filter(Number.isInteger);
+  const tickFormat = (value) => (value >= 1e5 ? d3.format("~s")(value) : String(value));
+  return { labelArrow: "none", labelAnchor: "center", ticks: ticks.length ? ticks : [low], tickFormat };
+}
+
 function tidied(svg) {
   // The figure's label speaks for it. Plot labels groups that may not have labels.
   svg.setAttribute("aria-hidden", "true");
@@ -83,9 +90,9 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
   if (log) Object.assign(y, { ticks: logTicks([low, high]), tickFormat: powers([low, high]) });
   else y.tickFormat = (value) => written(value, 4);
   const ends = shown.map((each) => ({ ...each.points[each.points.length - 1], name: each.name, colour: each.colour, at: 0 })).filter((each) => good(each.y));
-  const few = ends.length <= 8;
+  const few = ends.length <= 8 && (ends.length > 1 || shown[0].label);
   const most = Math.floor((width / 3 - 14) / 7);
-  const named = ends.map((each) => ({ ...each, label: shortened(each.name, most) }));
+  const named = ends.map((each, i) => ({ ...each, label: shortened(shown.length > 1 ? each.name : shown[i].label ?? each.name, most) }));
   const marginRight = few ? Math.min(width / 3, 14 + Math.max(...named.map((each) => letters(each.label)))) : 16;
   const marginTop = 14, marginBottom = 40;
   const marginLeft = 52;
@@ -96,7 +103,7 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
   const svg = Plot.plot({
     width, height, marginLeft, marginRight, marginTop, marginBottom,
     style: { background: "none", fontSize: "12px", fontFamily: "inherit", overflow: "visible" },
-    x: { label: xLabel, labelArrow: "none", labelAnchor: "center", ticks: Math.max(3, Math.round((width - marginRight) / 90)), tickFormat: (value) => (value >= 1e5 ? d3.format("~s")(value) : String(value)) },
+    x: { label: xLabel, ...axisOfSteps(d3.extent(shown.flatMap((each) => [...each.points, ...(each.thin ?? [])]), (point) => point.x), (width - marginRight) / 90) },
     y,
     marks: [
       lowest && lowest > low ? Plot.rectY([0], { y1: low, y2: lowest, fill: "var(--noise)" }) : null,
@@ -122,7 +129,7 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
 // One heat map. panel: {name, rows: [label], steps, cells: [row][step], merges}; domain: of all panels.
 function heatMap({ panel, width, domain, log, xLabel, tall }) {
   const { rows, steps, cells } = panel;
-  const high = Math.max(14, Math.min(tall ? 56 : 26, 230 / rows.length));
+  const high = Math.max(5, Math.min(tall ? 56 : 26, 230 / rows.length));
   const marginTop = 6, marginBottom = 38, marginLeft = 46, marginRight = 10;
   const height = marginTop + marginBottom + Math.max(60, high * rows.length);
   const edges = steps.map((step, t) => (t ? (steps[t - 1] + step) / 2 : step - ((steps[1] ?? step + 1) - step) / 2));
@@ -134,7 +141,7 @@ function heatMap({ panel, width, domain, log, xLabel, tall }) {
   const svg = Plot.plot({
     width, height, marginTop, marginBottom, marginLeft, marginRight,
     style: { background: "none", fontSize: "12px", fontFamily: "inherit", overflow: "visible" },
-    x: { domain: [edges[0], edges.at(-1)], label: xLabel, labelArrow: "none", labelAnchor: "center", ticks: Math.max(3, Math.round(width / 110)), tickFormat: (value) => (value >= 1e5 ? d3.format("~s")(value) : String(value)) },
+    x: { domain: [edges[0], edges.at(-1)], label: xLabel, ...axisOfSteps([steps[0], steps.at(-1)], width / 110) },
     y: { domain: [-0.5, rows.length - 0.5], label: "layer", labelArrow: "none", labelAnchor: "center", ticks: d3.range(0, rows.length, every), tickFormat: (r) => rows[r] },
     marks: [
       cellsMark(edges, cells, share),

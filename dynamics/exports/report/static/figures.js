@@ -19,7 +19,8 @@ const runOptions = (model) => model.runs.map((run, r) => [String(r), run.name]);
 
 function linesOptions(model) {
   const options = model.groups.length < model.runs.length ? [["groups", "means over seeds"]] : [];
-  return [...options, ["runs", "each run"], ["layers", "each layer of one run"], ["modules", "each module of one run"]];
+  if (model.runs.length > 1) options.push(["runs", "each run"]);
+  return [...options, ["modules", "each module of one run"], ["layers", "each layer of one run"], ...(model.runs.length > 1 ? [] : [["runs", "the mean of all"]])];
 }
 
 function label(model, metric) {
@@ -56,17 +57,18 @@ function trajectories(model, state, width) {
     series = model.groups.map((group, g) => {
       const runs = group.runs.map((r) => ofRun(model, state, r, rows));
       const values = runs.length > 1 ? model.overRuns(runs) : runs[0];
-      return { name: group.name, colour: colour(g), dash: dashes(g), points: toPoints(model, state, values, group.name, group.runs[0]), bound: bound(group.runs) };
+      const band = runs.length > 1 || Boolean(state.module);
+      return { name: group.name, colour: colour(g), dash: dashes(g), points: toPoints(model, state, values, group.name, group.runs[0], band), bound: bound(group.runs) };
     });
     const n = Math.max(...model.groups.map((group) => group.runs.length));
     over = `Bands are 95 % intervals of the mean over up to ${n} seeds (t = ${written(model.quantiles[n], 2)})`;
-    if (model.groups.some((group) => group.runs.length === 1)) over += "; of a single run, the range of its matrices";
+    if (state.module && model.groups.some((group) => group.runs.length === 1)) over += "; of a single run, the range of its layers";
   } else if (state.lines === "runs") {
     series = model.runs.map((run, r) => {
       const several = model.groups.length < model.runs.length;
-      return { name: run.name, colour: colour(run.group), dash: several ? dashes(run.nth * COLOURS) : dashes(run.group), points: toPoints(model, state, ofRun(model, state, r, rows), run.name, r), bound: bound([r]) };
+      return { name: run.name, colour: colour(run.group), dash: several ? dashes(run.nth * COLOURS) : dashes(run.group), points: toPoints(model, state, ofRun(model, state, r, rows), run.name, r, Boolean(state.module)), bound: bound([r]) };
     });
-    over = logged ? "" : "Bands span the smallest to the largest matrix; they are no error bars";
+    over = logged || !state.module ? "" : "Bands span the smallest to the largest layer; they are no error bars";
   } else {
     const r = Number(state.run), by = state.lines === "layers" ? "layer" : "module";
     const keys = [...new Set(rows.map((row) => model.rows[row][by]))].sort((a, b) => (a < b ? -1 : 1));
@@ -123,14 +125,15 @@ function spectra(model, state, width) {
     const above = points.filter((point) => !(point.y <= floor)), below = points.filter((point) => point.y <= floor);
     thinned ||= each.index.at(-1) > each.index.length;
     const line = { name, colour: colour(run.group), dash: "", points: above.length ? above : below, thin: above.length && below.length ? [above.at(-1), ...below] : [], cliff: below.length && above.length ? above.at(-1) : null };
-    line.label = `${name}: ${rank}`;
+    line.label = `rank ${rank}`;
+    line.ending = `${name}: ${rank}`;
     series.push(line);
     if (floor > 0 && !state.off.has(name)) floors.push({ y: floor, colour: line.colour });
   }
   const shown = series.filter((each) => !state.off.has(each.name));
   const low = Math.min(...shown.flatMap((each) => [...each.points, ...each.thin]).map((point) => point.y));
   const chart = lineChart({
-    series: shown.map((each) => ({ ...each, name: each.label })), width, log: state.log, xLabel: "index of the singular value",
+    series: shown.map((each) => ({ ...each, name: each.ending })), width, log: state.log, xLabel: "index of the singular value",
     floors: floors.filter((floor) => floor.y > low / 1e3),
   });
   return {
@@ -156,7 +159,7 @@ function maps(model, state, width) {
   const domain = d3.extent(values);
   const wide = panels.length > 1 && width > 700 ? (width - 24) / 2 : width;
   const box = document.createElement("div");
-  box.className = "panels";
+  box.className = wide < width ? "panels two" : "panels";
   const lines = [];
   for (const panel of panels) {
     const one = heatMap({ panel, width: wide, domain, log, xLabel: "optimizer step", tall: panels.length === 1 });

@@ -24,6 +24,7 @@ const CONTROLS = {
   numbers: { metric: ["Metric", (model) => model.metrics.map((metric) => [metric.name, metric.label])], kind: ["Kind", kindOptions] },
 };
 const DRAW = { trajectories, spectra, maps, differences };
+const PAPER = 640; // pixels: as wide as the figures are on paper
 const FOLLOWED = document.documentElement.dataset.follow;
 
 class Figure {
@@ -132,11 +133,11 @@ class Figure {
     }
   }
 
-  draw() {
+  draw(given) {
     this.keep();
     this.drawn = true;
     if (this.kind === "numbers") return this.table();
-    const width = Math.max(240, Math.floor(this.plot.clientWidth));
+    const width = given ?? Math.max(240, Math.floor(this.plot.clientWidth));
     this.width = width;
     if (this.range) this.showStep();
     const found = DRAW[this.kind](this.model, this.state, width);
@@ -295,16 +296,19 @@ async function start() {
     waiting = setTimeout(() => figures.filter((each) => each.drawn && each.plot && each.plot.clientWidth !== each.width).forEach((each) => each.draw()), 120);
   });
   addEventListener("beforeprint", () => {
-    figures.filter((each) => !each.drawn).forEach((each) => each.draw());
+    figures.forEach((each) => each.draw(PAPER));
     document.querySelectorAll("details:not([open])").forEach((each) => {
       each.open = true;
       each.dataset.printed = "";
     });
   });
-  addEventListener("afterprint", () => document.querySelectorAll("[data-printed]").forEach((each) => {
-    each.open = false;
-    delete each.dataset.printed;
-  }));
+  addEventListener("afterprint", () => {
+    figures.forEach((each) => each.draw());
+    document.querySelectorAll("[data-printed]").forEach((each) => {
+      each.open = false;
+      delete each.dataset.printed;
+    });
+  });
   document.querySelectorAll("main > section .table, main > section details .table").forEach((box) => {
     if (!box.querySelector(".tools")) enlivened(box);
   });

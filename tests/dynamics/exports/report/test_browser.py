@@ -216,7 +216,7 @@ def test_a_thousand_steps_of_many_matrices_open(show, tmp_path):
         ).random(result["effective_rank"].shape)
     assert result.sizes["matrix"] == 86
     path = dy.report(result, tmp_path / "large.html")
-    assert path.stat().st_size < 6e6
+    assert path.stat().st_size < 5e6
     with show(path) as page:
         draw_all(page)
         assert "of 1,000 records" in page.locator("#left-out").inner_text()

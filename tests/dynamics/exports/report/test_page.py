@@ -189,7 +189,8 @@ def test_an_old_result_without_the_new_attributes_has_a_report(tmp_path):
 
 
 def test_a_single_run_needs_no_run_dimension(tmp_path):
-    result = made_by_hand().isel(run=0).assign_attrs(events="[]", source="runs/mine.zarr")
+    result = made_by_hand().isel(run=0, drop=True)
+    result = result.assign_attrs(events="[]", source="runs/mine.zarr")
     path = dy.report(result, tmp_path / "one.html")
     assert document_of(path)["runs"] == [{"name": "mine", "seed": None, "merges": []}]
     assert 'id="differences"' not in path.read_text(encoding="utf-8")
@@ -214,7 +215,8 @@ def test_the_file_is_whole_and_replaces_nothing_unasked(tmp_path):
         (["s3://bucket/a/run.zarr", "s3://bucket/b/run.zarr"], ["a", "b"]),
         (["a/run.zarr", "a/run.zarr"], ["run 1", "run 2"]),
         (["deep/one/x.zarr", "deep/two/y.zarr"], ["one/x", "two/y"]),
-        (["checkpoints/"], ["checkpoints"]),
+        (["mine/checkpoints/"], ["mine/checkpoints"]),
+        (["mine/ranks.analysis.zarr"], ["ranks"]),
     ],
 )
 def test_runs_without_names_are_called_by_what_tells_them_apart(paths, names):

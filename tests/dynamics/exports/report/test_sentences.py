@@ -159,7 +159,7 @@ def test_nan_and_unreadable_files_come_first():
 @pytest.mark.parametrize(
     ("severities", "tone", "text"),
     [
-        ({"a": "pass", "b": "pass"}, "good", "Nothing is broken: all 2 runs pass the audit."),
+        ({"a": "pass", "b": "pass"}, "good", "Nothing is broken: both runs pass the audit."),
         ({"a": "warn", "b": "pass"}, "warn", "1 of 2 audits warns (a)"),
         ({"a": "fail", "b": "warn"}, "bad", "1 of 2 runs fails the audit (a): finite in 1."),
         ({"a": "pass"}, "good", "1 of 2 runs were audited, and all of them pass."),
@@ -188,7 +188,8 @@ def test_any_kind_alone_has_its_sentences(kinds):
     said = texts(made_by_hand(kinds=kinds, steps=(5,)))
     assert len(said) == 5
     assert all(said)
-    assert "1 run, 4 matrices in 2 layers, 1 record at step 5" in said[1]
+    spectra = "4 of 4 spectra measured."
+    assert said[1] == f"1 run, 4 matrices in 2 layers, 1 record at step 5. {spectra}"
 
 
 def test_a_run_of_which_nothing_was_measured():
