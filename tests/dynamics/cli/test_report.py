@@ -32,7 +32,7 @@ def test_a_run_becomes_one_file(command, here, runs):
     assert (code, err) == (0, "")
     assert out.startswith("Saved to report.html (")
     text = (here / "report.html").read_text(encoding="utf-8")
-    assert names(here / "report.html") == ["run"]
+    assert names(here / "report.html") == ["full/run"]
     assert "the run passes the audit" in text
     assert f"dynamics report {runs[0]}" in text
     assert (here / "report.cache").exists()
@@ -51,7 +51,7 @@ def test_a_path_may_have_an_equals_sign(command, here, write_recording, tmp_path
     run = write_recording(tmp_path / "lr=1/run.zarr")
     code, _, err = command("report", run)
     assert code == 0, err
-    assert names(here / "report.html") == ["run"]
+    assert names(here / "report.html") == ["lr=1/run"]
 
 
 def test_saved_results_are_shown_with_the_command_that_made_them(command, here, runs):
@@ -70,7 +70,7 @@ def test_what_cannot_be_done_is_refused_before_the_work(refused, here, runs, com
     assert "one run in progress" in refused("report", *runs, "--follow")
     assert "no saved result" in refused("report", "saved.zarr", "--follow")
     assert "--kinds has no effect" in refused("report", "saved.zarr", "--kinds", "weight")
-    assert "Two runs have the same name" in refused("report", f"run={runs[1]}", runs[0])
+    assert "Two runs have the same name" in refused("report", f"full/run={runs[1]}", runs[0])
     assert "does not exist" in refused("report", here / "nothing")
     (here / "report.html").write_text("mine")
     assert "--overwrite" in refused("report", runs[0])
@@ -109,7 +109,7 @@ def test_follow_serves_the_newest_report_until_ctrl_c(write_recording, tmp_path)
         out, err = process.communicate(timeout=30)
         assert process.returncode == 0, err
         assert "step 20" in out
-        assert names(tmp_path / "live.html") == ["run"]
+        assert names(tmp_path / "live.html") == [f"{tmp_path.name}/run"]
     finally:
         process.kill()
         process.wait()
