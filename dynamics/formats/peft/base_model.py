@@ -10,10 +10,10 @@ from typing import Any
 from dynamics.errors import FormatError
 from dynamics.formats.peft.config import CONFIG
 from dynamics.formats.quantised.dequantise import dequantised
-from dynamics.formats.shared.adapters.adapt import names_of
 from dynamics.formats.shared.adapters.stored import stored_adapters
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
 from dynamics.formats.shared.hugging_face_files import model_attrs
+from dynamics.formats.shared.matrices import names_of
 from dynamics.formats.storage.files import is_remote, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor

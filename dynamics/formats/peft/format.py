@@ -14,7 +14,8 @@ from dynamics.errors import FormatError
 from dynamics.formats.format import OpenOptions
 from dynamics.formats.peft.base_model import ADAPTER_ALONE, BaseModel, BaseModels, base_tensors
 from dynamics.formats.peft.config import CONFIG, adapter_directory, has_adapter
-from dynamics.formats.shared.adapters.adapt import Adapted, Settings, adapt
+from dynamics.formats.shared.adapters.adapt import adapt
+from dynamics.formats.shared.adapters.adapted import Adapted, Settings
 from dynamics.formats.shared.adapters.scaling import is_number
 from dynamics.formats.shared.adapters.stored import AdapterLayer, stored_adapters
 from dynamics.formats.shared.checkpoints import Checkpoint

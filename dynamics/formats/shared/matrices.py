@@ -48,6 +48,11 @@ def as_matrices(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mat
     return Matrices(matrices, measured, tuple(left_out))
 
 
+def names_of(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> set[str]:
+    """The names of tensors, and those of the matrices that they are read as."""
+    return {*tensors, *as_matrices(tensors, config).matrices}
+
+
 def matrix_in(tensor: Tensor, part: Part) -> Tensor:
     """One matrix of a tensor; only its own bytes are read where they lie in one file."""
     if tensor.shape == (part.rows, part.cols):

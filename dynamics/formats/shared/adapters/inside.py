@@ -12,7 +12,8 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import OpenOptions
-from dynamics.formats.shared.adapters.adapt import Adapted, Settings, adapt
+from dynamics.formats.shared.adapters.adapt import adapt
+from dynamics.formats.shared.adapters.adapted import Adapted, Settings
 from dynamics.formats.shared.adapters.beside import adapter_config
 from dynamics.formats.shared.adapters.stored import AdapterLayer, StoredAdapters, stored_adapters
 from dynamics.formats.storage.tensors import Tensor

@@ -5,9 +5,12 @@ PEFT transposes the product of LoRA for GPT-2's `Conv1D`. adapter_config.json ha
 by itself: by the shape of its base weight, else by what its model family builds it from.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from dynamics.formats.shared.adapters.stored import AdapterLayer
+from dynamics.formats.storage.tensors import Tensor
 
 # Families of transformers with `Conv1D`, and the names of these modules.
 _CONV1D_FAMILIES = (
@@ -83,3 +86,51 @@ def _by_shape(out_in: tuple[int, int], shape: tuple[int, ...] | None) -> bool | 
 
 def _leaf(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def orientations_of(
+    layers: Iterable[AdapterLayer],
+    weights: Mapping[str, Tensor] | None,
+    config: Mapping[str, Any],
+    model_config: Mapping[str, Any],
+) -> Orientations:
+    """What all layers of an adapter show together.
+
+    Args:
+        layers: the layers.
+        weights: clean name -> base weight; None where there is no base.
+        config: adapter_config.json.
+        model_config: config.json of the model.
+    """
+    known = []
+    for layer in layers:
+        _, base = layer.base_in(weights)
+        out_in = out_in_of(layer, base)
+        if out_in is not None:
+            known.append((layer.path, out_in, None if base is None else base.shape))
+    return Orientations.of(known, config, model_config)
+
+
+def out_in_of(layer: AdapterLayer, base: Tensor | None) -> tuple[int, int] | None:
+    """(out, in) of a linear layer as the parts of its adapter show it; None where they do not."""
+    parts = layer.parts
+    if {"lora_A", "lora_B"} <= set(parts):
+        a, b = parts["lora_A"].shape, parts["lora_B"].shape
+        return (b[0], a[1]) if len(a) == len(b) == 2 else None
+    if base is None or len(base.shape) != 2:
+        return None
+    sizes: dict[str, Callable[[], int]] = {
+        "vera_lambda_b": lambda: parts["vera_lambda_b"].shape[0],
+        "boft_s": lambda: parts["boft_s"].shape[0],
+    }
+    rows, cols = base.shape
+    for part, size in sizes.items():
+        if part in parts and parts[part].shape:
+            out = size()
+            return (out, cols if rows == out else rows)
+    scale = parts["ia3_l"].shape if "ia3_l" in parts else ()
+    if len(scale) == 2:
+        if scale[1] == 1:
+            return scale[0], cols if rows == scale[0] else rows
+        return rows if cols == scale[1] else cols, scale[1]
+    return rows, cols

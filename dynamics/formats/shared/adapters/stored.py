@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
@@ -58,6 +59,22 @@ class AdapterLayer:
         """How its parts are called: "lora", "hada", ..."""
         first = min(self.parts)
         return next(each for each in _METHODS if first.startswith(each + "_"))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what it adapts, for the account; that of a part where it is not known."""
+        parts = self.parts
+        for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            if a in parts and b in parts and parts[b].shape:
+                return parts[b].shape[0], prod(parts[a].shape[1:])
+        return max((each.shape for each in parts.values()), key=prod)
+
+    def base_in(self, weights: Mapping[str, Tensor] | None) -> tuple[str, Tensor | None]:
+        """(Name of the parameter that it adapts, its stored weight, None where there is none)."""
+        for name in (self.name, f"{self.path}.in_proj_weight", self.path):
+            if weights is not None and name in weights:
+                return name, weights[name]
+        return self.name, None
 
 
 @dataclass(frozen=True)
