@@ -7,6 +7,8 @@ from pathlib import Path
 from zarr.abc.store import Store
 
 from dynamics.errors import DynamicsError, FormatError, MissingError, near
+from dynamics.formats.beside import with_others
+from dynamics.formats.choice import detected_format
 from dynamics.formats.dcp import DCPFormat
 from dynamics.formats.deepspeed import DeepSpeedFormat
 from dynamics.formats.format import Format, OpenOptions
@@ -23,7 +25,6 @@ from dynamics.formats.several import expanded, open_several
 from dynamics.formats.shared.adapters.scaling import is_number
 from dynamics.formats.shared.found import CheckpointsFormat
 from dynamics.formats.storage.files import (
-    entries,
     is_remote,
     keeping_listings,
     located,
@@ -127,9 +128,13 @@ def _open(path: Path, format_name: str | None, options: OpenOptions) -> Run:
     if not path.exists():
         unreached = ", or its server does not answer" * is_remote(path)
         raise FormatError(f"{path} does not exist{unreached}.")
-    format = _detected_format(path) if format_name is None else _format_called(format_name)
+    format = _format_called(format_name) if format_name else detected_format(path, FORMATS)
     format.check_takes(path, options)
-    return format.open(path, options)
+    if not isinstance(format, CheckpointsFormat) or not path.is_dir():
+        return format.open(path, options)
+    found = format.found(path, options)
+    found = with_others(path, found, format, FORMATS, adopt=format_name is None)
+    return format.run_of(path, found, options)
 
 
 def _checked_alpha(alpha: float | None) -> float | None:
@@ -171,29 +176,4 @@ def _format_called(name: str) -> Format:
     names = [each.name for each in FORMATS]
     raise MissingError(
         f"There is no format {name!r}{near(name, names)}; give one of {', '.join(names)}."
-    )
-
-
-def _detected_format(path: Path) -> Format:
-    is_file = not path.is_dir()
-    listed = [] if is_file else entries(path)
-    if not listed and not is_file:
-        raise FormatError(f"{path} is empty.")
-    candidates = [format for format in FORMATS if format.single_files or not is_file]
-    for format in candidates:
-        if format.recognises(path):
-            return format
-    for format in candidates:
-        if format.resembles(path):
-            return format
-    recognised = "; ".join(format.description for format in candidates)
-    if is_file:
-        raise FormatError(
-            f"{path} is a file, but not a checkpoint that can be read; give the directory of the "
-            f"run, or one file of: {recognised}."
-        )
-    names = ", ".join(each.name + "/" * each.is_dir for each in listed[:8])
-    names += f", ... ({len(listed)} entries)" * (len(listed) > 8)
-    raise FormatError(
-        f"{path} holds no run of a known format; found {names}. Known formats: {recognised}."
     )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from dynamics.errors import FormatError
 from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesFormat
-from dynamics.formats.shared.hugging_face_files import logged_scalars, model_attrs
-from dynamics.formats.shared.series import Look
+from dynamics.formats.shared.hugging_face_files import logged_scalars
+from dynamics.formats.shared.look import Look
+from dynamics.formats.shared.model_config import model_attrs
 from dynamics.formats.shared.steps import named_step, step_inside
 from dynamics.formats.storage.deepspeed_tensors import (
     deepspeed_tensors,

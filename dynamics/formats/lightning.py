@@ -18,7 +18,7 @@ from dynamics.formats.shared.full_checkpoints import (
     OtherKindError,
     found_in_files,
 )
-from dynamics.formats.shared.steps import step_inside
+from dynamics.formats.shared.steps import step_in_name, step_inside
 from dynamics.formats.storage.dcp_tensors import dcp_tensors, has_shards
 from dynamics.formats.storage.deepspeed_tensors import deepspeed_tensors, has_model_states
 from dynamics.formats.storage.files import Entry, children, entries, is_remote
@@ -55,6 +55,15 @@ class LightningFormat(FullCheckpointsFormat):
         except FormatError:
             return True
         return isinstance(saved, Mapping) and "state_dict" in saved
+
+    def places(self, path: Path) -> dict[Path, int | None]:
+        """See `CheckpointsFormat.places`."""
+        files = [each for holder in _holders(path) for each in _checkpoints_in(holder)]
+        return {each: step_in_name(each.stem) for each in files}
+
+    def holds_one(self, path: Path) -> bool:
+        """See `CheckpointsFormat.holds_one`."""
+        return _is_checkpoint(Entry(path.name, path.parent, path.is_dir()))
 
     def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""

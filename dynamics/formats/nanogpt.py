@@ -18,7 +18,7 @@ from dynamics.formats.shared.full_checkpoints import (
     OtherKindError,
     found_in_files,
 )
-from dynamics.formats.shared.steps import step_inside
+from dynamics.formats.shared.steps import step_in_name, step_inside
 from dynamics.formats.storage.files import entries
 from dynamics.formats.storage.tensors import StoredTensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
@@ -44,6 +44,10 @@ class NanoGPTFormat(FullCheckpointsFormat):
             except FormatError:
                 continue
         return False
+
+    def places(self, path: Path) -> dict[Path, int | None]:
+        """See `CheckpointsFormat.places`."""
+        return {each: step_in_name(each.stem) for each in _files(path)}
 
     def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""

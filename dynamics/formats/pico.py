@@ -21,16 +21,20 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.format import OpenOptions
+from dynamics.formats.quantised.dequantise import floats_of
 from dynamics.formats.shared.checkpoints import Checkpoint
 from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
-from dynamics.formats.shared.hugging_face_files import model_attrs
+from dynamics.formats.shared.look import Look, Series
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
-from dynamics.formats.shared.series import Look, find_series
+from dynamics.formats.shared.model_config import model_attrs
+from dynamics.formats.shared.series import find_series
 from dynamics.formats.shared.steps import named_step
 from dynamics.formats.storage.files import contained, one_line, read_range, root_of, size_of
 from dynamics.formats.storage.model_files import has_model, model_tensors, pickled_tensors
-from dynamics.formats.storage.tensors import Tensor, floats
+from dynamics.formats.storage.tensors import Tensor
+from dynamics.runs.account import LeftOut
+from dynamics.runs.parameter_names import clean_name
 
 _CHECKPOINTS, _CONFIG, _DYNAMICS = "checkpoints", "training_config.yaml", "learning_dynamics"
 # The batches that gradients are taken on; that of the training data is preferred.
@@ -52,11 +56,15 @@ class PicoFormat(CheckpointsFormat):
 
     def recognises(self, path: Path) -> bool:
         """Whether there are step_N/, and what only pico-train puts in or beside them."""
-        return find_series(path, _look(path)) is not None
+        return self.series(path) is not None
+
+    def series(self, path: Path) -> Series | None:
+        """See `CheckpointsFormat.series`."""
+        return find_series(path, _look(path))
 
     def found(self, path: Path, options: OpenOptions) -> Found:
         """See `CheckpointsFormat.found`."""
-        series = find_series(path, _look(path))
+        series = self.series(path)
         if series is None:
             raise FormatError(f"{path} holds neither step_N/ nor a {_CHECKPOINTS}/ with step_N/.")
         config, unread = _config_of(path)
@@ -145,7 +153,8 @@ def _open(
     unread: str | None,
 ) -> Checkpoint:
     attrs: dict[str, Any] = {"config": dict(config)} if config else model_attrs(directory, root)
-    parts, weights = pair_factors(_weights(directory, root), _PART, directory)
+    stored, left_out = _weights(directory, root)
+    parts, weights, no_pairs = pair_factors(stored, _PART, directory)
     relora = attrs.get("config", {}).get("relora")
     if parts and not isinstance(relora, Mapping):
         raise FormatError(
@@ -169,19 +178,32 @@ def _open(
         attrs["gradient"] = _GRADIENT.format(split=split)
         file = directory / _DYNAMICS / f"{split}_gradients.pt"
         if file.is_file():
-            gradients = _by_parameter(floats(pickled_tensors(file, root)), file)
+            found, others = floats_of(pickled_tensors(file, root))
+            gradients = _by_parameter(found, file)
+            left_out += [
+                LeftOut(f"{each.name}.weight", each.shape, f"gradients that are {each.reason}")
+                for each in others
+            ]
     return Checkpoint(
-        without_tied_names(weights, attrs), adapters, gradients=gradients, attrs=attrs
+        without_tied_names(weights, attrs),
+        adapters,
+        gradients=gradients,
+        left_out=(*left_out, *no_pairs),
+        attrs=attrs,
     )
 
 
-def _weights(directory: Path, root: Path) -> dict[str, Tensor]:
+def _weights(directory: Path, root: Path) -> tuple[dict[str, Tensor], list[LeftOut]]:
+    """(Name -> weight, what else the files hold) of a checkpoint."""
     if has_model(directory):
-        return _without_wrapper(with_clean_names(floats(model_tensors(directory, root)), directory))
+        found, others = floats_of(model_tensors(directory, root))
+        named = [replace(each, name=_MODEL.sub("", clean_name(each.name))) for each in others]
+        return _without_wrapper(with_clean_names(found, directory)), named
     for split in _SPLITS:
         file = directory / _DYNAMICS / f"{split}_weights.pt"
         if file.is_file():
-            return _by_parameter(floats(pickled_tensors(file, root)), file)
+            found, others = floats_of(pickled_tensors(file, root))
+            return _by_parameter(found, file), list(others)
     raise FormatError(f"{directory} holds neither a model nor {_DYNAMICS}/*_weights.pt.")
 
 

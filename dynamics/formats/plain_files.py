@@ -6,6 +6,7 @@ iter_N/mp_rank_00/model_optim_rng.pt. The step is in the name, else in the file.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from dynamics.errors import FormatError
 from dynamics.formats.quantised.gguf import gguf_tensors
 from dynamics.formats.shared.found import Found
 from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesFormat
-from dynamics.formats.shared.series import Look
+from dynamics.formats.shared.look import Look, Series, places_of
+from dynamics.formats.shared.series import find_series
 from dynamics.formats.shared.steps import step_in_name, step_inside
 from dynamics.formats.storage.files import entries
+from dynamics.formats.storage.model_files import ADAPTER, MODEL, has_model
 from dynamics.formats.storage.npz_files import npz_tensors
 from dynamics.formats.storage.safetensors_files import safetensors_tensors
 from dynamics.formats.storage.tensors import StoredTensor, Tensor, UnreadTensor
@@ -39,8 +42,9 @@ _RANK, _MEGATRON = re.compile(r"mp_rank_\d\d.*"), "model_optim_rng.pt"
 _MOST_FILES = 1000
 # Keys of the count of steps in a checkpoint, those that count optimizer steps first.
 _STEPS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter")
-# Parts of one model: Hugging Face's shards, and those of Llama as Meta released it.
-_PART = re.compile(r".*-\d{5}-of-\d{5}|consolidated\.\d\d")
+# Parts of one model: Hugging Face's shards, those of Llama as Meta released it, and the second and
+# further models that Accelerate saves into one checkpoint.
+_PART = re.compile(r".*-\d{5}-of-\d{5}|consolidated\.\d\d|pytorch_model_\d+")
 _MODELS = ("model", "state_dict", "model_state_dict", "module")
 
 
@@ -58,6 +62,26 @@ class PlainFilesFormat(SeriesFormat):
     def look(self) -> Look:
         """See `SeriesFormat.look`. A lone file beside a series of files belongs to it."""
         return Look(self.holds, self.suffixes, self.own_step, beside=lambda _: False)
+
+    def series(self, path: Path) -> Series | None:
+        """See `CheckpointsFormat.series`. What is a checkpoint of Hugging Face counts last."""
+        return self._own_series(path) or find_series(path, self.look())
+
+    def places(self, path: Path) -> dict[Path, int | None]:
+        """See `CheckpointsFormat.places`."""
+        return places_of(self._own_series(path))
+
+    def holds_one(self, path: Path) -> bool:
+        """See `CheckpointsFormat.holds_one`."""
+        return super().holds_one(path) and self._holds_no_other(path)
+
+    def _own_series(self, path: Path) -> Series | None:
+        return find_series(path, replace(self.look(), holds=self._holds_no_other))
+
+    def _holds_no_other(self, path: Path) -> bool:
+        if path.name in (*MODEL, *ADAPTER) or not self.holds(path):
+            return False
+        return not (path.is_dir() and (has_model(path) or has_model(path, ADAPTER)))
 
     def recognises(self, path: Path) -> bool:
         """Whether there are files whose names are those of state dicts."""

@@ -21,9 +21,10 @@ from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
-from dynamics.formats.shared.hugging_face_files import model_attrs
+from dynamics.formats.shared.look import Look, Series
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
-from dynamics.formats.shared.series import Look, find_series
+from dynamics.formats.shared.model_config import model_attrs
+from dynamics.formats.shared.series import find_series
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 
@@ -61,11 +62,15 @@ class ReLoRAFormat(CheckpointsFormat):
 
     def recognises(self, path: Path) -> bool:
         """Whether a checkpoint below (or at) `path` has what its trainer saves beside a model."""
-        return find_series(path, _LOOK) is not None
+        return self.series(path) is not None
+
+    def series(self, path: Path) -> Series | None:
+        """See `CheckpointsFormat.series`."""
+        return find_series(path, _LOOK)
 
     def found(self, path: Path, options: OpenOptions) -> Found:
         """See `CheckpointsFormat.found`."""
-        series = find_series(path, _LOOK)
+        series = self.series(path)
         if series is None:
             raise FormatError(f"{path} holds no directory model_N/ of the original ReLoRA.")
         root = root_of(path)
@@ -78,7 +83,7 @@ def _open(directory: Path, root: Path) -> Checkpoint:
     attrs = model_attrs(directory, root)
     stored, left_out = dequantised(model_tensors(directory, root), attrs.get("config"))
     tensors = with_clean_names(stored, directory)
-    parts, weights = pair_factors(tensors, _PART, directory)
+    parts, weights, no_pairs = pair_factors(tensors, _PART, directory)
     path = directory / _CONFIG
     config = read_json(contained(path, root)) if path.is_file() else {}
     if config.get("quantize"):
@@ -97,7 +102,7 @@ def _open(directory: Path, root: Path) -> Checkpoint:
     return Checkpoint(
         without_tied_names(weights, attrs),
         adapters,
-        left_out=left_out,
+        left_out=(*left_out, *no_pairs),
         attrs=attrs,
         scalars=_scalars(directory / _STATE, root),
     )

@@ -124,6 +124,15 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def describes_a_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config says of which family a model is, or how many heads it has.
+
+    >>> describes_a_model({"n_head": 2}), describes_a_model({"lr": 0.1, "batch_size": 8})
+    (True, False)
+    """
+    return "model_type" in config or "num_heads" in _numbers(language_config(config))
+
+
 def tied_aliases(
     shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None
 ) -> set[str]:

@@ -71,6 +71,9 @@ MODULES: tuple[tuple[str, str], ...] = (
     ("block_sparse_moe.gate", "router"),
     ("router.layer", "router"),
     *((f"{mixture}.router", "router") for mixture in ("mlp", "block_sparse_moe", "feed_forward")),
+    ("mlp.router.gate", "router"),  # Hunyuan
+    ("moe.gate", "router"),
+    ("moe.router", "router"),
     ("mixer.gate", "router"),
     # pico-train
     ("swiglu.w_0", "gate_proj"),

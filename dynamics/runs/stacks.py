@@ -29,8 +29,18 @@ _ALTERNATING = ("gpt_oss",)
 _W123 = {GATE: "w1", DOWN: "w2", UP: "w3"}
 _MIXTRALS = ("mixtral", "phimoe", "minimax", "minimax_m2")
 _SAVED_NAMES = dict.fromkeys((*_MIXTRALS, "lfm2_moe", "deepseek_v4"), _W123)
-# The path of the experts in a live model -> in its files.
-_SAVED_PATHS = dict.fromkeys(_MIXTRALS, (".mlp.experts", ".block_sparse_moe.experts"))
+# model_type -> (what stands in a live name, what stands in that of its files). The source is
+# transformers' conversion_mapping.py.
+_SPARSE = (re.compile(r"(?<=\d)\.mlp\."), ".block_sparse_moe.")
+_RENAMED: dict[str, tuple[tuple[re.Pattern[str], str], ...]] = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), (_SPARSE,)),
+    "phimoe": (_SPARSE, (re.compile(r"\.router\.weight$"), ".gate.weight")),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        ((re.compile(r"\.router\.weight$"), ".router.layer.weight"),),
+    ),
+    "gpt_neox": ((re.compile(r"^lm_head\."), "embed_out."),),
+}
 # Tensors (E, out, in) that are named for what they do to all experts: GraniteMoE, JetMoE.
 _LINEAR = {"input_linear": GATE_UP, "output_linear": DOWN}
 
@@ -107,6 +117,23 @@ def parts_of(
     return f"tensors of {len(shape)} dimensions that are neither experts nor convolutions"
 
 
+def name_in_files(name: str, config: Mapping[str, Any]) -> str:
+    """The name in files of a parameter, where its family has another one; else the name itself.
+
+    Args:
+        name: the clean name of a live model.
+        config: of the model, as JSON-like values.
+
+    >>> name_in_files("model.layers.0.mlp.gate.weight", {"model_type": "mixtral"})
+    'model.layers.0.block_sparse_moe.gate.weight'
+    >>> name_in_files("model.layers.0.mlp.gate.weight", {"model_type": "qwen3_moe"})
+    'model.layers.0.mlp.gate.weight'
+    """
+    for live, saved in _RENAMED.get(str(language_config(config).get("model_type") or ""), ()):
+        name = live.sub(saved, name)
+    return name
+
+
 def stores_in_out(config: Mapping[str, Any]) -> bool:
     """Whether a family stores its experts in one tensor as (E, in, out), not (E, out, in).
 
@@ -146,9 +173,7 @@ def _experts(
     split: dict[str, tuple[slice, ...]] = {module: ()}
     if module == GATE_UP:
         split = _gate_and_up(shape, family, config)
-    live, saved = _SAVED_PATHS.get(family, ("", ""))
-    if live and path.endswith(live):
-        path = path.removesuffix(live) + saved
+    path = name_in_files(path, config)
     parts = []
     for expert in range(shape[0]):
         for part, index in split.items():

@@ -43,6 +43,11 @@ FAMILIES = {
     "DeepseekV3ForCausalLM": ({**SIZES, **DEEPSEEK, "num_key_value_heads": 4}, TOKENS),
     "GraniteMoeForCausalLM": (SIZES, TOKENS),
     "GptOssForCausalLM": (SIZES, TOKENS),
+    # a layer with experts and a dense one
+    "Llama4ForCausalLM": (
+        {**SIZES, "num_hidden_layers": 2, "moe_layers": [0], "intermediate_size_mlp": 20},
+        TOKENS,
+    ),
     "BertForMaskedLM": ({**SIZES, "max_position_embeddings": 16}, TOKENS),
     "T5ForConditionalGeneration": (ENCODER_DECODER, TOKENS),
     "BartForConditionalGeneration": (ENCODER_DECODER, TOKENS),
@@ -63,7 +68,9 @@ def tiny(family):
     torch.manual_seed(0)
     made = getattr(transformers, family)
     accepted = {key: value for key, value in FAMILIES[family][0].items() if value is not None}
-    return made(made.config_class(**accepted))
+    text_only = family == "Llama4ForCausalLM"  # its config_class is that of the multimodal model
+    config_class = transformers.Llama4TextConfig if text_only else made.config_class
+    return made(config_class(**accepted))
 
 
 def trained(family, store=None, steps=2):

@@ -10,10 +10,10 @@ from typing import Any
 from dynamics.errors import FormatError
 from dynamics.formats.peft.config import CONFIG
 from dynamics.formats.quantised.dequantise import dequantised
-from dynamics.formats.shared.adapters.stored import stored_adapters
+from dynamics.formats.shared.adapters.stored import counterpart, stored_adapters
 from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
-from dynamics.formats.shared.hugging_face_files import model_attrs
 from dynamics.formats.shared.matrices import names_of
+from dynamics.formats.shared.model_config import model_attrs
 from dynamics.formats.storage.files import is_remote, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor
@@ -183,7 +183,8 @@ def base_tensors(
     tensors = without_tied_names(weights, {"config": config})
     own = names_of(tensors, config)
     attention = {f"{each.removesuffix('.in_proj_weight')}.weight" for each in own}
-    missing = with_adapter - own - attention
+    elsewhere = {each for each in with_adapter - own if counterpart(each, own, config)}
+    missing = with_adapter - own - attention - elsewhere
     left_out = tuple(
         replace(each, name=parameter_names.clean_name(each.name)) for each in not_dequantised
     )
@@ -221,8 +222,9 @@ def _spelled_like(
     with_adapter: set[str], base: dict[str, Tensor], config: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """`base`, with the one known prefix added or removed that makes all names of adapters match."""
-    # The output embedding has no prefix.
-    wanted = {name for name in with_adapter if parameter_names.module_of(name) != "lm_head"}
+    # The output embedding has no prefix, and routers may have another name in files.
+    own_ways = ("lm_head", "router")
+    wanted = {name for name in with_adapter if parameter_names.module_of(name) not in own_ways}
     if wanted <= set(base) or wanted <= names_of(base, config):
         return base
     spellings = [{prefix + name: each for name, each in base.items()} for prefix in _PREFIXES]

@@ -14,18 +14,21 @@ from dynamics.errors import FormatError
 from dynamics.formats.format import OpenOptions
 from dynamics.formats.peft.base_model import ADAPTER_ALONE, BaseModel, BaseModels, base_tensors
 from dynamics.formats.peft.config import CONFIG, adapter_directory, has_adapter
+from dynamics.formats.quantised.dequantise import floats_of
 from dynamics.formats.shared.adapters.adapt import adapt
 from dynamics.formats.shared.adapters.adapted import Adapted, Settings
+from dynamics.formats.shared.adapters.inside import with_clean_names_left_out
 from dynamics.formats.shared.adapters.scaling import is_number
-from dynamics.formats.shared.adapters.stored import AdapterLayer, stored_adapters
+from dynamics.formats.shared.adapters.stored import AdapterLayer, counterpart, stored_adapters
 from dynamics.formats.shared.checkpoints import Checkpoint
 from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
 from dynamics.formats.shared.full_checkpoints import with_clean_names
 from dynamics.formats.shared.hugging_face_files import logged_scalars, trainer_step
-from dynamics.formats.shared.series import Look, Series, find_series
+from dynamics.formats.shared.look import Look, Series
+from dynamics.formats.shared.series import find_series
 from dynamics.formats.storage.files import contained, entries, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
-from dynamics.formats.storage.tensors import Tensor, floats
+from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs.account import LeftOut
 
 _MERGES = "num_lora_restarts"  # as axolotl's ReLoRA logs it
@@ -43,16 +46,28 @@ class PeftFormat(CheckpointsFormat):
 
         The config may lie beside a whole model, in a file of another format.
         """
-        series = _series(path)
+        series = self.series(path)
         return series is not None and any(map(_has_weights, series.steps.values()))
 
     def resembles(self, path: Path) -> bool:
         """Whether a checkpoint below (or at) `path` has an adapter_config.json."""
-        return _series(path) is not None
+        return self.series(path) is not None
+
+    def series(self, path: Path) -> Series | None:
+        """See `CheckpointsFormat.series`."""
+        return find_series(path, Look(has_adapter, own_step=trainer_step, beside=_has_config))
+
+    def holds_one(self, path: Path) -> bool:
+        """See `CheckpointsFormat.holds_one`."""
+        return _has_config(path) and has_model(path, ADAPTER)
+
+    def holds_beside(self, path: Path) -> bool:
+        """See `CheckpointsFormat.holds_beside`."""
+        return self.holds_one(path)
 
     def found(self, path: Path, options: OpenOptions) -> Found:
         """See `CheckpointsFormat.found`."""
-        series = _series(path) or Series({0: path})
+        series = self.series(path) or Series({0: path})
         bases = BaseModels(path, series.steps, options.base)
         root = root_of(path)
         return found_in_series(
@@ -69,9 +84,8 @@ def _has_weights(directory: Path) -> bool:
     return any(each.is_dir and has_model(each.path, ADAPTER) for each in entries(directory)[:64])
 
 
-def _series(path: Path) -> Series | None:
-    look = Look(has_adapter, own_step=trainer_step, beside=lambda at: (at / CONFIG).is_file())
-    return find_series(path, look)
+def _has_config(directory: Path) -> bool:
+    return (directory / CONFIG).is_file()
 
 
 def _open(
@@ -84,9 +98,11 @@ def _open(
         raise FormatError(f"{at} has {CONFIG} but no adapter_model.safetensors; copy it there.")
     if options.lora_alpha is not None:
         config = {**config, "lora_alpha": options.lora_alpha, "alpha_pattern": {}}
-    stored = stored_adapters(floats(model_tensors(at, root, ADAPTER)))
+    stored = stored_adapters(model_tensors(at, root, ADAPTER))
     layers = stored.layers.get(stored.chosen(options.adapter) or next(iter(stored.layers), ""), [])
-    full_modules = with_clean_names(stored.others, at)
+    others, not_read = floats_of(stored.others)
+    full_modules = with_clean_names(others, at)
+    left_out = list(with_clean_names_left_out(not_read))
     scalars = logged_scalars(directory, root, step)
     merges = scalars.get(_MERGES, 0)
     base = bases.of(step, config, merges)
@@ -104,6 +120,9 @@ def _open(
             found = _with_base(base, bases, needed, layers, full_modules, settings, at)
         except FormatError as problem:
             bad_base = f"{problem} {ADAPTER_ALONE}"
+    if found is None:
+        reason = "modules saved as a whole, without the base model"
+        left_out += [LeftOut(name, each.shape, reason) for name, each in full_modules.items()]
     result = found or alone
     return Checkpoint(
         result.weights,
@@ -111,7 +130,7 @@ def _open(
         result.effective,
         result.unknown,
         is_merged=base is not None and base.is_merged,
-        left_out=tuple(result.left_out),
+        left_out=(*result.left_out, *left_out),
         no_base=no_base,
         bad_base=bad_base,
         attrs=attrs,
@@ -156,7 +175,7 @@ def _with_base(
         )
     root = bases.root(base.directory)
     weights, left_out = base_tensors(base, root, needed, settings.model_config)
-    saved, others = _saved_in_full(full_modules, weights, config)
+    saved, others = _saved_in_full(full_modules, weights, settings)
     result = adapt(layers, weights | saved, settings)
     result.left_out += left_out
     for name, tensor in others.items():
@@ -175,16 +194,17 @@ def _with_base(
 
 
 def _saved_in_full(
-    modules: Mapping[str, Tensor], weights: Mapping[str, Tensor], config: Mapping[str, Any]
+    modules: Mapping[str, Tensor], weights: Mapping[str, Tensor], settings: Settings
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(Tensors that were saved as a whole: `modules_to_save`, some embeddings; all others)."""
-    given = config.get("modules_to_save")
+    given = settings.config.get("modules_to_save")
     named = [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
     saved: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for name, tensor in modules.items():
         own = any(f".{module}." in f".{name}" for module in named)
-        (saved if name in weights or own else others)[name] = tensor
+        known = counterpart(name, weights, settings.model_config)
+        (saved if known or own else others)[known or name] = tensor
     return saved, others
 
 

@@ -125,20 +125,35 @@ def dequantised(
         # Scales and codebooks are parts of a weight that is named above.
         if any(path in unknown for path in _above(name)) and not name.endswith("bias"):
             used.add(name)
-    for name, tensor in tensors.items():
-        if name in used:
-            continue
-        if isinstance(tensor, UnreadTensor):
-            left_out.append(LeftOut(name, tensor.shape, tensor.reason))
-        elif _SCALES.fullmatch(name.rpartition(".")[2]):
-            left_out.append(LeftOut(name, tensor.shape, "scales of quantised weights"))
-        elif tensor.dtype in ITEM_BYTES:
-            found[name] = tensor
-        elif tensor.dtype in CODE_BYTES:
-            left_out.append(LeftOut(name, tensor.shape, INTEGERS))
-        else:
-            left_out.append(LeftOut(name, tensor.shape, f"numbers of the dtype {tensor.dtype}"))
-    return found, tuple(left_out)
+    rest = {name: tensor for name, tensor in tensors.items() if name not in used}
+    for name in [each for each in rest if _SCALES.fullmatch(each.rpartition(".")[2])]:
+        scales = rest.pop(name)
+        unread = isinstance(scales, UnreadTensor)
+        why = _no_float(scales) if unread else "scales of quantised weights"
+        left_out.append(LeftOut(name, scales.shape, why))
+    plain, others = floats_of(rest)
+    return found | plain, (*left_out, *others)
+
+
+def floats_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[LeftOut, ...]]:
+    """(The floating-point tensors, what the others are), of tensors that are not quantised.
+
+    Args:
+        tensors: name -> tensor.
+    """
+    found = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.dtype in ITEM_BYTES and not isinstance(tensor, UnreadTensor)
+    }
+    others = {name: tensor for name, tensor in tensors.items() if name not in found}
+    return found, tuple(LeftOut(n, each.shape, _no_float(each)) for n, each in others.items())
+
+
+def _no_float(tensor: Tensor) -> str:
+    if isinstance(tensor, UnreadTensor):
+        return tensor.reason
+    return INTEGERS if tensor.dtype in CODE_BYTES else f"numbers of the dtype {tensor.dtype}"
 
 
 def _quantised(

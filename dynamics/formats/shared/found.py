@@ -10,7 +10,7 @@ from typing import ClassVar, NoReturn, Protocol
 from dynamics.errors import FormatError
 from dynamics.formats.format import Format, OpenOptions
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
-from dynamics.formats.shared.series import Series
+from dynamics.formats.shared.look import Series, places_of
 from dynamics.formats.storage.files import root_of
 from dynamics.runs.run import Run
 
@@ -106,6 +106,28 @@ class CheckpointsFormat(Format):
         Raises:
             FormatError: it is not clear which the checkpoints are.
         """
+
+    def series(self, path: Path) -> Series | None:
+        """Where the checkpoints of a path lie, by names and a few looks; see `find_series`.
+
+        None where there are none, or where only opening them tells.
+        """
+        return None
+
+    def places(self, path: Path) -> dict[Path, int | None]:
+        """Where the checkpoints of a path lie -> their steps, where names tell them.
+
+        Empty where there are none, and where it is only a guess that they are checkpoints.
+        """
+        return places_of(self.series(path))
+
+    def holds_one(self, path: Path) -> bool:
+        """Whether a path, a file or a directory in a run, is one checkpoint. Opens no file."""
+        return False
+
+    def holds_beside(self, path: Path) -> bool:
+        """Whether the directory of a run, which has checkpoints in it, is one more itself."""
+        return False
 
     def open(self, path: Path, options: OpenOptions) -> Run:
         """See `Format.open`."""

@@ -8,7 +8,7 @@ the prefixes of wrappers, and a tied weight is measured once.
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,13 +30,15 @@ from dynamics.formats.shared.found import (
     Unreadable,
     found_in_series,
 )
-from dynamics.formats.shared.series import Look, Series, find_series
+from dynamics.formats.shared.look import Look, Series
+from dynamics.formats.shared.model_config import ConfigBeside
+from dynamics.formats.shared.series import find_series
 from dynamics.formats.shared.steps import step_in_name
 from dynamics.formats.storage.files import reporting_unreadable, root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
-from dynamics.runs.account import LeftOut
 from dynamics.runs.attention_config import tied_aliases
+from dynamics.runs.stacks import name_in_files
 
 _LAST = re.compile(r"last(?:-v\d+)?")
 
@@ -57,6 +59,10 @@ class FullCheckpoint:
     attrs: Callable[[], Mapping[str, Any]] = dict
     scalars: Callable[[], Mapping[str, float]] = dict
 
+    def with_config(self, beside: ConfigBeside) -> "FullCheckpoint":
+        """This checkpoint with a config that lies beside it, where it has none of its own."""
+        return replace(self, attrs=partial(beside.attrs, self.attrs, self.where))
+
     def open(self, root: Path | None = None, options: OpenOptions | None = None) -> Checkpoint:
         """The checkpoint: dequantised, with clean names, each tied weight under one name only.
 
@@ -67,11 +73,11 @@ class FullCheckpoint:
         with reporting_unreadable(self.where):
             attrs = self.attrs()
             stored, not_read = dequantised(self.tensors(), attrs.get("config"))
-            left_out = with_clean_names_left_out(not_read)
             scalars = self.scalars()
             if may_hold_adapters(stored):
                 inside = adapters_inside(
                     stored,
+                    not_read,
                     self.where,
                     root or root_of(self.where if self.where.is_dir() else self.where.parent),
                     attrs,
@@ -79,8 +85,9 @@ class FullCheckpoint:
                     partial(_as_weights, where=self.where, attrs=attrs),
                 )
                 if inside is not None:
-                    return _checkpoint_of(inside, left_out, attrs, scalars)
+                    return _checkpoint_of(inside, attrs, scalars)
             weights = _as_weights(stored, self.where, attrs)
+            left_out = with_clean_names_left_out(not_read)
             return Checkpoint(weights, left_out=left_out, attrs=attrs, scalars=scalars)
 
 
@@ -103,8 +110,17 @@ class FullCheckpointsFormat(CheckpointsFormat):
 
     def found(self, path: Path, options: OpenOptions) -> Found:
         """See `CheckpointsFormat.found`."""
-        found = self.checkpoints(path, root_of(path))
-        return found if isinstance(found, Found) else Found(found)
+        root = root_of(path)
+        given = self.checkpoints(path, root)
+        found = given if isinstance(given, Found) else Found(given)
+        beside = ConfigBeside(path, root if path.is_dir() else root_of(path.parent))
+        checkpoints = {
+            step: each.with_config(beside) if isinstance(each, FullCheckpoint) else each
+            for step, each in found.checkpoints.items()
+        }
+        return replace(
+            found, checkpoints=checkpoints, passed_over={**found.passed_over, **beside.damaged}
+        )
 
     def run_of(self, path: Path, found: Found, options: OpenOptions) -> CheckpointsRun:
         """See `CheckpointsFormat.run_of`. Without adapters, there is no use for options."""
@@ -153,13 +169,26 @@ class SeriesFormat(FullCheckpointsFormat):
 
     def recognises(self, path: Path) -> bool:
         """Whether there is a checkpoint at a path, or a series of them below it."""
-        return find_series(path, self.look()) is not None
+        return self.series(path) is not None
+
+    def series(self, path: Path) -> Series | None:
+        """See `CheckpointsFormat.series`."""
+        return find_series(path, self.look())
+
+    def holds_one(self, path: Path) -> bool:
+        """See `CheckpointsFormat.holds_one`."""
+        if not path.is_dir():
+            return path.name.endswith(self.suffixes or ("/",)) and self.holds(path)
+        return self.holds(path)
+
+    def holds_beside(self, path: Path) -> bool:
+        """See `CheckpointsFormat.holds_beside`."""
+        look = self.look()
+        return (look.beside or look.holds)(path)
 
     def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`."""
-        series = find_series(path, self.look()) or Series(
-            {0: path}
-        )  # reading it says what is missing
+        series = self.series(path) or Series({0: path})  # reading it says what is missing
         return found_in_series(series, lambda step, at: self.checkpoint(at, root, step))
 
 
@@ -217,12 +246,25 @@ def found_in_files(
 def _as_weights(
     tensors: Mapping[str, Tensor], where: Path, attrs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    return without_tied_names(with_clean_names(tensors, where), attrs)
+    return without_tied_names(_with_names_of_files(with_clean_names(tensors, where), attrs), attrs)
+
+
+def _with_names_of_files(tensors: dict[str, Tensor], attrs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by the names that save_pretrained would give them, where these are others.
+
+    Stacks of experts keep theirs: an adapter on them refers to it, and their parts get new names.
+    """
+    config = attrs.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    named = {
+        name_in_files(name, config) if len(each.shape) < 3 else name: each
+        for name, each in tensors.items()
+    }
+    return named if len(named) == len(tensors) else tensors
 
 
 def _checkpoint_of(
     inside: Inside,
-    left_out: tuple[LeftOut, ...],
     attrs: Mapping[str, Any],
     scalars: Mapping[str, float],
 ) -> Checkpoint:
@@ -232,7 +274,7 @@ def _checkpoint_of(
         adapted.adapters,
         adapted.effective,
         adapted.unknown,
-        left_out=(*left_out, *adapted.left_out),
+        left_out=(*inside.left_out, *adapted.left_out),
         no_base=inside.no_base,
         no_scale=inside.no_scale,
         attrs={**attrs, "adapter_config": dict(inside.config)} if inside.config else attrs,

@@ -11,6 +11,7 @@ import numpy as np
 
 from dynamics.errors import FormatError
 from dynamics.formats.storage.tensors import Tensor
+from dynamics.runs.account import LeftOut
 from dynamics.runs.run import Factored
 
 
@@ -67,10 +68,11 @@ class Adapter:
 
 def pair_factors(
     tensors: Mapping[str, Tensor], pattern: re.Pattern[str], where: Path
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """(Clean name of a parameter -> its parts by letter: "A", "B", "s"; the other tensors).
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[LeftOut]]:
+    """(Clean name of a parameter -> its parts by letter: "A", "B", "s"; the other tensors; layers).
 
-    Factors of convolutions are not matrices; they are left out, as the weights of convolutions are.
+    The layers are those whose factors are no matrices (convolutions). These trainers make none, so
+    their products are not known, and the stored weights of these layers are not their weights.
 
     Args:
         tensors: clean name -> tensor.
@@ -101,6 +103,13 @@ def pair_factors(
         for name, each in parts.items()
         if len(each["A"].shape) == len(each["B"].shape) == 2
     }
+    left_out = [
+        LeftOut(
+            name, others.pop(name, each["B"]).shape, "LoRA layers whose factors are no matrices"
+        )
+        for name, each in parts.items()
+        if name not in matrices
+    ]
     for name, each in matrices.items():
         if each["A"].shape[0] != each["B"].shape[1] or not each["A"].shape[0]:
             raise FormatError(
@@ -108,7 +117,7 @@ def pair_factors(
                 f"{each['B'].shape}, which have no rank in common: they are not a pair. Copy the "
                 "checkpoint again."
             )
-    return matrices, others
+    return matrices, others, left_out
 
 
 def adapters_of(

@@ -7,76 +7,19 @@ thousand of them, or lie behind a network.
 """
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TypeVar
 
 from dynamics.errors import FormatError
+from dynamics.formats.shared.look import CONTAINER, LATEST, Look, Series, few
 from dynamics.formats.shared.steps import BARE, NamedStep, named_step
-from dynamics.formats.storage.files import Entry, entries, is_remote
+from dynamics.formats.storage.files import Entry, entries
 
-# Directories in which trainers keep their checkpoints.
-_CONTAINER = re.compile(r"(?:.*[-_])?(?:checkpoint|ckpt|chkpt)s?|models|weights", re.IGNORECASE)
-_LATEST = re.compile(r"(?:^|.*[^a-z])(?:final|last|best|latest|current)(?:[^a-z].*|$)", re.I)
 # What lies beside a model in a checkpoint, and what a model's own sub-directory is called.
 _NO_MODEL = re.compile(r".*(?:optim|scheduler|sampler|rng|dataloader|tokenizer).*", re.IGNORECASE)
 _OWN_PART = re.compile(r"(?:hf|huggingface|model|policy|pytorch_model_fsdp)\w*|.*model.*", re.I)
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Series:
-    """The checkpoints that were found.
-
-    Attributes:
-        steps: step -> where its checkpoint lies.
-        clashes: step -> why its checkpoint is not known: several claim to be it.
-        passed_over: name -> why it is no checkpoint of the run, for what looks like one.
-        is_guess: whether there is one checkpoint, and nothing tells its step.
-    """
-
-    steps: dict[int, Path]
-    clashes: dict[int, str] = field(default_factory=dict)
-    passed_over: dict[str, str] = field(default_factory=dict)
-    is_guess: bool = False
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one checkpoint of a format looks.
-
-    Attributes:
-        holds: whether there is one at a path. Opens no file, or at most one.
-        suffixes: how the names of files end that are one by themselves.
-        own_step: the step that the files of one tell, None where they tell none. May raise
-            FormatError where they are damaged.
-        beside: whether the directory of a run has one more in it beside its series; `holds` by
-            default.
-    """
-
-    holds: Callable[[Path], bool]
-    suffixes: tuple[str, ...] = ()
-    own_step: Callable[[Path], int | None] = lambda _: None
-    beside: Callable[[Path], bool] | None = None
-
-    def holds_at(self, entry: Entry) -> bool:
-        """Whether an entry is one. What cannot be listed is none."""
-        if not entry.is_dir and not entry.name.endswith(self.suffixes or ("/",)):
-            return False
-        try:
-            if entry.is_dir:
-                entries(entry.path)  # one request, which answers all that `holds` asks
-            return self.holds(entry.path)
-        except (FormatError, OSError):
-            return False
-
-    def label(self, entry: Entry) -> str:
-        """The part of an entry's name that may carry a step."""
-        ends = [each for each in self.suffixes if entry.name.endswith(each)]
-        return entry.name.removesuffix(max(ends, key=len)) if ends else entry.name
 
 
 @dataclass(frozen=True)
@@ -116,34 +59,38 @@ def find_series(path: Path, look: Look) -> Series | None:
     """
     if not path.is_dir():
         return _single(path, look) if look.holds(path) else None
-    if _is_one_checkpoint(path) and _holds(path, look.holds):
+    if is_one_checkpoint(path) and _holds(path, look.holds):
         return _single(path, look)
     listed = entries(path)
     places = [path] + [
         each.path
         for each in listed
-        if _CONTAINER.fullmatch(each.name) and named_step(each.name) is None and each.is_dir
+        if CONTAINER.fullmatch(each.name) and named_step(each.name) is None and each.is_dir
     ]
     readings = [found for place in places if (found := _reading(place, look)) is not None]
     if not readings:
         return _single(path, look) if _holds(path, look.holds) else _by_own_steps(listed, look)
     best = min(each.tier for each in readings)
     readings = [each for each in readings if each.tier == best]
+    is_sure, has_own = best[0] < 2, _holds(path, look.beside or look.holds)
+    if has_own and not is_sure:  # "2_Dense/" beside a model is a part of it
+        parts = {each.entry.name: "its name hardly tells a step" for each in readings[0].members}
+        return replace(_single(path, look), passed_over=parts)
     if len(readings) > 1:
         one, other = (_shown(each.members, path) for each in readings[:2])
         raise FormatError(
             f"{path} can be read as {one}, or as {other}; give the directory of one of them."
         )
-    series = _numbered(readings[0], look)
-    if _holds(path, look.beside or look.holds):
+    series = replace(_numbered(readings[0], look), is_sure=is_sure)
+    if has_own:
         _add_unnamed(series, path, f"the model in {path.name or path}/ itself", look)
     unnamed = [each for each in entries(readings[0].place) if _names_none(each, look)]
-    for entry in _few(sorted(unnamed, key=lambda each: not _LATEST.fullmatch(each.name))):
+    for entry in few(sorted(unnamed, key=lambda each: not LATEST.fullmatch(each.name)), path):
         _judge_unnamed(series, entry, look)
     return series
 
 
-def _is_one_checkpoint(path: Path) -> bool:
+def is_one_checkpoint(path: Path) -> bool:
     """Whether the name of a directory is that of a checkpoint: what lies in it is a part of it."""
     named = named_step(path.absolute().name)
     return named is not None and named.level == 0 and named.word != BARE
@@ -170,7 +117,8 @@ def _single(path: Path, look: Look) -> Series:
 def _by_own_steps(listed: list[Entry], look: Look) -> Series | None:
     """best/, last/ and the like alone, whose own files tell their steps."""
     series = Series({})
-    for entry in _few(each for each in listed if _LATEST.fullmatch(look.label(each))):
+    latest = [each for each in listed if LATEST.fullmatch(look.label(each))]
+    for entry in few(latest, latest[0].place) if latest else ():
         _judge_unnamed(series, entry, look)
     return series if series.steps else None
 
@@ -189,7 +137,7 @@ def _reading(place: Path, look: Look) -> _Reading | None:
     found = {
         family: members
         for family, members in ordered
-        if any(look.holds_at(each.entry) for each in _few(members))
+        if any(look.holds_at(each.entry) for each in few(members, place))
     }
     passed_over: dict[str, str] = {}
     if not found:
@@ -221,7 +169,7 @@ def _reading(place: Path, look: Look) -> _Reading | None:
 def _one_level_deeper(members: list[_Member], look: Look) -> tuple[list[_Member], dict[str, str]]:
     """(What each entry holds in a sub-directory of one name, what it holds beside that)."""
     names: dict[str, None] = {}
-    for member in _few(members, 2):
+    for member in few(members, members[0].entry.place, 2):
         if not member.entry.is_dir:
             continue
         try:
@@ -229,7 +177,7 @@ def _one_level_deeper(members: list[_Member], look: Look) -> tuple[list[_Member]
         except FormatError:
             continue
         inside = [each for each in inside if not _NO_MODEL.fullmatch(each.name)]
-        held = [each for each in _few(inside, 4) if look.holds_at(each)]
+        held = [each for each in few(inside, member.path) if look.holds_at(each)]
         if held and member.named.level and all(_counts(each, look) for each in held):
             return _steps_inside(members, look), {}
         names |= {each.name: None for each in held}
@@ -284,7 +232,7 @@ def _numbered(reading: _Reading, look: Look) -> Series:
                 "two."
             )
         for each in members:
-            if each not in claim and _holds(each.path, look.holds):
+            if each not in claim:
                 series.passed_over[each.entry.name] = f"{first.entry.name} is of step {step} too"
     return series
 
@@ -292,7 +240,7 @@ def _numbered(reading: _Reading, look: Look) -> Series:
 def _judge_unnamed(series: Series, entry: Entry, look: Look) -> None:
     """What to do with an entry whose name tells no step."""
     if entry.is_link and not entry.path.exists():
-        if entry.name.endswith(look.suffixes or ("/",)) or _LATEST.fullmatch(entry.name):
+        if entry.name.endswith(look.suffixes or ("/",)) or LATEST.fullmatch(entry.name):
             series.passed_over[entry.name] = "it is a link that leads nowhere"
         return
     if not look.holds_at(entry):
@@ -302,7 +250,7 @@ def _judge_unnamed(series: Series, entry: Entry, look: Look) -> None:
         if target in [each.resolve() for each in series.steps.values()]:
             series.passed_over[entry.name] = f"it is a link to {target.name}"
             return
-    if _LATEST.fullmatch(look.label(entry)):
+    if LATEST.fullmatch(look.label(entry)):
         _add_unnamed(series, entry.path, entry.name, look)
     else:
         series.passed_over[entry.name] = "its name tells no step"
@@ -334,20 +282,6 @@ def _may_be_one(entry: Entry, look: Look) -> bool:
 def _names_none(entry: Entry, look: Look) -> bool:
     hidden = entry.name.startswith(".")
     return not hidden and _may_be_one(entry, look) and named_step(look.label(entry)) is None
-
-
-def _few(items: Iterable[T], at_most: int | None = None) -> list[T]:
-    """Some of the items, the first and the last among them: each costs a look, or a request."""
-    items = list(items)
-    remote = any(is_remote(_path_of(each)) for each in items[:1])
-    most = at_most or 4 if remote else (at_most or 4) * 8
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _path_of(item: object) -> Path:
-    return item.path if isinstance(item, Entry | _Member) else Path()
 
 
 def _shown(members: list[_Member], path: Path) -> str:

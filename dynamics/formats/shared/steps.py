@@ -96,7 +96,10 @@ def named_step(name: str) -> NamedStep | None:
     ]
     usual = best < 3
     others = [each for each in others if not (usual and each == word)]
-    return NamedStep(step, max(best - 1, 0), word, tuple(others), bool(_LATEST.search(name)))
+    level = max(best - 1, 0)
+    if word == BARE and others and level == 0:
+        level = 2  # "2_Dense" is a part of a model, and no step 2
+    return NamedStep(step, level, word, tuple(others), bool(_LATEST.search(name)))
 
 
 def _read(match: re.Match[str]) -> tuple[int, int, str | None]:

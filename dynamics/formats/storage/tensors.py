@@ -1,6 +1,5 @@
 """Tensors in files: where their bytes lie, read one at a time."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -199,11 +198,6 @@ class AssembledTensor:
         for where, piece in self.pieces:
             whole[where] = piece.read()
         return whole.reshape(self.shape)
-
-
-def floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The floating-point tensors among these, where none can be quantised: factors, gradients."""
-    return {name: tensor for name, tensor in tensors.items() if tensor.dtype in ITEM_BYTES}
 
 
 def decoded(raw: bytes, dtype: str) -> np.ndarray:

@@ -375,7 +375,8 @@ def refused(path):
 
 @pytest.mark.slow
 def test_detection_looks_at_few_of_ten_thousand(tmp_path):
-    from dynamics.formats import _detected_format
+    from dynamics.formats import FORMATS
+    from dynamics.formats.choice import detected_format
 
     for i in range(10_000):
         (tmp_path / f"empty/step_{i}").mkdir(parents=True)
@@ -385,9 +386,9 @@ def test_detection_looks_at_few_of_ten_thousand(tmp_path):
     assert opened_by(lambda: dy.open_run(tmp_path / "empty")) < 20
     for i in range(10_000):
         (tmp_path / f"empty/step_{i}/model.safetensors").touch()
-    assert opened_by(lambda: _detected_format(tmp_path / "empty")) < 20
+    assert opened_by(lambda: detected_format(tmp_path / "empty", FORMATS)) < 20
     for suffix in (".pt", ".ckpt"):
         (tmp_path / suffix).mkdir()
         for i in range(10_000):
             (tmp_path / suffix / f"{i}{suffix}").touch()
-        assert opened_by(lambda at=tmp_path / suffix: _detected_format(at)) < 20
+        assert opened_by(lambda at=tmp_path / suffix: detected_format(at, FORMATS)) < 20

@@ -213,7 +213,8 @@ def requests(s3, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "files", "nothing", "images"])
 def test_detection_over_s3_asks_little(s3, requests, tmp_path, kind):
-    from dynamics.formats import _detected_format
+    from dynamics.formats import FORMATS
+    from dynamics.formats.choice import detected_format
     from dynamics.formats.storage.files import located
 
     name = {
@@ -230,7 +231,9 @@ def test_detection_over_s3_asks_little(s3, requests, tmp_path, kind):
             dy.open_run(f"s3://bucket/many_{kind}")
     else:
         path = located(f"s3://bucket/many_{kind}")
-        assert _detected_format(path).name == {"model": "checkpoints", "files": "files"}[kind]
+        assert (
+            detected_format(path, FORMATS).name == {"model": "checkpoints", "files": "files"}[kind]
+        )
     assert len(requests) < 11, requests  # a listing of 10,000 entries takes nine more
 
 

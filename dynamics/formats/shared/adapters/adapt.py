@@ -5,16 +5,18 @@ the base weight of such a layer is never taken for its weight.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from dynamics.errors import FormatError
 from dynamics.formats.shared.adapters.adapted import Adapted, Settings
 from dynamics.formats.shared.adapters.layers import MISFIT, apply_layer
-from dynamics.formats.shared.adapters.methods import NotComputed
+from dynamics.formats.shared.adapters.methods import METHODS, NotComputed
 from dynamics.formats.shared.adapters.on_experts import add_experts, is_on_experts
 from dynamics.formats.shared.adapters.orientation import orientations_of
 from dynamics.formats.shared.adapters.stored import AdapterLayer
 from dynamics.formats.shared.matrices import as_matrices
-from dynamics.formats.storage.tensors import Tensor
+from dynamics.formats.storage.tensors import CODE_BYTES, Tensor, UnreadTensor
+from dynamics.runs.stacks import name_in_files
 
 
 def adapt(
@@ -30,20 +32,24 @@ def adapt(
     result = Adapted(None if weights is None else dict(weights))
     orientations = orientations_of(layers, weights, settings.config, settings.model_config)
     of_experts: dict[str, list[AdapterLayer]] = {}
+    leave_out = partial(_leave_out, weights=weights, settings=settings, result=result)
     for layer in layers:
-        name, base = layer.base_in(weights)
+        name, base = layer.base_in(weights, settings.model_config)
+        if unread := _unread_part(layer):
+            leave_out(layer, name, unread)
+            continue
         if layer.method == "lora" and is_on_experts(layer, base, weights, settings):
             of_experts.setdefault(layer.path, []).append(layer)
             continue
         try:
-            if layer.depth:
-                raise NotComputed("several adapters on parameters of one module that is not known")
+            if layer.depth or _matrices_inside(layer, name, weights, settings):
+                raise NotComputed("adapters on parameters of a module that are not known")
             found = apply_layer(layer, name, base, orientations, settings, result)
         except NotComputed as reason:
-            result.leave_out(name, layer.shape, str(reason))
+            leave_out(layer, name, str(reason))
             continue
         except FormatError as problem:
-            result.leave_out(name, layer.shape, str(problem))
+            leave_out(layer, name, str(problem))
             continue
         if found.adapter is not None:
             result.adapters[name] = found.adapter
@@ -58,6 +64,42 @@ def adapt(
     if result.weights is not None:
         _check_shapes(result, settings)
     return result
+
+
+def _leave_out(
+    layer: AdapterLayer,
+    name: str,
+    reason: str,
+    weights: Mapping[str, Tensor] | None,
+    settings: Settings,
+    result: Adapted,
+) -> None:
+    """Leave a layer out; where it wraps a module with several matrices, all of them."""
+    for each in _matrices_inside(layer, name, weights, settings) or (name,):
+        if each not in result.unknown:
+            result.leave_out(each, layer.shape, reason)
+
+
+def _matrices_inside(
+    layer: AdapterLayer, name: str, weights: Mapping[str, Tensor] | None, settings: Settings
+) -> list[str]:
+    """The stored matrices of a module that a layer wraps and that has no weight of its own."""
+    if weights is None or name in weights:
+        return []
+    paths = (f"{layer.path}.", name_in_files(f"{layer.path}.", settings.model_config))
+    return [each for each in weights if each.startswith(paths) and len(weights[each].shape) > 1]
+
+
+def _unread_part(layer: AdapterLayer) -> str:
+    """Why a part of a layer cannot be read as numbers; empty where all can, or are not to be."""
+    if layer.method not in (*METHODS, "lora", "trainable_tokens"):
+        return ""
+    for part, tensor in layer.parts.items():
+        if isinstance(tensor, UnreadTensor):
+            return f"adapters with {tensor.reason} ({part})"
+        if tensor.dtype in CODE_BYTES:
+            return f"adapters with numbers of the dtype {tensor.dtype} ({part})"
+    return ""
 
 
 def _check_shapes(result: Adapted, settings: Settings) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 from dynamics.errors import FormatError
 from dynamics.formats.shared.adapters.scaling import CONFIG, is_number
+from dynamics.formats.shared.model_config import around
 from dynamics.formats.storage.files import contained, one_line, read_json, read_range, size_of
 
 # Written by litgpt, and by Lightning's loggers.
 _YAML = ("hyperparameters.yaml", "hparams.yaml")
 _LONGEST_YAML = 2**20
 _DEEPEST = 4
-_LEVELS = 2  # directories above a checkpoint that may hold the config of the run
 
 
 def adapter_config(
@@ -27,7 +27,7 @@ def adapter_config(
         adapter: the name of the adapter, "" where there is none.
     """
     settings: dict[str, Any] = {}
-    for directory in _around(where, root):
+    for directory in around(where, root):
         for file in _YAML:
             if not settings and (directory / file).is_file():
                 settings = _yaml(contained(directory / file, root))
@@ -39,16 +39,6 @@ def adapter_config(
         if isinstance(given, Mapping) and (found := _alpha(given, adapter)):
             return found, settings
     return {}, settings
-
-
-def _around(where: Path, root: Path) -> Iterator[Path]:
-    """The directory of a checkpoint and those above it that belong to the run."""
-    at = where if where.is_dir() else where.parent
-    for _ in range(1 + _LEVELS):
-        yield at
-        if at in (root, at.parent) or not at.is_relative_to(root):
-            return
-        at = at.parent
 
 
 def _alpha(config: Mapping[str, Any], adapter: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The base weight has a name of its own there ("base_layer", litgpt's "linear"), o
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dynamics.formats.shared.adapters.adapt import adapt
 from dynamics.formats.shared.adapters.adapted import Adapted, Settings
 from dynamics.formats.shared.adapters.beside import adapter_config
 from dynamics.formats.shared.adapters.stored import AdapterLayer, StoredAdapters, stored_adapters
-from dynamics.formats.storage.tensors import Tensor
+from dynamics.formats.storage.tensors import Tensor, UnreadTensor
 from dynamics.runs import parameter_names
 from dynamics.runs.account import LeftOut
 
@@ -47,12 +47,14 @@ class Inside:
         no_scale: why the scaling of LoRA is not known, "" where it is.
         no_base: why there is no base weight, "" where there is.
         config: what stands for adapter_config.json.
+        left_out: what was not read and is no part of an adapter, by clean names.
     """
 
     adapted: Adapted
     no_scale: str
     no_base: str
     config: Mapping[str, Any]
+    left_out: tuple[LeftOut, ...]
 
 
 def may_hold_adapters(names: Iterable[str]) -> bool:
@@ -62,6 +64,7 @@ def may_hold_adapters(names: Iterable[str]) -> bool:
 
 def adapters_inside(
     tensors: Mapping[str, Tensor],
+    not_read: Sequence[LeftOut],
     where: Path,
     root: Path,
     attrs: Mapping[str, Any],
@@ -72,6 +75,7 @@ def adapters_inside(
 
     Args:
         tensors: stored name -> tensor.
+        not_read: the other tensors; some may be parts of adapters.
         where: the checkpoint.
         root: the directory that no file may lie out of.
         attrs: what the checkpoint says of its model.
@@ -81,7 +85,9 @@ def adapters_inside(
     Raises:
         FormatError: the adapter that the user chose is not there, or a config is damaged.
     """
-    stored = stored_adapters(tensors, in_model=True)
+    unread = {each.name: UnreadTensor(each.shape, each.reason) for each in not_read}
+    stored = stored_adapters({**tensors, **unread}, in_model=True)
+    left_out = [each for each in not_read if stored.others.pop(each.name, None) is not None]
     if not stored.layers and not any(_SAVED.fullmatch(name) for name in stored.others):
         return None
     chosen = stored.chosen(options.adapter)
@@ -116,6 +122,7 @@ def adapters_inside(
         f"{where} holds {NO_SCALE}." if unscaled else "",
         "" if has_base else NO_BASE.format(where=where),
         config,
+        with_clean_names_left_out(left_out),
     )
 
 

@@ -104,7 +104,7 @@ def orientations_of(
     """
     known = []
     for layer in layers:
-        _, base = layer.base_in(weights)
+        _, base = layer.base_in(weights, model_config)
         out_in = out_in_of(layer, base)
         if out_in is not None:
             known.append((layer.path, out_in, None if base is None else base.shape))

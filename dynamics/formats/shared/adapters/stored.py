@@ -1,12 +1,14 @@
 """The parts of adapters among the tensors of a file: to which layer each of them belongs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
+from dynamics.runs.stacks import name_in_files
 
 # How the names of parameters begin that PEFT's methods add to a layer: the `prefix` of each tuner.
 _METHODS = (
@@ -30,6 +32,8 @@ _CANONICAL = dict.fromkeys(("A", "a", "down", "in"), _A) | dict.fromkeys(
     ("B", "b", "up", "out"), _B
 )
 BASE_LAYER = ".base_layer"
+# Modules that families of models rename in files, and store as they are otherwise.
+_STORED_ALIKE = ("router", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,23 @@ class AdapterLayer:
                 return parts[b].shape[0], prod(parts[a].shape[1:])
         return max((each.shape for each in parts.values()), key=prod)
 
-    def base_in(self, weights: Mapping[str, Tensor] | None) -> tuple[str, Tensor | None]:
-        """(Name of the parameter that it adapts, its stored weight, None where there is none)."""
+    def base_in(
+        self, weights: Mapping[str, Tensor] | None, config: Mapping[str, Any]
+    ) -> tuple[str, Tensor | None]:
+        """(Name of the parameter that it adapts, its stored weight, None where there is none).
+
+        Args:
+            weights: clean name -> base weight; None where there is no base.
+            config: config.json of the model.
+        """
+        weights = weights or {}
         for name in (self.name, f"{self.path}.in_proj_weight", self.path):
-            if weights is not None and name in weights:
+            if name in weights:
                 return name, weights[name]
-        return self.name, None
+        found = counterpart(self.name, weights, config)
+        if found is None:
+            return name_in_files(self.name, config), None
+        return found, weights[found]
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,36 @@ def stored_adapters(tensors: Mapping[str, Tensor], *, in_model: bool = False) ->
             del layers[adapter][key]
     named = {adapter: list(each.values()) for adapter, each in layers.items() if each}
     return StoredAdapters(named, shared, others)
+
+
+def counterpart(name: str, names: Collection[str], config: Mapping[str, Any]) -> str | None:
+    """The one of several names that stands for the same parameter; None where there is none.
+
+    It is the name itself, or the one that its family gives it in files; for routers and output
+    embeddings, also the only one of the same module and layer.
+
+    Args:
+        name: the clean name of a live model.
+        names: of what is stored.
+        config: of the model, as JSON-like values.
+
+    >>> counterpart("model.layers.0.mlp.gate.weight", ["model.layers.0.moe.router.weight"], {})
+    'model.layers.0.moe.router.weight'
+    """
+    for each in (name, name_in_files(name, config)):
+        if each in names:
+            return each
+    if (module := parameter_names.module_of(name)) not in _STORED_ALIKE:
+        return None
+    layer, stack = parameter_names.layer_of(name), parameter_names.stack_of(name)
+    alike = [
+        each
+        for each in names
+        if parameter_names.module_of(each) == module
+        and (parameter_names.layer_of(each), parameter_names.stack_of(each)) == (layer, stack)
+        and each.endswith(".weight")
+    ]
+    return alike[0] if len(alike) == 1 else None
 
 
 def _is_wrapped(path: str, wrapped: set[str]) -> bool:

@@ -169,6 +169,21 @@ def test_other_methods_inside_a_model_need_their_config(tiny_llama, tmp_path, co
     check(tmp_path, expected, 5)
 
 
+def test_factors_on_parameters_that_are_not_known_leave_the_whole_module_out(tmp_path):
+    model = adapted(mixture("Mixtral"), on_experts(parameters("Mixtral")))
+    # The parameters under other names than those that the factors were made for.
+    state = {name.replace("gate_up_proj", "w13"): each for name, each in model.state_dict().items()}
+    state = {name: each.flatten(0, 1) if name.endswith(("w13", "down_proj")) else each
+             for name, each in state.items()}  # fmt: skip
+    torch.save(state, tmp_path / "step_1.pt")
+    run = dy.open_run(tmp_path, lora_alpha=5)
+    assert not any("experts" in name for name in run.matrices)
+    left_out = [each.name for each in run.account.left_out]
+    assert {each.rpartition(".")[2] for each in left_out if "experts" in each} == {
+        "w13", "down_proj",
+    }  # fmt: skip
+
+
 def test_experts_inside_a_model(tmp_path):
     model = adapted(mixture("Mixtral"), on_experts(parameters("Mixtral")))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
