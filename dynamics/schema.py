@@ -39,6 +39,7 @@ DIFFERENCES = (UPDATE, DISPLACEMENT, CYCLE_UPDATE, OPTIMIZER_UPDATE)
 # Events: what happened after an optimizer step and before the next.
 MERGE = "merge"
 OPTIMIZER_RESET = "optimizer_reset"
+PROJECTION = "projection"  # the next step takes new directions for the moments
 RESUME = "resume"
 SKIPPED = "skipped"  # a record that the storage was too slow for
 

@@ -160,12 +160,13 @@ def cycle_start(run: Run, name: str, step: int) -> int:
 
 
 def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
-    """The largest rank of W_now - W_before, None where more than adapters changed W.
+    """The largest rank of W_now - W_before, None where nothing bounds it.
 
-    See `cycles_rank_bound`.
+    Adapters bound it (`cycles_rank_bound`), and so does an optimizer that moves a weight within a
+    projector's directions alone: GaLore, whose recording has an event at each new projector.
     """
     if schema.ADAPTER not in run.stored_kinds:
-        return None
+        return _projections_rank_bound(run, name, before, now)
     adapter, earlier = (run.read(name, step, schema.ADAPTER) for step in (now, before))
     if not isinstance(adapter, Factored) or not isinstance(earlier, Factored):
         return None
@@ -195,6 +196,29 @@ def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: boo
         merged_there: whether the first of them happened at the earlier step.
     """
     return rank * merges if merged_there else rank * (merges + 1) + earlier
+
+
+def _projections_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
+    taken = [
+        (event.step, event.attrs["rank"])
+        for event in run.events
+        if event.kind == schema.PROJECTION
+        and event.step < now
+        and event.attrs.get("bounded") is True
+        and isinstance(event.attrs.get("rank"), int)
+        and isinstance(event.attrs.get("matrices"), list)
+        and name in event.attrs["matrices"]
+    ]
+    # A run that was resumed may have told one twice.
+    ranks = dict(taken)
+    used = [rank for step, rank in ranks.items() if step >= before]
+    if before not in ranks:  # the projector before goes on
+        earlier = [step for step in ranks if step < before]
+        if not earlier:
+            return None
+        used.append(ranks[max(earlier)])
+    info = run.matrices[name]
+    return min(sum(used), info.rows, info.cols)
 
 
 def accumulated_adapter(run: Run, name: str, step: int) -> Factored | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dynamics.cli.running import Commands, goes_on, run_app
+from probes.relora.config import METHODS
 
 if TYPE_CHECKING:
     from probes.relora.evaluation.evaluations import Evaluation
@@ -28,6 +29,8 @@ LimitOption = Annotated[
         "--limit", min=1, help="Only the first pairs of each paradigm and texts of each domain."
     ),
 ]
+
+_METHOD = f"One of {', '.join(METHODS)}."
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -64,7 +67,7 @@ def demo(
 def train(
     preset: PresetArgument,
     output: Annotated[Path, typer.Option("--output", help="The folder of the run.")],
-    method: Annotated[str, typer.Option("--method", help="full_rank, relora or lora.")] = "relora",
+    method: Annotated[str, typer.Option("--method", help=_METHOD)] = "relora",
     text: TextOption = None,
     data: DataOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the run.")] = None,

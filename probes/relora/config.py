@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from dynamics.errors import DynamicsError
 
-METHODS = ("full_rank", "relora", "lora")
+METHODS = ("full_rank", "relora", "lora", "galore", "fira", "apollo", "muon")
+ADAPTED = ("relora", "lora")
+PROJECTED = ("galore", "fira", "apollo")
 PRECISIONS = ("float32", "bfloat16")
 ADAPTER_STARTS = ("kaiming", "zero")
 RESET_MODES = ("drop", "zero", "random_prune", "magnitude_prune")
@@ -19,14 +21,8 @@ RESTART_FIELDS = (
     "shared_prune_mask",
     "merge_with_scaling",
 )
-ADAPTER_FIELDS = (
-    "min_lr_ratio",
-    "adapter_start",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-)
+ADAPTER_FIELDS = ("min_lr_ratio", "adapter_start", "lora_alpha", "lora_dropout")
+PROJECTION_FIELDS = ("projection_scale",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +34,9 @@ class TrainConfig:
     experiment; `dataclasses.replace` changes single fields.
 
     Attributes:
-        method: "full_rank", "relora" (Lialin et al. 2023, arXiv 2307.05695), or "lora": the same
-            adapters, never merged.
+        method: "full_rank"; "relora" (Lialin et al. 2023, arXiv 2307.05695); "lora": the same
+            adapters, never merged; "galore", "fira", "apollo" or "muon": the full-rank model,
+            with another optimizer for `target_modules`.
         seed: for the weights, the adapters, the order of the data and the dropout.
         hidden_size: d_model.
         intermediate_size: width of the SwiGLU.
@@ -59,12 +56,15 @@ class TrainConfig:
         gradient_accumulation_steps: forward passes per optimizer step.
         precision: "float32", or "bfloat16": autocast, with parameters and moments in float32.
         learning_rate: the peak; the schedule multiplies it.
+        other_learning_rate: the peak for what is not in `target_modules`, where they have an
+            optimizer of their own (galore, fira, apollo, muon); 0 means `learning_rate`.
         weight_decay: of AdamW, on all trainable parameters.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         warmup_steps: length of the first linear warm-up.
         restart_warmup_steps: length of the linear ramp after each merge (relora).
         min_lr_ratio: multiplier at the end of the cosine (relora, lora); full rank decays to 0.
-        reset_every: optimizer steps between merges (relora).
+        reset_every: optimizer steps between merges (relora), or between projectors (galore, fira,
+            apollo). Equal values and ranks give ReLoRA and GaLore the same rank bound.
         optimizer_reset: what a merge does to the optimizer state of the adapters (relora); see
             `reset_optimizer`.
         prune_ratio: share of the moments that the pruning modes empty (relora).
@@ -72,10 +72,12 @@ class TrainConfig:
         merge_with_scaling: merge s·B·A, which the forward pass adds, instead of B·A (relora).
         adapter_start: "kaiming" draws A and sets B to zero; "zero" sets both to zero until the
             first merge.
-        lora_rank: r.
+        lora_rank: r, of adapters or projectors.
         lora_alpha: scaling s = lora_alpha / lora_rank.
         lora_dropout: on the input of the adapters.
-        target_modules: the linear layers that are frozen and adapted.
+        projection_scale: α of galore, fira and apollo, see `ProjectedAdamW`.
+        target_modules: the linear layers that are frozen and adapted, or that have an optimizer of
+            their own.
         log_every: optimizer steps between logged losses, each a mean over these steps.
         evaluate_every: optimizer steps between validation losses.
         record_every: optimizer steps between records of the recorder.
@@ -110,6 +112,7 @@ class TrainConfig:
     gradient_accumulation_steps: int
     precision: str = "float32"
     learning_rate: float
+    other_learning_rate: float = 0.0
     weight_decay: float
     max_grad_norm: float
     warmup_steps: int
@@ -124,6 +127,7 @@ class TrainConfig:
     lora_rank: int
     lora_alpha: float
     lora_dropout: float = 0.1
+    projection_scale: float = 0.25
     target_modules: tuple[str, ...] = TARGET_MODULES
     log_every: int
     evaluate_every: int
@@ -158,13 +162,14 @@ class TrainConfig:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in (
             "weight_decay",
+            "other_learning_rate",
             "max_grad_norm",
             "validation_sequences",
             "warmup_steps",
             "restart_warmup_steps",
         ):
             self._require(getattr(self, name) >= 0, name, "at least 0")
-        for name in ("learning_rate", "lora_alpha"):
+        for name in ("learning_rate", "lora_alpha", "projection_scale"):
             self._require(getattr(self, name) > 0, name, "greater than 0")
         for name, words in (
             ("precision", PRECISIONS),
@@ -193,6 +198,9 @@ class TrainConfig:
             "warmup_steps",
             f"at most max_steps = {self.max_steps}",
         )
+        if self.method == "galore":
+            # It decays every direction, and the rank bound would be lost.
+            self._require(self.weight_decay == 0, "weight_decay", "0 with method galore")
         if self.method == "relora":
             # A merge during a ramp would cut the ramp off: the rate would never come back up.
             self._require(
@@ -220,7 +228,7 @@ class TrainConfig:
     @property
     def adapted(self) -> bool:
         """Whether the run trains adapters on frozen weights."""
-        return self.method != "full_rank"
+        return self.method in ADAPTED
 
     @property
     def sequences_per_step(self) -> int:

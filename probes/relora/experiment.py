@@ -1,7 +1,6 @@
 """A run of the reference experiment: its data, recording and training, in one folder."""
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from probes.relora.training.run_directory import (
     check_identity,
     checkpoints_in,
     newest_checkpoint,
+    read_identity,
     run_identity,
     step_of,
 )
@@ -73,7 +73,7 @@ def read_config_and_data(
         raise MissingError(
             f"No {path}, which says how the run was trained; give the folder of a run."
         )
-    stored = json.loads(path.read_text())
+    stored = read_identity(path)
     values: dict[str, Any] = {
         field.name: tuple(value) if isinstance(value := stored[field.name], list) else value
         for field in dataclasses.fields(TrainConfig)

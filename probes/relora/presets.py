@@ -8,14 +8,15 @@ github.com/pico-lm/pico-train, whose defaults it keeps.
 from collections.abc import Callable
 from dataclasses import replace
 
-from probes.relora.config import TrainConfig
+from dynamics.errors import DynamicsError
+from probes.relora.config import ADAPTED, TrainConfig
 
 
 def tiny(method: str = "relora") -> TrainConfig:
     """The published run of 11 M parameters: d = 96, 20,000 steps of 2.1 M tokens.
 
     Args:
-        method: "full_rank", "relora" or "lora".
+        method: one of `config.METHODS`.
 
     Example:
         >>> from probes.relora import tiny
@@ -30,7 +31,7 @@ def small(method: str = "relora") -> TrainConfig:
     """The published run of 65 M parameters: d = 384, 20,000 steps of 2.1 M tokens.
 
     Args:
-        method: "full_rank", "relora" or "lora".
+        method: one of `config.METHODS`.
 
     Example:
         >>> from probes.relora import small
@@ -48,7 +49,7 @@ def micro(method: str = "relora") -> TrainConfig:
     begins with a ramp of one twentieth of the cycle, the first warm-up is one cycle, and s = 2.
 
     Args:
-        method: "full_rank", "relora" or "lora".
+        method: one of `config.METHODS`.
 
     Example:
         >>> from probes.relora import micro
@@ -101,12 +102,19 @@ def as_published(config: TrainConfig) -> TrainConfig:
     Args:
         config: the run as it should be.
 
+    Raises:
+        DynamicsError: the published code does not have this method.
+
     Example:
         >>> from probes.relora import as_published, micro
         >>> config = as_published(micro())
         >>> config.adapter_start, config.merge_with_scaling, config.optimizer_reset
         ('zero', False, 'random_prune')
     """
+    if config.method not in ("full_rank", *ADAPTED):
+        raise DynamicsError(
+            f"{config.method} is not in the published code; leave out the variant as_published."
+        )
     if not config.adapted:
         return replace(config, warmup_steps=config.warmup_steps * 5 // 4)
     return replace(
@@ -143,7 +151,8 @@ def _published(method: str, *, hidden_size: int, intermediate_size: int) -> Trai
         gradient_accumulation_steps=32,
         precision="bfloat16",  # FabricConfig: bf16-mixed
         learning_rate=3e-4,  # OptimizationConfig
-        weight_decay=0.01,  # what torch's AdamW takes by default
+        # What torch's AdamW takes by default. It would end GaLore's bound.
+        weight_decay=0.0 if method == "galore" else 0.01,
         max_grad_norm=0.0,  # the published loop does not clip
         # configs/pico-relora-*.yaml; the full-rank runs had 2500, see `as_published`.
         warmup_steps=2000,

@@ -14,6 +14,7 @@ BLOCK_ORDER = 2
 OPTIMIZER_RESET = 3
 HELD_OUT = 4
 DROPOUT = 5
+PROJECTION = 6
 
 
 def stream_seed(seed: int, *key: int) -> int:

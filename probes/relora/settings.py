@@ -75,7 +75,7 @@ def config_from_words(
 
     Args:
         preset: one of `PRESETS`.
-        method: "full_rank", "relora" or "lora".
+        method: one of `METHODS`.
         given: field -> value; None if the command line does not give it.
         words: field=value; they take precedence over `given`.
         published: with the defects of the published code, see `as_published`.

@@ -7,7 +7,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dynamics.errors import DynamicsError
-from probes.relora.config import ADAPTER_FIELDS, RESTART_FIELDS, TrainConfig
+from probes.relora.config import (
+    ADAPTED,
+    ADAPTER_FIELDS,
+    PROJECTED,
+    PROJECTION_FIELDS,
+    RESTART_FIELDS,
+    TrainConfig,
+)
 from probes.relora.model import parameter_counts
 from probes.relora.presets import PRESETS
 from probes.relora.settings import SCALING, config_from_words, parse_settings, setting_text
@@ -150,9 +157,18 @@ def _variant(word: str) -> tuple[str, bool]:
 
 
 def _matters(name: str, method: str) -> bool:
+    adapted, projected = method in ADAPTED, method in PROJECTED
     if name in RESTART_FIELDS:
-        return method == "relora"
-    return name not in (*ADAPTER_FIELDS, SCALING) or method != "full_rank"
+        return method == "relora" or (name == "reset_every" and projected)
+    if name in PROJECTION_FIELDS:
+        return projected
+    if name in (*ADAPTER_FIELDS, SCALING):
+        return adapted
+    if name == "lora_rank":
+        return adapted or projected
+    if name == "other_learning_rate":
+        return projected or method == "muon"
+    return name != "target_modules" or method != "full_rank"
 
 
 def _with_trainable(config: TrainConfig, target: int) -> TrainConfig:

@@ -105,13 +105,23 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         raise MissingError(
             f"No {path}, which says how the run was started; put it back, or start a new run."
         )
-    started = json.loads(path.read_text())
+    started = read_identity(path)
     for name in identity:
         if started.get(name) != identity[name]:
             raise DynamicsError(
                 f"{output} was started with {name} = {started.get(name)!r}, "
                 f"not {identity[name]!r}; resume it as it was started."
             )
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """What `run_identity` gave when a run was started; newer fields have their defaults."""
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(TrainConfig)
+        if field.default is not dataclasses.MISSING
+    }
+    return {**_in_json(defaults), **json.loads(path.read_text())}
 
 
 def _in_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def schedule_of(config: TrainConfig) -> Callable[[int], float]:
 
     LoRA without merges has the cosine of ReLoRA without its ramps: there is nothing to restart.
     """
-    if config.method == "full_rank":
+    if not config.adapted:
         return partial(
             linear_warmup_decay, max_steps=config.max_steps, warmup_steps=config.warmup_steps
         )

@@ -13,11 +13,12 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import get_reporting_integration_callbacks
 
 from dynamics.errors import DynamicsError, one_line
-from probes.relora.config import TrainConfig
+from probes.relora.config import PROJECTED, TrainConfig
 from probes.relora.data.sequences import TokenBlocks
 from probes.relora.data.text import StreamedData, TrainingData
 from probes.relora.data.token_datasets import StreamPosition, position_in
 from probes.relora.model import add_adapters, build_model
+from probes.relora.optimizers.of_method import ProjectionCallback, optimizer_of
 from probes.relora.seeding import DROPOUT, stream_seed
 from probes.relora.training import base_checkpoint
 from probes.relora.training.progress import no_file_progress
@@ -45,11 +46,11 @@ def train(
 ) -> Trainer:
     """Train one run into `output_dir`.
 
-    AdamW trains all trainable parameters, with the published schedule of the method: linear
-    warm-up and decay at full rank, the jagged cosine for ReLoRA. Sequences come in the order of
-    `data.train`, again from the start when all are used, so twins see the same batches. Every
-    `evaluate_every` steps the loss on `data.validation` is computed. Every `save_every` steps
-    `checkpoint-N` is written, for adapted models with the base weights.
+    The optimizer of the method (`optimizer_of`) trains all trainable parameters, with its published
+    schedule: linear warm-up and decay without adapters, the jagged cosine for ReLoRA. Sequences
+    come in the order of `data.train`, again from the start when all are used, so twins see the same
+    batches. Every `evaluate_every` steps the loss on `data.validation` is computed. Every
+    `save_every` steps `checkpoint-N` is written, for adapted models with the base weights.
 
     Under torchrun, each process takes its share of every batch (DDP), and the first one writes.
     The run equals that of one process up to rounding, except that each process draws its own
@@ -60,7 +61,8 @@ def train(
         data: its sequences, of length `config.sequence_length`.
         output_dir: gets the checkpoints, train_config.json and tokenizer.json.
         callbacks: further callbacks, such as a recorder; they are called after those of ReLoRA.
-        on_event: called with the merges and optimizer resets of ReLoRA; see `ReLoRACallback`.
+        on_event: called with the merges and optimizer resets of ReLoRA (`ReLoRACallback`), and with
+            the new projectors of GaLore, Fira and APOLLO (`ProjectionCallback`).
         resume: continue from the newest complete checkpoint of `output_dir`. On a CPU the run then
             computes the same bits as without the interruption.
         report_to: installed trackers that the Trainer logs to: "tensorboard", "wandb", "trackio".
@@ -119,11 +121,9 @@ def train(
             seen = step_of(checkpoint) * config.sequences_per_step
             data.train.start_at(position_in(checkpoint, seen))
 
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = optimizer_of(config, model)
+    if config.method in PROJECTED and on_event is not None:
+        own_callbacks.append(ProjectionCallback(on_event))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(config))
     arguments = _training_arguments(
         config,

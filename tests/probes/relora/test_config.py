@@ -11,8 +11,8 @@ from probes.relora import TrainConfig
     ("changes", "message"),
     [
         (
-            {"method": "galore"},
-            "TrainConfig.method is 'galore'; it must be one of full_rank, relora, lora.",
+            {"method": "sophia"},
+            "TrainConfig.method is 'sophia'; it must be one of full_rank, relora, lora, galore, fira, apollo, muon.",
         ),
         ({"seed": -1}, "TrainConfig.seed is -1; it must be between 0 and 2^32 - 1."),
         ({"max_steps": 0}, "TrainConfig.max_steps is 0; it must be at least 1."),

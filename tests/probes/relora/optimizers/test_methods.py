@@ -1,0 +1,111 @@
+"""Runs of the methods that have an optimizer of their own: recorded, resumed, audited, bounded."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+
+import dynamics as dy
+from dynamics.errors import DynamicsError
+from probes.frameworks.hf_trainer import RecorderCallback
+from probes.relora import PRESETS, TrainConfig, as_published, micro, train
+from probes.relora.config import METHODS
+from probes.relora.training.run_directory import CONFIG_NAME, read_identity
+from tests.probes.relora.conftest import assert_equal_weights, random_data, tiny_config
+from tests.probes.relora.training.test_resuming import interrupted_at
+
+NEW = ("galore", "fira", "apollo", "muon")
+
+
+def config_of(method, **changes) -> TrainConfig:
+    # r = 4 and a projector every 4 of 16 steps, as ReLoRA merges.
+    return tiny_config(method=method, weight_decay=0.0, other_learning_rate=1e-3, **changes)
+
+
+@pytest.fixture(scope="module", params=NEW)
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    config = config_of(request.param, lora_rank=2)
+    recorder = RecorderCallback(folder / "run.zarr", every=2)
+    trainer = train(config, random_data(), folder, callbacks=[recorder], on_event=recorder.event)
+    return config, folder, trainer.model
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_ends_with_the_same_bits(run, tmp_path):
+    config, folder, model = run
+    for step in (4, 6):
+        cut = interrupted_at(step, type("Run", (), {"path": folder}), tmp_path / str(step))
+        resumed = train(config, random_data(), cut, resume=True)
+        assert_equal_weights(resumed.model, model)
+
+
+@pytest.mark.slow
+def test_recordings_have_the_projectors_the_ranks_and_no_defect(run):
+    config, folder, _ = run
+    recording = dy.open_run(folder / "run.zarr")
+    events = [each for each in recording.events if each.kind == "projection"]
+    report = dy.audit(recording)
+    assert not report.failed, report.line
+    update = dy.analyze(recording, kinds=["update", "displacement"], select="*_proj").isel(
+        step=slice(1, None)
+    )
+    full = np.minimum(update["rows"], update["cols"])
+    if config.method == "muon":
+        assert not events
+    else:
+        assert [each.step for each in events] == [0, 4, 8, 12]
+        assert len(events[0].attrs["matrices"]) == 14
+        assert events[0].attrs["rank"] == 2
+        assert 0 < events[1].attrs["energy_inside"] < 1
+        assert 0 < events[1].attrs["overlap_with_last"] < 1
+    if config.method != "galore":
+        assert (update["rank_bound"] == full).all()
+        return
+    bound = update["rank_bound"]
+    assert (bound.sel(kind="update") == 2).all()
+    expected = [2, 2, 4, 4, 6, 6, 8, 8]
+    assert bound.sel(kind="displacement").isel(matrix=0).values.tolist() == expected
+    assert (update["numerical_rank"] == bound).all()
+
+
+@pytest.mark.slow
+def test_muon_moves_every_direction_alike(tmp_path):
+    recorder = RecorderCallback(tmp_path / "run.zarr", every=1)
+    config = config_of("muon", max_steps=3)
+    train(config, random_data(), tmp_path, callbacks=[recorder])
+    run = dy.open_run(tmp_path / "run.zarr")
+    steps = dy.analyze(run, kinds=["optimizer_update"], select="*_proj").isel(step=slice(1, None))
+    tall = np.maximum(1, steps["rows"] / steps["cols"]) ** 0.5
+    largest = steps["singular_value"].isel(index=0) / tall
+    assert float(largest.max()) <= 1.21 * config.learning_rate
+    moved = steps["proportional_effective_rank"].where(steps["effective_rank"] > 0)
+    assert float(moved.mean()) > 0.9
+
+
+def test_every_method_starts_from_the_same_function_and_has_its_fields():
+    assert set(NEW) <= set(METHODS)
+    for method in METHODS:
+        assert {preset(method).method for preset in PRESETS.values()} == {method}
+    with pytest.raises(DynamicsError, match=r"weight_decay is 0\.1; it must be 0 with"):
+        replace(micro("galore"), weight_decay=0.1)
+    with pytest.raises(DynamicsError, match="muon is not in the published code"):
+        as_published(micro("muon"))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_started_before_there_were_these_fields_is_still_read(tmp_path):
+    config, data = tiny_config(method="full_rank", max_steps=2), random_data()
+    train(config, data, tmp_path)
+    stored = json.loads((tmp_path / CONFIG_NAME).read_text())
+    for new in ("other_learning_rate", "projection_scale"):
+        del stored[new]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(stored))
+    with pytest.raises(DynamicsError, match="trained to its end"):
+        train(config, data, tmp_path, resume=True)
+    known = read_identity(tmp_path / CONFIG_NAME)
+    assert {name: known[name] for name in asdict(config)} == {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+    }
