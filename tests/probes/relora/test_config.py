@@ -5,6 +5,7 @@ import pytest
 
 from dynamics.errors import DynamicsError
 from probes.relora import TrainConfig
+from probes.relora.config import METHODS
 
 
 @pytest.mark.parametrize(
@@ -12,7 +13,7 @@ from probes.relora import TrainConfig
     [
         (
             {"method": "sophia"},
-            "TrainConfig.method is 'sophia'; it must be one of full_rank, relora, lora, galore, fira, apollo, muon.",
+            f"TrainConfig.method is 'sophia'; it must be one of {', '.join(METHODS)}.",
         ),
         ({"seed": -1}, "TrainConfig.seed is -1; it must be between 0 and 2^32 - 1."),
         ({"max_steps": 0}, "TrainConfig.max_steps is 0; it must be at least 1."),
