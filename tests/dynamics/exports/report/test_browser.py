@@ -233,8 +233,8 @@ def test_results_with_little_in_them_open(show, tmp_path, kinds):
 
 
 def test_a_report_that_follows_loads_anew_and_keeps_the_choices(show, tmp_path):
+    from dynamics.exports.report.following import LivePage, serving
     from dynamics.exports.report.report import write_report
-    from dynamics.exports.report.server import LivePage, serving
 
     live = LivePage()
     with serving(live, 0) as address:
