@@ -173,7 +173,7 @@ def sweep(
     "--download-blimp\n\n  python -m probes.relora evaluate runs/relora --text paloma --limit 100"
 )
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, with checkpoint-N/.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, models or adapters.")],
     blimp: Annotated[
         Path | None, typer.Option("--blimp", help="Folder of BLiMP's .jsonl files.")
     ] = None,
@@ -205,6 +205,10 @@ def evaluate(
         str | None,
         typer.Option("--tokenizer", help="Name or path of a tokenizer, if a run has none."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Name or path of the model that adapters belong to."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, ... Default: a GPU if there is one.")
     ] = None,
@@ -234,6 +238,7 @@ def evaluate(
             [*own, *given],
             steps=None if steps is None else [int(step) for step in steps.split(",")],
             tokenizer=tokenizer,
+            base=base,
             device=device,
         )
         for table in evaluation_tables(evaluated):

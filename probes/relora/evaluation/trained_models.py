@@ -1,6 +1,7 @@
 """The models and the tokenizer of a trained run, as transformers objects."""
 
 import hashlib
+import json
 import os
 import warnings
 from pathlib import Path
@@ -17,38 +18,46 @@ from probes.relora.training.base_checkpoint import FOLDER
 from probes.relora.training.progress import no_file_progress
 from probes.relora.training.run_directory import TOKENIZER_NAME
 
-_ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
-def load_model(checkpoint: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
+def load_model(
+    checkpoint: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    base: str | None = None,
+) -> Any:
     """Load the model of a checkpoint in float32, with its adapter if it has one.
 
     Args:
-        checkpoint: a folder of transformers, or of PEFT with the base weights in base/.
+        checkpoint: a folder of transformers or PEFT.
         device: where to put the model.
+        base: name or path of the model that an adapter belongs to. By default it is `base/` in the
+            checkpoint, or what the adapter's config names. Nothing is downloaded.
 
     Raises:
-        MissingError: an adapter without base/.
+        MissingError: an adapter whose base is not on this machine.
         FormatError: the libraries cannot load it.
     """
     folder = Path(checkpoint)
-    adapted = (folder / _ADAPTER_CONFIG).is_file()
-    if adapted and not (folder / FOLDER).is_dir():
-        raise MissingError(
-            f"{folder} holds an adapter and no {FOLDER}/ with the weights that it belongs to; "
-            "put the base model there."
-        )
+    adapted = (folder / ADAPTER_CONFIG).is_file()
+    source = _base_of(folder, base) if adapted else folder
     try:
         with no_file_progress(), warnings.catch_warnings():
             # PEFT reads a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
             model = AutoModelForCausalLM.from_pretrained(
-                folder / FOLDER if adapted else folder, dtype=torch.float32, local_files_only=True
+                source, dtype=torch.float32, local_files_only=True
             )
             if adapted:
                 model = PeftModel.from_pretrained(model, str(folder))
     # The libraries raise all kinds of errors for a damaged file.
     except Exception as error:
+        if adapted and not (folder / FOLDER).is_dir():
+            raise MissingError(
+                f"Cannot load the base model {str(source)!r} of the adapter {folder}: "
+                f"{one_line(error)}; name the model that it belongs to (--base)."
+            ) from error
         raise FormatError(
             f"Cannot load the model of {folder}: {one_line(error)}; remove that checkpoint, or "
             "train it again."
@@ -56,21 +65,54 @@ def load_model(checkpoint: str | os.PathLike[str], device: str | torch.device = 
     return model.to(device)
 
 
-def load_tokenizer(run_dir: str | os.PathLike[str], name: str | None = None) -> Any:
+def _base_of(folder: Path, base: str | None) -> str | Path:
+    if base is not None:
+        return base
+    if (folder / FOLDER).is_dir():
+        return folder / FOLDER
+    try:
+        named = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        named = None
+    if not named:
+        raise MissingError(
+            f"{folder} holds an adapter and no {FOLDER}/ with the weights that it belongs to, and "
+            "its config names no base model; name it (--base)."
+        )
+    return str(named)
+
+
+def load_tokenizer(
+    run_dir: str | os.PathLike[str],
+    name: str | None = None,
+    *checkpoints: str | os.PathLike[str],
+) -> Any:
     """Load the tokenizer that a run was trained with.
 
     Args:
         run_dir: the run's folder.
         name: name, folder or tokenizer.json of a tokenizer to take instead.
+        checkpoints: folders that are asked for a tokenizer if the run's folder has none.
 
     Raises:
         MissingError: the run has no tokenizer and none is named, or it cannot be loaded.
     """
-    path = Path(run_dir) / TOKENIZER_NAME if name is None else Path(name)
-    if name is None and not path.is_file():
-        raise MissingError(f"No {path}; name the tokenizer that made its tokens (--tokenizer).")
+    path: Path | None = None if name is None else Path(name)
+    if name is None:
+        for folder in map(Path, (run_dir, *checkpoints)):
+            if (folder / _TOKENIZER_CONFIG).is_file():  # with its special tokens
+                path, name = None, str(folder)
+                break
+            if (folder / TOKENIZER_NAME).is_file():
+                path = folder / TOKENIZER_NAME
+                break
+        else:
+            raise MissingError(
+                f"No {Path(run_dir) / TOKENIZER_NAME}; name the tokenizer that made its tokens "
+                "(--tokenizer)."
+            )
     try:
-        if path.is_file():
+        if path is not None and path.is_file():
             return as_transformers(Tokenizer.from_file(str(path)))
         return AutoTokenizer.from_pretrained(name)
     # The libraries raise Exception itself.
