@@ -8,15 +8,17 @@ import xarray as xr
 from dynamics import schema
 from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.plots.drawing import values as of
-from dynamics.plots.drawing.captions import counted, describe
+from dynamics.plots.drawing.captions import counted, describe, listed
+from dynamics.plots.drawing.labels import broken
 from dynamics.plots.drawing.lines import quiet, title
-from dynamics.plots.drawing.style import PALETTE, run_style
+from dynamics.plots.drawing.style import PALETTE, panel_width, run_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BY = ("module", "layer", schema.MATRIX, "expert", schema.RUN)
 _PARTS = ("rank_bound", "numerical_rank", "effective_rank")
+_TALL = 8  # bars, up to which a name has room for two lines
 _MOST = 40  # bars with names that can be read
 
 
@@ -40,7 +42,8 @@ def plot_rank_budget(
         by: what a bar stands for: "module" (the default of one run), "layer", "expert", "matrix",
             or "run" (the default of several). It is the mean over its matrices; for "run", over
             those inside the layers.
-        step: the step to show; by default, the last one at which the kind was measured.
+        step: the step to show; by default, the last one at which all runs were measured that have
+            the kind at all.
         ax: the Axes to draw on; by default, a new figure is made.
 
     Returns:
@@ -59,6 +62,7 @@ def plot_rank_budget(
         'directions of the adapter at step 8'
         >>> matplotlib.pyplot.close(ax.figure)
     """
+    of.refuse_difference(dataset)
     several = schema.RUN in dataset.dims
     by = by or (schema.RUN if several else "module")
     if by not in _BY:
@@ -87,14 +91,20 @@ def plot_rank_budget(
         ax.barh(place, effective, 0.62, color=colour, linewidth=0, label="_effective")
         ax.barh(place, bound, 0.76, fill=False, edgecolor="0.35", linewidth=0.8, label="_bound")
         _numbers(ax, place, bound, f"{effective:.3g} · {numerical:.3g} · {bound:.3g}")
-    ax.set_yticks(range(len(bars)), list(bars))
+    names = [broken(name, 30) if len(bars) <= _TALL else name for name in bars]
+    ax.set_yticks(range(len(bars)), names)
     ax.set_ylim(len(bars) - 0.4, -0.6)
     ax.set_xlim(0, max(each[1] for each in bars.values()) * 1.02)
-    ax.set_xlabel(f"directions of the {kind.replace('_', ' ')} at step {step}").set_wrap(True)
+    letters = int(72 * panel_width(ax) / (0.7 * 8))
+    ax.set_xlabel(broken(f"directions of the {kind.replace('_', ' ')} at step {step}", letters))
     quiet(ax)
     ax.grid(visible=False, axis="y")
     ax.tick_params(axis="y", length=0)
     title(ax, "effective · numerical · bound")
+    if several:
+        without = [run for run in dataset[schema.RUN].values.tolist() if run not in bars]
+        if without:
+            describe(ax, f"Without {kind} at this step: {listed(without)}", last=True)
     counts = [each[0] for each in bars.values()]
     mean = f", the mean over {counted(counts, 'matrix', 'matrices')}" if max(counts) > 1 else ""
     describe(
@@ -108,9 +118,15 @@ def plot_rank_budget(
 
 
 def _step(values: xr.DataArray, step: int | None, kind: str) -> int:
-    measured = values.dropna(schema.STEP, how="all")[schema.STEP].values.tolist()
+    there = values.notnull().any(schema.MATRIX)
+    everywhere = there
+    if schema.RUN in there.dims:
+        having = there.isel({schema.RUN: np.flatnonzero(there.any(schema.STEP))})
+        there, everywhere = there.any(schema.RUN), having.all(schema.RUN)
+    measured = there[schema.STEP].values[there.values].tolist()
     if step is None:
-        return int(measured[-1])
+        common = there[schema.STEP].values[everywhere.values].tolist()
+        return int((common or measured)[-1])
     if step not in measured:
         known = ", ".join(map(str, measured))
         raise MissingError(f"No {kind} was measured at step {step}; steps: {known}.")

@@ -101,10 +101,10 @@ def plot_heatmap(
     )
     mesh = draw_cells(ax, axis, steps, np.arange(len(means) + 1), grid, norm, colours)
     names = [name.removeprefix("layer ") for name in means]
-    shown = np.unique(np.linspace(0, len(names) - 1, min(len(names), 9)).round().astype(int))
+    shown = np.arange(0, len(names), -(-len(names) // 9))
     ax.set_yticks(shown + 0.5, [names[i] for i in shown])
     ax.set_ylabel("layer")
-    title(ax, module or "all matrices of the layers")
     colour_bar(mesh, [ax], of.label(values, kind))
     mark_merges_of_cells(ax, axis)
+    title(ax, module or "all matrices of the layers")
     return ax

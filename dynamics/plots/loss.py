@@ -11,14 +11,16 @@ from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.plots.comparison import plot_comparison
 from dynamics.plots.drawing import values as of
 from dynamics.plots.drawing.captions import describe
+from dynamics.plots.drawing.labels import remove_labels
 from dynamics.plots.drawing.lines import Line, draw_lines, finish
 from dynamics.plots.drawing.runs import RunLines, missing, pooled_lines
 from dynamics.plots.drawing.style import line_style, run_style
-from dynamics.plots.drawing.time_axis import mark_merges, time_axis
+from dynamics.plots.drawing.time_axis import MERGE_NAME, mark_merges, time_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_NAMED_TWICE = 5  # lines, up to which both axes have room for their names
 _MEAN = "mean"  # the line of a run without a name
 _PREFERRED = ("loss", "train_loss", "training_loss", "eval_loss")
 
@@ -90,11 +92,13 @@ def plot_loss(
         runs = dataset if several else dataset.expand_dims({schema.RUN: [_MEAN]})
         plot_comparison(runs, metric, kind=kind, module=module, over=over, x=x, ax=lower)
         for each in list(lower.texts):
-            if each.get_text() == "merge":
+            if each.get_text().startswith(MERGE_NAME):
                 each.remove()
         upper.set_xlabel("")
         upper.tick_params(labelbottom=False)
         lower.set_title("")
+        if len(drawn.lines) > _NAMED_TWICE:
+            remove_labels(lower)
         describe(lower, f"Module: {module}" if module else "", last=True)
         upper.set_xlim(min(upper.get_xlim()[0], lower.get_xlim()[0]),
                        max(upper.get_xlim()[1], lower.get_xlim()[1]))  # fmt: skip

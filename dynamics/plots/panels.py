@@ -14,6 +14,7 @@ from dynamics.plots.drawing.captions import describe, listed
 from dynamics.plots.drawing.cells import colour_bar, colour_scale
 from dynamics.plots.drawing.labels import broken, has_labels, remove_labels
 from dynamics.plots.drawing.lines import title
+from dynamics.plots.drawing.time_axis import MERGE_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ def plot_panels(
         dataset: a result.
         arguments: what `draw` takes after the result.
         by: "run", "kind", "module", "layer", "expert", "stack", "attention" or "component".
-        columns: panels beside each other; by default, as many as have 2 inches each.
+        columns: panels beside each other; by default, as many as have about 2 inches each.
         axes: an array of Axes to draw on, at least one for each panel; by default, a new figure of
             the width of `figure.figsize` is made.
         options: what `draw` takes by name. A `kind` for which `by` is "kind" is refused.
@@ -80,10 +81,13 @@ def plot_panels(
     if len(used) < len(parts):
         raise DynamicsError(f"{len(parts)} panels need as many Axes; found {len(used)}.")
     used = used[: len(parts)]
-    for ax, (name, (part, own)) in zip(used, parts.items(), strict=True):
+    above = False
+    for ax, (part, own) in zip(used, parts.values(), strict=True):
         draw(part, *arguments, ax=ax, **(options | own))
-        title(ax, name)
+        above |= any(text.get_text().startswith(MERGE_NAME) for text in ax.texts)
         describe(ax, f"Panels: {listed(parts)}", last=True)
+    for ax, name in zip(used, parts, strict=True):
+        title(ax, name, above=above)
     _one_scale(used, options.get("log"))
     if axes is None:
         _tidy(used)
@@ -130,7 +134,7 @@ def _grid(panels: int, columns: int | None) -> np.ndarray:
     width, height = matplotlib.rcParams["figure.figsize"]
     points = matplotlib.rcParams["font.size"]
     if columns is None:
-        columns = max(1, min(panels, int(width / (2.2 * points / 8))))
+        columns = max(1, min(panels, round(width / (2 * points / 8))))
     if columns < 1:
         raise DynamicsError(f"columns is {columns}; it must be at least 1.")
     columns = min(columns, panels)
@@ -182,7 +186,8 @@ def _meshes(ax: "Axes") -> "list[QuadMesh]":
 def _tidy(axes: np.ndarray) -> None:
     """Say once what all panels say: names of axes, of lines and of the merge."""
     figure = axes[0].figure
-    common = _common({ax.get_ylabel() for ax in axes})
+    others = [ax for ax in figure.axes if ax not in axes and ax.get_label() != "<colorbar>"]
+    common = "" if others else _common({ax.get_ylabel() for ax in axes})
     if common:
         size = axes[0].yaxis.label.get_fontsize()
         letters = int(72 * figure.get_size_inches()[1] / (0.6 * size))
@@ -199,10 +204,13 @@ def _tidy(axes: np.ndarray) -> None:
     named = False
     for ax in axes:
         for text in list(ax.texts):
-            if text.get_text() == "merge":
+            if text.get_text().startswith(MERGE_NAME):
                 if named:
                     text.remove()
                 named = True
+    for ax in axes:
+        if _names(ax) == [ax.get_title()]:
+            remove_labels(ax)
     if len(axes) > 1 and len({tuple(_names(ax)) for ax in axes}) == 1 and len(_names(axes[0])) > 1:
         names = _names(axes[0])
         lines = [line for line in axes[0].get_lines() if line.get_label() in names]

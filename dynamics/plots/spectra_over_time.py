@@ -101,11 +101,11 @@ def plot_spectra_over_time(
     _draw_stairs(ax, axis.at(steps)[known], ranks[known] + 0.5)
     ax.set_ylim(rows[0], rows[-1])
     ax.set_ylabel("index of the singular value")
-    title(ax, matrix)
     colour_bar(mesh, [ax], f"singular value, {kind}")
     if np.nanmin(cells) < limits[0]:
         describe(ax, f"All values below {limits[0]:.1g} have the darkest colour")
     mark_merges_of_cells(ax, axis)
+    title(ax, matrix)
     return ax
 
 

@@ -78,6 +78,8 @@ def plot_spectrum(
     rows, cols = (int(spectra[name]) for name in ("rows", "cols"))
     table = {step: spectra.sel({schema.STEP: step}).dropna(schema.INDEX).values for step in steps}
     floor = {step: float(floors.sel({schema.STEP: step})) for step in steps}
+    if not any((s > 0).any() for s in table.values()):
+        raise MissingError(f"All singular values of the {kind} of {matrix} are zero.")
     last = steps[-1]
     ranks = {step: int((s > floor[step]).sum()) for step, s in table.items()}
     can = 2 * ranks[last] >= min(rows, cols) and min(rows, cols) > 1
@@ -96,7 +98,6 @@ def plot_spectrum(
         if len(steps) > 1
         else f"Dot: the numerical rank of {ranks[last]}, the count above the noise floor",
     )
-    ax.set_yscale("log")
     if can and bulk is not False:
         _draw_bulk(ax, table[last], rows, cols, floor[last], last)
     for step, colour in zip(steps, spread(len(steps)), strict=True):
@@ -108,7 +109,7 @@ def plot_spectrum(
         _step_bar(ax, ranks)
     _draw_floors(ax, table, floor, spread(len(steps)))
     ax.set_xlabel("index of the singular value")
-    finish(ax, f"singular value, {kind}")
+    finish(ax, f"singular value, {kind}", log=True)
     title(ax, matrix)
     return ax
 
@@ -119,6 +120,7 @@ def spectra_of(dataset: xr.Dataset, matrix: str, kind: str) -> tuple[xr.DataArra
     Raises:
         MissingError: the result has no spectra, or none of this matrix and kind.
     """
+    of.refuse_difference(dataset)
     if schema.SINGULAR_VALUE not in dataset:
         raise MissingError("This result has no singular values; measure the run again.")
     floors = of.of_a_matrix(of.metric_values(dataset, schema.NOISE_FLOOR, kind), matrix, kind)

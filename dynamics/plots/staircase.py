@@ -68,6 +68,7 @@ def plot_staircase(
         adapters of rank r, and at most the size of the matrix. Dotted: the merge.
         >>> matplotlib.pyplot.close(ax.figure)
     """
+    of.refuse_difference(dataset)
     several = schema.RUN in dataset.dims
     if over is not None and not several:
         raise DynamicsError("over (--over) is for several runs; this result is of one.")
@@ -132,7 +133,8 @@ def _lines(
 def _stairs(line: Line, axis: TimeAxis) -> Line:
     """The line from the beginning of its first interval on, without markers."""
     run = line.name if line.name in axis.known else None
-    style = {name: each for name, each in line.style.items() if name != "marker"}
+    single = line.x.size == 1  # stairs of one record, which are no line
+    style = {name: each for name, each in line.style.items() if single or name != "marker"}
     if run is None or not line.x.size:
         return replace(line, style=style)
     at = axis.at(axis.known[run][0], run)

@@ -52,7 +52,7 @@ def plot_trajectory(
         ax: the Axes to draw on; by default, a new figure is made.
 
     Returns:
-        The Axes. Up to 12 lines are named at their ends.
+        The Axes. Up to 16 lines are named at their ends.
 
     Raises:
         DynamicsError: `dataset` compares several runs, or `band` is asked for where each line is

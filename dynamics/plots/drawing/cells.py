@@ -8,8 +8,7 @@ import numpy as np
 from dynamics.errors import DynamicsError
 from dynamics.plots.drawing.captions import describe
 from dynamics.plots.drawing.lines import plain_decades
-from dynamics.plots.drawing.style import thickness
-from dynamics.plots.drawing.time_axis import TimeAxis, edges, name_merge
+from dynamics.plots.drawing.time_axis import TimeAxis, draw_merges, edges
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,17 +109,10 @@ def draw_cells(
 
 
 def mark_merges_of_cells(ax: "Axes", axis: TimeAxis) -> None:
-    """Dotted white lines at merges, on a dark one, so that both pale and dark cells show them."""
+    """Mark the merges that lie inside of the map."""
     low, high = ax.get_xlim()
-    merges = axis.merges.get(None, [])
-    at = [float(x) for x in axis.at(merges) if np.isfinite(x) and low < x < high]
-    for x in at:
-        ax.axvline(x, color="0.2", linewidth=thickness(0.8))
-        ax.axvline(x, color="white", linewidth=thickness(0.8), linestyle=(0, (1.5, 1.5)))
-    if at:
-        name_merge(ax, at[0])
-        many = "the merge" if len(at) == 1 else f"the {len(at)} merges"
-        describe(ax, f"Dotted white: {many}")
+    at = [float(x) for x in axis.at(axis.merges.get(None, [])) if low < x < high]
+    draw_merges(ax, at, on_cells=True)
 
 
 def colour_bar(mesh: Any, axes: "Sequence[Axes]", label: str) -> None:

@@ -14,7 +14,7 @@ from dynamics.plots.drawing.style import whole_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST = 12  # lines that are named at their ends
+MOST = 16  # lines that are named at their ends
 _BROAD = 20  # letters of a line of a label
 _GAP = 4 / 72  # inches between the axes and the labels
 

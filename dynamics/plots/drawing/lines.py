@@ -8,7 +8,8 @@ import numpy as np
 
 from dynamics.plots.drawing.captions import describe, listed
 from dynamics.plots.drawing.labels import MOST, broken, label_end, short_names
-from dynamics.plots.drawing.style import GREY, whole_figure
+from dynamics.plots.drawing.style import GREY, panel_width
+from dynamics.plots.drawing.time_axis import MERGE_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,8 +62,7 @@ def draw_lines(ax: "Axes", lines: Sequence[Line], *, values: bool = False, **opt
         x, y = _broken(line, line.x), _broken(line, line.y)
         style = dict(line.style)
         if "marker" in style:  # at other records for each line, so that none hides another's
-            every = max(1, len(x) // _MARKED)
-            style["markevery"] = (number % every, every) if len(line.cycles) == 1 else 1
+            style["markevery"] = _marked(line, number)
         if line.name in under:  # a broad pale band below the line that hides it
             _underlay(ax, x, y, style["color"], options)
         ax.plot(x, y, label=line.name, **(style | options))
@@ -84,10 +84,24 @@ def draw_lines(ax: "Axes", lines: Sequence[Line], *, values: bool = False, **opt
                 continue
             last = f": {finite[-1]:.1f}".removesuffix(".0") if values else ""
             label_end(ax, f"{text}{last}", float(finite[-1]), style["color"])
+    if not few:
+        describe(ax, "Later ones hide earlier ones where they are close", last=True)
     for group in same:
         describe(
             ax, f"The lines of {listed(line.name for line in group)} lie on each other", last=True
         )
+
+
+def _marked(line: Line, number: int) -> list[int]:
+    """The points that get a marker: a few of each line, and records that are a cycle alone."""
+    positions, alone, start = [], [], 0
+    for part in line.cycles:
+        size = len(line.x[part])
+        positions += range(start, start + size)
+        alone += [start] if size == 1 else []
+        start += size + 1  # the break between two cycles
+    every = max(1, len(positions) // _MARKED)
+    return sorted({*positions[number % every :: every], *alone})
 
 
 def _underlay(ax: "Axes", x: Any, y: Any, colour: Any, options: dict[str, Any]) -> None:
@@ -125,8 +139,9 @@ def _alike(lines: Sequence[Line]) -> list[list[Line]]:
 
 def _coincide(one: Line, other: Line, tolerance: float) -> bool:
     _, i, j = np.intersect1d(one.x, other.x, return_indices=True)
-    both = np.isfinite(one.y[i]) & np.isfinite(other.y[j])
-    return bool(both.sum() >= 2 and (abs(one.y[i] - other.y[j])[both] <= tolerance).all())
+    a, b = one.y[i], other.y[j]
+    both = np.isfinite(a) & np.isfinite(b)
+    return bool(both.sum() >= 2 and (abs(a[both] - b[both]) <= tolerance).all())
 
 
 def finish(ax: "Axes", ylabel: str, *, log: bool = False) -> None:
@@ -143,8 +158,9 @@ def plain_decades(axis: "Axis", limits: "Callable[[], tuple[float, float]]") -> 
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = limits()
+    subs = (1, 2, 3, 4, 5, 7) if high < 6 * low else (1, 2, 5)
     if low > 0 and high / low < 300 and low >= 1e-3 and high < 1e5:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=subs))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(NullLocator())
 
@@ -157,15 +173,19 @@ def quiet(ax: "Axes") -> None:
     ax.margins(x=0.01)
 
 
-def title(ax: "Axes", text: str) -> None:
-    """A title, above the name of the first merge; long ones are broken at dots and spaces."""
+def title(ax: "Axes", text: str, *, above: bool | None = None) -> None:
+    """A title; long ones are broken at dots and spaces.
+
+    Args:
+        ax: where.
+        text: the title.
+        above: whether it leaves room for the name of the merges; by default, if there is one.
+    """
     import matplotlib
 
-    small, large = (
-        matplotlib.font_manager.FontProperties(size=matplotlib.rcParams[name]).get_size_in_points()
-        for name in ("legend.fontsize", "axes.titlesize")
-    )
-    place = ax.get_subplotspec()
-    columns = 1 if place is None else place.get_gridspec().ncols
-    width = whole_figure(ax).get_size_inches()[0] / columns
-    ax.set_title(broken(text, int(72 * width / (0.6 * large))), pad=small + 4)
+    size = matplotlib.rcParams["legend.fontsize"]
+    small = matplotlib.font_manager.FontProperties(size=size).get_size_in_points()
+    if above is None:
+        above = any(each.get_text().startswith(MERGE_NAME) for each in ax.texts)
+    letters = int(72 * panel_width(ax) / (0.6 * 8))
+    ax.set_title(broken(text, letters), pad=small + 6 if above else None)

@@ -177,6 +177,16 @@ def whole_figure(ax: "Axes") -> "Figure":
     return figure
 
 
+def panel_width(ax: "Axes") -> float:
+    """The inches that Axes have beside each other, in letters of paper: 8 points."""
+    import matplotlib
+
+    place = ax.get_subplotspec()
+    columns = 1 if place is None else place.get_gridspec().ncols
+    width = float(whole_figure(ax).get_size_inches()[0]) / columns
+    return width * 8 / float(matplotlib.rcParams["font.size"])
+
+
 def thickness(points: float) -> float:
     """A line width of figures for paper in the style that is used: of slides, it is broader."""
     import matplotlib

@@ -12,15 +12,19 @@ import xarray as xr
 from dynamics import schema
 from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.plots.drawing.captions import counted, describe, listed
-from dynamics.plots.drawing.style import thickness
+from dynamics.plots.drawing.style import panel_width, thickness
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Locator
 
 _LABELS = {schema.STEP: "optimizer step", "tokens": "tokens", "epoch": "epoch"}
 _PLURALS = {schema.STEP: "optimizer steps", "tokens": "tokens", "epoch": "epochs"}
 # Kinds that begin anew with each cycle: a line across a merge would join different matrices.
 _OF_CYCLES = (schema.ADAPTER, schema.CYCLE_UPDATE)
+MERGE_NAME = "merge"  # what stands above the first of them
+_LINES = 24  # merges, up to which each is a line
+_NAMED = 4  # runs, up to which a caption has their names
 Run = str | None  # None: the one run of a result
 
 
@@ -61,10 +65,13 @@ class TimeAxis:
 
     def label(self, ax: "Axes") -> None:
         """Name the x axis; many tokens get a k, M or G."""
-        ax.set_xlabel(_LABELS[self.name])
-        if self.name == "tokens":
-            from matplotlib.ticker import EngFormatter
+        from matplotlib.ticker import EngFormatter
 
+        ax.set_xlabel(_LABELS[self.name])
+        room = int(2.2 * panel_width(ax))  # labels that have room side by side, about
+        whole = self.name != "epoch"
+        ax.xaxis.set_major_locator(_ticks(max(2, min(room, 7)), whole))
+        if self.name == "tokens":
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     def pooled(self, groups: Mapping[str, Sequence[str]]) -> "TimeAxis":
@@ -86,6 +93,13 @@ class TimeAxis:
             known[group] = self.known[runs[0]]
             merges[group] = sorted({step for run in runs for step in self.merges[run]})
         return TimeAxis(self.name, known, merges)
+
+
+def _ticks(most: int, whole: bool) -> "Locator":
+    """At multiples of 1, 2, 2.5 or 5 times a power of ten."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10], integer=whole)
 
 
 def time_axis(dataset: xr.Dataset, x: str) -> TimeAxis:
@@ -148,31 +162,59 @@ def _merges(dataset: xr.Dataset) -> dict[Run, list[int]]:
     }
 
 
-def mark_merges(ax: "Axes", axis: TimeAxis, *, colour: str = "0.6") -> None:
-    """Draw a thin dotted line at every merge; the first is named, and the caption tells whose."""
+def mark_merges(ax: "Axes", axis: TimeAxis) -> None:
+    """Mark every merge; the first is named, and the caption tells whose they are."""
     by_run = {run: axis.at(steps, run) for run, steps in axis.merges.items() if steps}
     at = sorted({float(x) for each in by_run.values() for x in each if np.isfinite(x)})
-    if not at:
-        return
-    for x in at:
-        ax.axvline(x, color=colour, linewidth=thickness(0.8), linestyle=":", zorder=0.5)
-    name_merge(ax, at[0])
     runs = [str(run) for run in by_run if run is not None]
-    some = listed(runs) if len(runs) <= 4 else f"{len(runs)} of {len(axis.merges)} runs"
-    whose = f" of {some}" if 0 < len(runs) < len(axis.merges) else ""
+    some = listed(runs) if len(runs) <= _NAMED else f"{len(runs)} of {len(axis.merges)} runs"
+    draw_merges(ax, at, f" of {some}" if 0 < len(runs) < len(axis.merges) else "")
+
+
+def draw_merges(
+    ax: "Axes", at: Sequence[float], whose: str = "", *, on_cells: bool = False
+) -> None:
+    """Dotted lines at merges, or ticks at the upper edge where lines would cover the data.
+
+    Args:
+        ax: where.
+        at: their positions, in order.
+        whose: text like " of relora".
+        on_cells: whether they have to be seen on colours, pale and dark.
+    """
+    if not len(at):
+        return
     how_many = "the merge" if len(at) == 1 else f"the {counted([len(at)], 'merge')}"
-    describe(ax, f"Dotted: {how_many}{whose}")
+    few = len(at) <= _LINES
+    for x in at if few else []:
+        if on_cells:
+            ax.axvline(x, color="0.2", linewidth=thickness(0.8))
+        ax.axvline(
+            x,
+            color="white" if on_cells else "0.6",
+            linewidth=thickness(0.8),
+            linestyle=(0, (1.5, 1.5)) if on_cells else ":",
+            zorder=None if on_cells else 0.5,
+        )
+    if not few:
+        ax.vlines(
+            at, 1, 1.025, transform=ax.get_xaxis_transform(), color="0.4",
+            linewidth=thickness(0.6), clip_on=False, label="_merges",
+        )  # fmt: skip
+    _name_merges(ax, at[0] if few else (at[0] + at[-1]) / 2, "merge" if few else "merges")
+    mark = "Ticks above" if not few else "Dotted white" if on_cells else "Dotted"
+    describe(ax, f"{mark}: {how_many}{whose}")
 
 
-def name_merge(ax: "Axes", x: float) -> None:
-    """Write "merge" above the axes, over the first one."""
+def _name_merges(ax: "Axes", x: float, text: str) -> None:
+    """Write "merge" above the axes, over the first one, or over the middle of many."""
     import matplotlib
 
     ax.annotate(
-        "merge",
+        text,
         (x, 1),
         xycoords=("data", "axes fraction"),
-        xytext=(0, 1.5),
+        xytext=(0, 1.5 if text == MERGE_NAME else 4.5),
         textcoords="offset points",
         ha="center",
         va="bottom",

@@ -1,7 +1,6 @@
 """What a figure shows of a result: one metric of one kind, whose matrices, their mean and range."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis.comparison import select_run
 from dynamics.analysis.statistics import STATISTIC
 from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.metrics.modules import module_labels
@@ -148,13 +146,17 @@ def require_one_run(dataset: xr.Dataset) -> xr.Dataset:
     return dataset
 
 
-def runs_of(dataset: xr.Dataset) -> Iterator[tuple[str | None, xr.Dataset]]:
-    """Each run of a result with its name; None and the result itself where it is of one run."""
-    if schema.RUN not in dataset.dims:
-        yield None, dataset
-        return
-    for run in dataset[schema.RUN].values.tolist():
-        yield run, select_run(dataset, run)
+def refuse_difference(dataset: xr.Dataset) -> None:
+    """Refuse a result of `difference`, where the figure shows what single runs have.
+
+    Raises:
+        DynamicsError: it is one.
+    """
+    if BASELINE in dataset.attrs:
+        raise DynamicsError(
+            f"This result is less {dataset.attrs[BASELINE]!r}, and this figure shows what runs "
+            "have; give it the comparison, or use plot_difference (--style difference)."
+        )
 
 
 @dataclass(frozen=True)

@@ -153,3 +153,45 @@ def test_each_figure_says_whether_it_takes_one_run_or_several(comparison, analys
             draw(comparison)
     with pytest.raises(DynamicsError, match="takes what compare"):
         plot_comparison(analysis)
+
+
+def test_many_merges_are_ticks_that_cover_nothing(write_recording):
+    steps = range(0, 60, 2)
+    run = dy.open_run(write_recording(MemoryStore(), steps=steps, merges=tuple(steps)[1:]))
+    analysis = dy.analyze(run, kinds=["weight"])
+    for ax in (plot_trajectory(analysis), plot_heatmap(analysis)):
+        assert vertical_lines(ax) == []
+        [ticks] = [each for each in ax.collections if each.get_label() == "_merges"]
+        at = [segment[0][0] for segment in ticks.get_segments()]
+        assert at == [step for step in steps[1:] if step < 58 or ax.get_ylabel() != "layer"]
+        assert min(segment[0][1] for segment in ticks.get_segments()) == 1  # above the axes
+        assert f"Ticks above: the {len(at)} merges." in dy.caption(ax)
+
+
+def test_a_difference_has_no_ranks_or_spectra_of_its_own(comparison):
+    less = dy.difference(comparison, baseline="a")
+    for draw in (
+        lambda: dy.plot_staircase(less, kind="weight"),
+        lambda: dy.plot_rank_budget(less, kind="weight"),
+        lambda: plot_spectrum(dy.select_run(less, "b"), UP_0),
+        lambda: dy.plot_spectra_over_time(dy.select_run(less, "b"), UP_0),
+    ):
+        with pytest.raises(DynamicsError, match="less 'a', and this figure shows what runs have"):
+            draw()
+
+
+def test_a_matrix_of_zeros_has_no_spectrum(analysis):
+    zero = analysis.copy(deep=True)
+    zero["singular_value"].loc[{"kind": "update", "matrix": UP_0}] = 0.0
+    for draw in (plot_spectrum, dy.plot_spectra_over_time):
+        with pytest.raises(MissingError, match=f"All singular values of the update of {UP_0} are"):
+            draw(zero, UP_0, kind="update")
+
+
+def test_infinite_means_are_not_drawn_and_told(analysis):
+    some = analysis.copy(deep=True)
+    some["condition_number"].loc[{"kind": "weight", "step": 10, "matrix": UP_0}] = np.inf
+    ax = plot_trajectory(some, "condition_number")
+    line = labelled_lines(ax)["up_proj"]
+    assert np.isfinite(line[1]).tolist() == [True, False, True]
+    assert "Not drawn: means of infinite values (1 of 15)." in dy.caption(ax)

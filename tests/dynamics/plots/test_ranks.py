@@ -112,7 +112,7 @@ def test_a_run_without_the_kind_has_no_stairs_and_is_named(study):
 
 def bars_of(ax):
     """Name -> bound, numerical and effective rank."""
-    names = [label.get_text() for label in ax.get_yticklabels()]
+    names = [label.get_text().replace("\n", "") for label in ax.get_yticklabels()]
     found = {name: {} for name in names}
     for bar in ax.containers:
         [patch] = bar.patches
@@ -163,3 +163,12 @@ def test_budgets_refuse_what_they_cannot_use(study, relora):
     many = many.assign_coords(matrix=[f"m{n}" for n in range(56)])
     with pytest.raises(DynamicsError, match="56 bars are too many"):
         dy.plot_rank_budget(many, by="matrix")
+
+
+def test_the_budget_of_runs_is_at_a_step_that_all_of_them_have(comparison):
+    found = bars_of(ax := dy.plot_rank_budget(comparison, kind="weight"))
+    assert list(found) == ["a", "b"]  # b has a record at 30, too
+    assert "at step 20" in dy.caption(ax)
+    later = dy.plot_rank_budget(comparison, kind="weight", step=30)
+    assert list(bars_of(later)) == ["b"]
+    assert "Without weight at this step: a." in dy.caption(later)

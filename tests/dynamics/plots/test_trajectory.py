@@ -74,16 +74,18 @@ def test_a_bound_that_is_only_a_size_does_not_flatten_the_lines(relora):
         assert drawn in dy.caption(ax)
 
 
-def test_up_to_twelve_lines_are_named_at_their_ends_and_more_are_coloured_by_layer(write_recording):
-    for layers in (12, 13):
+def test_up_to_sixteen_lines_are_named_at_their_ends_and_more_are_coloured_by_layer(
+    write_recording,
+):
+    for layers in (16, 17):
         shapes = {f"model.layers.{layer}.mlp.up_proj.weight": (2, 2) for layer in range(layers)}
         analysis = dy.analyze(write_recording(MemoryStore(), steps=(0,), shapes=shapes))
         ax = plot_trajectory(analysis, by="layer")
         assert len(labelled_lines(ax)) == layers
         names = [name for name in names_at_ends(ax) if name.startswith("layer")]
-        assert names == ([f"layer {n}" for n in range(12)] if layers == 12 else [])
-        assert ("13 lines are coloured by layer" in dy.caption(ax)) == (layers == 13)
-        assert (ax.figure.axes[-1].get_ylabel() == "layer") == (layers == 13)
+        assert names == ([f"layer {n}" for n in range(16)] if layers == 16 else [])
+        assert ("17 lines are coloured by layer" in dy.caption(ax)) == (layers == 17)
+        assert (ax.figure.axes[-1].get_ylabel() == "layer") == (layers == 17)
 
 
 def test_many_matrices_have_the_colours_of_their_layers(relora):
