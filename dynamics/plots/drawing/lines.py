@@ -94,7 +94,9 @@ def draw_lines(ax: "Axes", lines: Sequence[Line], *, values: bool = False, **opt
 
 def _marked(line: Line, number: int) -> list[int]:
     """The points that get a marker: a few of each line, and records that are a cycle alone."""
-    positions, alone, start = [], [], 0
+    positions: list[int] = []
+    alone: list[int] = []
+    start = 0
     for part in line.cycles:
         size = len(line.x[part])
         positions += range(start, start + size)
