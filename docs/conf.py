@@ -38,10 +38,13 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 
-myst_enable_extensions = ["dollarmath"]
+html_show_copyright = False
+smartquotes = False  # -- begins an option
+
 myst_heading_anchors = 4
 default_role = "py:obj"  # `name` in a docstring is a link wherever there is such a name
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 
 nb_execution_mode = "cache"  # a notebook runs again only after it was changed
@@ -86,7 +89,14 @@ def commands_page() -> str:
     for name, module in COMMANDS.items():
         command = [sys.executable, "-m", "typer", module, "utils", "docs", "--name", name]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        parts.append(done.stdout.replace("\n#", "\n##").replace("# `", "## `", 1))
+        text = done.stdout.replace("\n#", "\n##").replace("# `", "## `", 1)
+        # The list of commands, with half sentences: they follow whole.
+        text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)
+        # Examples are one command in each paragraph.
+        text = re.sub(
+            r"^ *((?:dynamics|python -m) .+)$", r"```console\n$ \1\n```", text, flags=re.M
+        )
+        parts.append(text)
     return "\n".join(parts)
 
 
@@ -126,7 +136,13 @@ def as_prose(app: object, what: str, name: str, of: object, options: object, lin
             lines[number] = re.sub(r"(``?[^`]+``?)(\w)?|([*|])", escaped, line)
 
 
+def with_titles(app: object, name: str, source: list[str]) -> None:
+    """A link that shows the name of a file, as on GitHub, shows the title of the page here."""
+    source[0] = re.sub(r"\[(?:[\w./-]+/)?\w+\.md\]\(", "[](", source[0])
+
+
 def setup(app: object) -> None:
     """Called by Sphinx."""
     app.connect("config-inited", write_generated)
+    app.connect("source-read", with_titles)
     app.connect("autodoc-process-docstring", as_prose, priority=400)  # before napoleon

@@ -1,17 +1,20 @@
 """The code of README.md and of docs/ runs, and the numbers of the prose are those of the data."""
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
 import dynamics as dy
 from tests import example_runs
 from tests.docs import pages
+from tests.docs.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
 CURVES = ROOT.parent / "shared" / "paper" / "curves.csv"
@@ -109,6 +112,10 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, request):
         assert pages.run(page, **names) >= page.read_text("utf-8").count("```python")
     finally:
         plt.close("all")
+    for name in re.findall(r"\]\(figures/(\S+)\)", page.read_text("utf-8")):
+        shown, made = (plt.imread(folder / name) for folder in (FIGURES, tmp_path))
+        assert shown.shape == made.shape, f"python -m tests.docs.figures draws {name} anew"
+        assert np.abs(shown - made).mean() < 0.02, name
 
 
 def test_a_number_of_the_prose_must_be_in_the_text_and_in_the_data(tmp_path):
