@@ -12,7 +12,7 @@ from dynamics.errors import one_line
 
 _CORE = ("learning-dynamics", "torch", "numpy", "scipy", "xarray", "zarr", "pandas")
 # Extras for those who work on the project, not with it.
-_OF_DEVELOPERS = ("dev", "bench", "docs", "mutants", "notebooks")
+_OF_DEVELOPERS = ("browser", "dev", "bench", "docs", "mutants", "notebooks")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
