@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from dynamics.errors import DynamicsError
 
-METHODS = ("full_rank", "relora", "lora", "galore", "fira", "apollo", "muon")
+METHODS = ("full_rank", "relora", "lora", "galore", "fira", "apollo", "muon", "cola")
 ADAPTED = ("relora", "lora")
 PROJECTED = ("galore", "fira", "apollo")
 PRECISIONS = ("float32", "bfloat16")
@@ -36,7 +36,8 @@ class TrainConfig:
     Attributes:
         method: "full_rank"; "relora" (Lialin et al. 2023, arXiv 2307.05695); "lora": the same
             adapters, never merged; "galore", "fira", "apollo" or "muon": the full-rank model,
-            with another optimizer for `target_modules`.
+            with another optimizer for `target_modules`; "cola": `target_modules` are two factors
+            with a nonlinearity in between.
         seed: for the weights, the adapters, the order of the data and the dropout.
         hidden_size: d_model.
         intermediate_size: width of the SwiGLU.
@@ -72,12 +73,12 @@ class TrainConfig:
         merge_with_scaling: merge s·B·A, which the forward pass adds, instead of B·A (relora).
         adapter_start: "kaiming" draws A and sets B to zero; "zero" sets both to zero until the
             first merge.
-        lora_rank: r, of adapters or projectors.
+        lora_rank: r, of adapters, projectors or factors.
         lora_alpha: scaling s = lora_alpha / lora_rank.
         lora_dropout: on the input of the adapters.
         projection_scale: α of galore, fira and apollo, see `ProjectedAdamW`.
-        target_modules: the linear layers that are frozen and adapted, or that have an optimizer of
-            their own.
+        target_modules: the linear layers that are frozen and adapted, have an optimizer of their
+            own, or are factors.
         log_every: optimizer steps between logged losses, each a mean over these steps.
         evaluate_every: optimizer steps between validation losses.
         record_every: optimizer steps between records of the recorder.

@@ -94,7 +94,7 @@ def parameter_counts(config: TrainConfig) -> tuple[int, int]:
 
     Full rank trains everything: two embeddings of V·d, 2L + 1 norms of d, and in each layer q, k,
     v, o, gate, up and down. An adapter adds r·(m + n) parameters to each targeted (m, n) matrix,
-    and freezes its m·n.
+    and freezes its m·n. CoLA has the r·(m + n) in its place.
 
     Args:
         config: the run.
@@ -110,11 +110,13 @@ def parameter_counts(config: TrainConfig) -> tuple[int, int]:
     shapes = linear_shapes(config)
     dense = config.num_layers * sum(rows * cols for rows, cols in shapes.values())
     others = (2 * config.vocab_size + 2 * config.num_layers + 1) * config.hidden_size
-    if not config.adapted:
-        return dense + others, dense + others
     targeted = [shapes[name] for name in config.target_modules]
     frozen = config.num_layers * sum(rows * cols for rows, cols in targeted)
     adapters = config.num_layers * config.lora_rank * sum(rows + cols for rows, cols in targeted)
+    if config.method == "cola":
+        dense += adapters - frozen
+    if not config.adapted:
+        return dense + others, dense + others
     return dense + others - frozen + adapters, dense + others + adapters
 
 

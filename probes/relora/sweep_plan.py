@@ -165,7 +165,7 @@ def _matters(name: str, method: str) -> bool:
     if name in (*ADAPTER_FIELDS, SCALING):
         return adapted
     if name == "lora_rank":
-        return adapted or projected
+        return adapted or projected or method == "cola"
     if name == "other_learning_rate":
         return projected or method == "muon"
     return name != "target_modules" or method != "full_rank"

@@ -13,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import get_reporting_integration_callbacks
 
 from dynamics.errors import DynamicsError, one_line
+from probes.relora.cola import factorise
 from probes.relora.config import PROJECTED, TrainConfig
 from probes.relora.data.sequences import TokenBlocks
 from probes.relora.data.text import StreamedData, TrainingData
@@ -100,6 +101,8 @@ def train(
 
     model = build_model(config)
     own_callbacks: list[TrainerCallback] = []
+    if config.method == "cola":
+        factorise(model, config)
     if config.adapted:
         model = add_adapters(model, config)
         own_callbacks.append(

@@ -15,7 +15,7 @@ from probes.relora.training.run_directory import CONFIG_NAME, read_identity
 from tests.probes.relora.conftest import assert_equal_weights, random_data, tiny_config
 from tests.probes.relora.training.test_resuming import interrupted_at
 
-NEW = ("galore", "fira", "apollo", "muon")
+NEW = ("galore", "fira", "apollo", "muon", "cola")
 
 
 def config_of(method, **changes) -> TrainConfig:
@@ -48,11 +48,11 @@ def test_recordings_have_the_projectors_the_ranks_and_no_defect(run):
     events = [each for each in recording.events if each.kind == "projection"]
     report = dy.audit(recording)
     assert not report.failed, report.line
-    update = dy.analyze(recording, kinds=["update", "displacement"], select="*_proj").isel(
+    update = dy.analyze(recording, kinds=["update", "displacement"], select="*.layers.*").isel(
         step=slice(1, None)
     )
     full = np.minimum(update["rows"], update["cols"])
-    if config.method == "muon":
+    if config.method in ("muon", "cola"):
         assert not events
     else:
         assert [each.step for each in events] == [0, 4, 8, 12]
