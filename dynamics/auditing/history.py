@@ -70,7 +70,10 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
     before: Snapshot | None = None
     for now in _snapshots(run, history):
         _add_record(now, history)
-        if before is not None:
+        if before is not None and _changes_shape(before, now):  # an embedding that was resized
+            history.moved[before.step, now.step] = True
+            first = None
+        elif before is not None:
             crossed = [step for step in merges if before.step <= step < now.step]
             _add_pair(run, before, now, crossed, bool(merges), history)
         first = first or now.adapted
@@ -79,6 +82,13 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
     if first is not None and last is not None and last.step > first.step and merges:
         history.rank = displacement_beyond_bound(first, last, merges)
     return history
+
+
+def _changes_shape(before: Snapshot, now: Snapshot) -> bool:
+    """Whether two records of a weight cannot be compared entry by entry."""
+    if before.weight is None or now.weight is None:
+        return False
+    return before.weight.shape != now.weight.shape
 
 
 def _snapshots(run: Run, history: MatrixHistory) -> Iterator[Snapshot]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from dynamics import schema
+from dynamics.errors import FormatError
 from dynamics.runs.differences import (
     Difference,
     accumulated_adapter,
@@ -41,6 +42,12 @@ def _reader(run: Run, name: str) -> Measurable:
             return Status.NOT_RECORDED
         assert isinstance(now, Dense)
         assert isinstance(before, Dense)
+        if before.shape != now.shape:
+            raise FormatError(
+                f"{run.path} has {name} in shape {before.shape} at step {before_step} and in shape "
+                f"{now.shape} at step {step}, so there is no {kind}; measure kinds=['weight'] "
+                "(--kinds weight), or the steps after the change."
+            )
         merges = run.merges_between(name, before_step, step)
         bound = difference_rank_bound(run, name, before_step, step)
         adapter = run.read(name, step, schema.ADAPTER) if bound is not None else None

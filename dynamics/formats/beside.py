@@ -38,7 +38,7 @@ def with_others(
     if set(places) == {path}:
         return found  # what lies in a checkpoint is a part of it
     read = {each.where: step for step, each in found.checkpoints.items()}
-    own = Reading(format, path, {**places, **read})
+    own = Reading(format, path, {**places, **read, **dict.fromkeys(found.clashing)})
     others = [each for each in formats if isinstance(each, CheckpointsFormat)]
     more = _Beside(path, found, format, adopt)
     itself = f"the model in {path.name or path}/ itself"

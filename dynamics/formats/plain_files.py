@@ -26,7 +26,7 @@ from dynamics.formats.storage.tensors import StoredTensor, Tensor, UnreadTensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import Inert
 
-_PICKLED = (".pt", ".pth", ".bin")
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _SUFFIXES = (*_PICKLED, ".safetensors", ".npz", ".gguf")
 # Trainers save these files beside a model.
 _NO_MODEL = re.compile(
@@ -46,6 +46,7 @@ _STEPS = ("global_step", "step", "step_count", "iteration", "iter_num", "iter")
 # further models that Accelerate saves into one checkpoint.
 _PART = re.compile(r".*-\d{5}-of-\d{5}|consolidated\.\d\d|pytorch_model_\d+")
 _MODELS = ("model", "state_dict", "model_state_dict", "module")
+_NESTED = "state"  # where Composer keeps all that trains
 
 
 class PlainFilesFormat(SeriesFormat):
@@ -85,7 +86,7 @@ class PlainFilesFormat(SeriesFormat):
 
     def recognises(self, path: Path) -> bool:
         """Whether there are files whose names are those of state dicts."""
-        return path.suffix in _SUFFIXES if not path.is_dir() else super().recognises(path)
+        return path.name.endswith(_SUFFIXES) if not path.is_dir() else super().recognises(path)
 
     def holds(self, path: Path) -> bool:
         """Whether a file has such a name, or a directory holds one model in such files."""
@@ -111,7 +112,7 @@ class PlainFilesFormat(SeriesFormat):
         if path.is_dir():
             train = path / _TRAIN
             path = train if train.is_file() else _model_file(path)
-        if path.suffix not in _PICKLED:
+        if not path.name.endswith(_PICKLED):
             return None
         saved = torch_file(path, path)
         steps = (
@@ -121,8 +122,9 @@ class PlainFilesFormat(SeriesFormat):
 
 
 def _may_hold_a_model(name: str) -> bool:
-    stem, dot, suffix = name.rpartition(".")
-    return bool(stem) and dot + suffix in _SUFFIXES and not _NO_MODEL.search(stem)
+    suffix = next((each for each in _SUFFIXES if name.endswith(each)), name)
+    stem = name.removesuffix(suffix)
+    return bool(stem) and not _NO_MODEL.search(stem)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -187,6 +189,9 @@ def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
     saved = torch_file(path, root)
     if not isinstance(saved, Mapping):
         return tensors_of(saved, str(path))
+    nested = saved.get(_NESTED)
+    if isinstance(nested, Mapping) and isinstance(nested.get("model"), Mapping):
+        saved = nested
     at_top = {
         str(name): value
         for name, value in saved.items()

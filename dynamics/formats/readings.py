@@ -13,7 +13,7 @@ from dynamics.formats.shared.steps import named_step
 from dynamics.formats.storage.files import Entry, entries
 
 # How the names of files end that may be checkpoints by themselves.
-_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".gguf", ".ckpt")
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".npz", ".gguf", ".ckpt", ".pth.tar")
 # What a model's own file is called, where its name tells no step.
 _MODEL = ("model", "lit_model", "weights", "state_dict", "model_state_dict", "checkpoint", "ckpt")
 # What the name of an entry says of it: a step; that it is the last or best one; a model.

@@ -98,7 +98,13 @@ def _open(
         raise FormatError(f"{at} has {CONFIG} but no adapter_model.safetensors; copy it there.")
     if options.lora_alpha is not None:
         config = {**config, "lora_alpha": options.lora_alpha, "alpha_pattern": {}}
-    stored = stored_adapters(model_tensors(at, root, ADAPTER))
+    tensors = model_tensors(at, root, ADAPTER)
+    if not tensors:
+        raise FormatError(
+            f"{at} holds an adapter without tensors, as FSDP and ZeRO 3 leave it where the state "
+            "of all ranks was not gathered; save it again from the gathered state."
+        )
+    stored = stored_adapters(tensors)
     layers = stored.layers.get(stored.chosen(options.adapter) or next(iter(stored.layers), ""), [])
     others, not_read = floats_of(stored.others)
     full_modules = with_clean_names(others, at)

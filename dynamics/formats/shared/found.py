@@ -1,7 +1,7 @@
 """The checkpoints that a format found, none of them opened, and the run that they are."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -66,11 +66,13 @@ class Found:
         checkpoints: step -> checkpoint.
         passed_over: name -> why it is no checkpoint of the run, for what looks like one.
         is_guess: whether there is one checkpoint, and nothing tells its step.
+        clashing: where those lie that claim one step.
     """
 
     checkpoints: Mapping[int, Unopened]
     passed_over: Mapping[str, str] = field(default_factory=dict)
     is_guess: bool = False
+    clashing: Sequence[Path] = ()
 
 
 def found_in_series(series: Series, checkpoint: Callable[[int, Path], Unopened]) -> Found:
@@ -83,7 +85,7 @@ def found_in_series(series: Series, checkpoint: Callable[[int, Path], Unopened])
     found = {step: checkpoint(step, at) for step, at in series.steps.items()}
     for step, clash in series.clashes.items():
         found[step] = Unreadable(series.steps[step], FormatError(clash))
-    return Found(found, series.passed_over, series.is_guess)
+    return Found(found, series.passed_over, series.is_guess, series.clashing)
 
 
 class CheckpointsFormat(Format):

@@ -26,6 +26,7 @@ class Series:
         passed_over: name -> why it is no checkpoint of the run, for what looks like one.
         is_guess: whether there is one checkpoint, and nothing tells its step.
         is_sure: whether the names say that their numbers count steps or epochs.
+        clashing: where all that claim a step of `clashes` lie.
     """
 
     steps: dict[int, Path]
@@ -33,6 +34,7 @@ class Series:
     passed_over: dict[str, str] = field(default_factory=dict)
     is_guess: bool = False
     is_sure: bool = True
+    clashing: list[Path] = field(default_factory=list)
 
 
 def places_of(series: Series | None) -> dict[Path, int | None]:

@@ -226,7 +226,9 @@ def _numbered(reading: _Reading, look: Look) -> Series:
         first = claim[0]
         series.steps[step] = first.path
         if len(claim) > 1:
-            one, other = sorted(each.entry.name for each in claim)[:2]
+            paths = sorted(each.path for each in claim)
+            one, other = (_below(each, reading.place) for each in paths[:2])
+            series.clashing.extend(paths)
             series.clashes[step] = (
                 f"{reading.place} holds {one} and {other}, both of step {step}; remove one of the "
                 "two."
@@ -272,10 +274,10 @@ def _add_unnamed(series: Series, path: Path, name: str, look: Look) -> None:
 
 
 def _may_be_one(entry: Entry, look: Look) -> bool:
+    if entry.name.endswith(".ckpt") and entry.listed_as_dir is not False:
+        return False  # a directory of Lightning's, whose format knows it
     if look.suffixes and entry.name.endswith(look.suffixes):
         return True
-    if entry.name.endswith(".ckpt"):  # a directory of Lightning's, whose format knows it
-        return False
     return entry.listed_as_dir is not False or (entry.is_link and not entry.path.exists())
 
 
@@ -284,6 +286,10 @@ def _names_none(entry: Entry, look: Look) -> bool:
     return not hidden and _may_be_one(entry, look) and named_step(look.label(entry)) is None
 
 
+def _below(path: Path, top: Path) -> str:
+    return str(path).removeprefix(str(top)).strip("/")
+
+
 def _shown(members: list[_Member], path: Path) -> str:
-    names = [str(each.path).removeprefix(str(path)).strip("/") for each in members[:2]]
+    names = [_below(each.path, path) for each in members[:2]]
     return ", ".join(names) + ", ..." * (len(members) > 2)

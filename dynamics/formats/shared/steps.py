@@ -27,7 +27,7 @@ _NO_COUNT = re.compile(
     r")(?![a-z\d])",
     re.IGNORECASE,
 )
-_STEP = re.compile(r".*(?:step|iter|iteration|update)s?")
+_STEP = re.compile(r".*(?:step|iter|iteration|update)s?|ba")  # ba: batches, of Composer
 _CHECKPOINT = re.compile(r".*(?:checkpoint|ckpt|chkpt)s?|models?|weights|params|net|save|")
 _EPOCH = re.compile(r".*epochs?|ep")
 # Words whose number is never a step: versions, places, measurements, and names of models.

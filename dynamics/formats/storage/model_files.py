@@ -4,13 +4,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dynamics.errors import FormatError
-from dynamics.formats.storage.files import plain_name, read_json
+from dynamics.formats.storage.files import entries, plain_name, read_json
 from dynamics.formats.storage.safetensors_files import safetensors_tensors
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 
 # In the order in which transformers looks for them.
-MODEL = ("model.safetensors", "pytorch_model.bin")
+MODEL = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",  # diffusers
+    "diffusion_pytorch_model.bin",
+)
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _INDEX = ".index.json"
 
@@ -33,7 +38,7 @@ def model_tensors(
     """
     name = _file_name(directory, files)
     if name is None:
-        raise FormatError(f"{directory} holds no {' or '.join(files)}.")
+        raise FormatError(_why_none(directory, files))
     read = pickled_tensors if name.removesuffix(_INDEX).endswith(".bin") else safetensors_tensors
     if name.endswith(_INDEX):
         return _sharded(directory / name, root, read)
@@ -52,6 +57,18 @@ def pickled_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
 def _file_name(directory: Path, files: tuple[str, ...]) -> str | None:
     candidates = [name + suffix for name in files for suffix in ("", _INDEX)]
     return next((name for name in candidates if (directory / name).is_file()), None)
+
+
+def _why_none(directory: Path, files: tuple[str, ...]) -> str:
+    listed = entries(directory) if directory.is_dir() else []
+    stems = tuple(name.rpartition(".")[0] + "-" for name in files)
+    parts = [each.name for each in listed if each.name.startswith(stems) and "-of-" in each.name]
+    if parts:
+        return (
+            f"{directory} holds {parts[0]}, a part of a model, but not the index that puts the "
+            "parts together; copy the index there, or save the model in one file."
+        )
+    return f"{directory} holds no {' or '.join(files[:2])}."
 
 
 def _sharded(

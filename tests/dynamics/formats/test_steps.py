@@ -16,6 +16,7 @@ STEPS = {
     "ckpt_1000_v2": 1000, "iter7.seed3": 7, "rank0_step5": 5, "best-step_300": 300,
     "2026-01-01_step_5": 5, "step_5-20260101": 5, "a1b2c3d4-step9": 9, "step_100_rank_1": 100,
     "epoch_1": 1, "checkpoint_epoch_3": 3, "3epochs": 3, "model_epoch_10": 10, "x_1": 1,
+    "ep0-ba500-rank0": 500,
 }  # fmt: skip
 NONE = [
     "best",
