@@ -25,7 +25,7 @@ from dynamics.cli.options import (
     StrictOption,
     WorkersOption,
 )
-from dynamics.cli.output import print_line, progress_bar
+from dynamics.cli.output import print_line, progress_bar, report_problems
 from dynamics.cli.running import command_line, goes_on
 from dynamics.cli.values import (
     choice_of,
@@ -100,7 +100,7 @@ def report(
 ) -> None:
     """Write one HTML file that shows what happened, whether to trust it, and what is broken."""
     from dynamics.analysis.storage import is_analysis
-    from dynamics.exports.report.report import report as make
+    from dynamics.exports.report.report import report_and_problems
     from dynamics.exports.report.sources import names_of
     from dynamics.formats import open_run
 
@@ -162,7 +162,7 @@ def report(
         name: Path(path) if name in saved else opened(path) for name, path in named.items()
     }
     with progress_bar(", ".join(named)) as progress:
-        written = make(
+        written, problems = report_and_problems(
             given,
             output,
             title=title,
@@ -174,6 +174,7 @@ def report(
             **choice,
         )
     print_line(f"Saved to {written} ({written.stat().st_size / 1e6:.1f} MB)")
+    report_problems(problems)
 
 
 def _has_name(text: str) -> bool:

@@ -106,12 +106,15 @@ class Row:
 def _rows(comparison: xr.Dataset, cells: int, data: ChartData) -> list[Row]:
     names = [str(each) for each in comparison[schema.MATRIX].values]
     layers = of_matrices(comparison, "layer").tolist()
+    stacks = list(map(str, of_matrices(comparison, "stack")))
+    if len({stacks[i] for i, layer in enumerate(layers) if layer != schema.NO_LAYER}) < 2:
+        stacks = [""] * len(stacks)  # there is one: it needs no name
     modules, inside = modules_of(comparison), in_layers(comparison)
     places: dict[Any, list[int]] = {}
     whole = len(names) * cells * min(_FEWEST_RECORDS, comparison.sizes[schema.STEP]) <= CELLS
     for position, name in enumerate(names):
         alone = whole or layers[position] == schema.NO_LAYER
-        key = name if alone else (layers[position], modules[position])
+        key = name if alone else (stacks[position], layers[position], modules[position])
         places.setdefault(key, []).append(position)
     if len(places) < len(names):
         data.omitted.append(
@@ -127,6 +130,7 @@ def _rows(comparison: xr.Dataset, cells: int, data: ChartData) -> list[Row]:
                 if len(members) == 1
                 else f"layer {layers[members[0]]} {modules[members[0]]} ({len(members)} matrices)",
                 "layer": int(layers[members[0]]),
+                "stack": stacks[members[0]],
                 "module": modules[members[0]],
                 "inside": bool(inside[members[0]]),
                 "shape": f"{rows[members[0]]} × {cols[members[0]]}",

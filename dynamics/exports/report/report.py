@@ -10,6 +10,7 @@ from dynamics.analysis.execution import Execution
 from dynamics.analysis.selection import SelectionOptions
 from dynamics.exports.files import check_file, write_file
 from dynamics.exports.report.page import page
+from dynamics.exports.report.runs import by_run
 from dynamics.exports.report.sources import Sources, result_of, title_of
 
 
@@ -55,9 +56,39 @@ def report(
         >>> "<h1>Rank report: full, relora</h1>" in path.read_text(encoding="utf-8")
         True
     """
-    path = check_file(Path(output), overwrite=overwrite)
+    path, _ = report_and_problems(
+        runs,
+        Path(output),
+        title=title,
+        audit=audit,
+        overwrite=overwrite,
+        progress=progress,
+        execution=execution,
+        command=command,
+        **choice,
+    )
+    return path
+
+
+def report_and_problems(
+    runs: Sources,
+    output: Path,
+    *,
+    title: str | None,
+    audit: bool,
+    overwrite: bool,
+    progress: Progress | None,
+    execution: Execution | None,
+    command: str | None,
+    **choice: Unpack[SelectionOptions],
+) -> tuple[Path, list[str]]:
+    """`report`, and what could not be measured, run by run."""
+    path = check_file(output, overwrite=overwrite)
     result = result_of(runs, audit=audit, progress=progress, execution=execution, **choice)
-    return write_report(result, path, title=title, command=command)
+    problems = [
+        f"{run}: {text}" for run, each in by_run(result, "problems").items() for text in each or ()
+    ]
+    return write_report(result, path, title=title, command=command), problems
 
 
 def write_report(

@@ -19,6 +19,7 @@ from dynamics.exports.report.runs import (
     in_layers,
     layer_means,
     mean_over,
+    modules_of,
     of_matrices,
 )
 from dynamics.schema import Status
@@ -158,7 +159,10 @@ def _spoiled(comparison: xr.Dataset) -> str:
 def _measured(comparison: xr.Dataset, groups: Sequence[Group]) -> Sentence:
     runs, steps = comparison.sizes[schema.RUN], comparison[schema.STEP].values
     inside = in_layers(comparison)
-    layers = len(set(of_matrices(comparison, "layer")[inside].tolist()) - {schema.NO_LAYER})
+    places = zip(
+        *(of_matrices(comparison, name)[inside] for name in ("stack", "layer")), strict=True
+    )
+    layers = len({(stack, layer) for stack, layer in places if layer != schema.NO_LAYER})
     what = f"{inside.sum()} matrices"
     what += f" in {layers} layers" if layers > 1 else " in 1 layer" if layers else ""
     per_group = {len(each.runs) for each in groups}
@@ -268,7 +272,7 @@ def _most_changed(comparison: xr.Dataset, kind: str, groups: Sequence[Group]) ->
 def _short_matrix(comparison: xr.Dataset, name: str) -> str:
     position = comparison[schema.MATRIX].values.tolist().index(name)
     layer = int(of_matrices(comparison, "layer")[position])
-    module = str(of_matrices(comparison, "module")[position])
+    module = modules_of(comparison)[position]  # with its stack, where there are several
     return f"layer {layer} {module}" if layer != schema.NO_LAYER and module else shortened(name)
 
 

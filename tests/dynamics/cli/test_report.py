@@ -54,6 +54,23 @@ def test_a_path_may_have_an_equals_sign(command, here, write_recording, tmp_path
     assert names(here / "report.html") == ["lr=1/run"]
 
 
+def test_what_cannot_be_measured_is_printed_and_the_rest_is_shown(
+    command, here, write_recording, tmp_path
+):
+    def spoil(step, name, weight):
+        if step == 10:
+            weight[0, 0] = np.nan
+
+    run = write_recording(tmp_path / "nan.zarr", spoil=spoil)
+    code, out, err = command("report", run)
+    assert code == 1
+    assert "at step 10 holds NaN or Inf" in err
+    assert out.startswith("Saved to report.html")
+    text = (here / "report.html").read_text(encoding="utf-8")
+    assert "matrices hold NaN or Inf" in text
+    assert '<li class="bad"><strong>Broken?' in text
+
+
 def test_saved_results_are_shown_with_the_command_that_made_them(command, here, runs):
     assert command("compare", f"x={runs[0]}", f"y={runs[1]}")[0] == 0
     code, _, err = command("report", "comparison.zarr", "--title", "Mine")

@@ -6,6 +6,8 @@ const COLOURS = 4;
 const colour = (i) => `var(--s${i % COLOURS})`;
 const dashes = (i) => ["", "6,3", "2,2", "8,2,2,2"][Math.floor(i / COLOURS) % 4];
 const shaded = (share) => d3.interpolateViridis(0.88 * share);
+// Of layers: from dark to bright, and readable on either ground.
+const graded = (share) => `color-mix(in oklab, ${shaded(share)} 68%, var(--ink))`;
 const letters = (text) => 7 * text.length;
 
 function shortened(text, most) {
@@ -22,7 +24,7 @@ function powers(domain) {
 // An axis of powers of ten shows these alone; one that spans less shows round numbers.
 function logTicks(domain) {
   const [low, high] = domain.map(Math.log10);
-  if (high - low < 1.5) return undefined;
+  if (high - low < 1.5) return d3.ticks(...domain, 6).filter((value) => value > 0);
   const apart = Math.max(1, Math.ceil((high - low) / 7));
   return d3.range(Math.ceil(low / apart) * apart, high + 1e-9, apart).map((power) => 10 ** power);
 }
@@ -87,7 +89,10 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
   if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - (Math.abs(low) || 1) * 0.05, high + (Math.abs(high) || 1) * 0.05];
   if (!log) high += (high - low) * 0.04;
   const y = { type: log ? "log" : "linear", domain: [low, high], grid: true, label: null, nice: !log };
-  if (log) Object.assign(y, { ticks: logTicks([low, high]), tickFormat: powers([low, high]) });
+  // A log axis labels some of its ticks only, unless it is a mark with texts.
+  const ticks = log ? logTicks([low, high]) : null;
+  const axis = log ? [Plot.gridY(ticks), Plot.axisY(ticks, { text: ticks.map(powers([low, high])), label: null })] : [];
+  if (log) Object.assign(y, { axis: null, grid: false });
   else y.tickFormat = (value) => written(value, 4);
   const ends = shown.map((each) => ({ ...each.points[each.points.length - 1], name: each.name, colour: each.colour, at: 0 })).filter((each) => good(each.y));
   const few = ends.length <= 8 && (ends.length > 1 || shown[0].label);
@@ -106,6 +111,7 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
     x: { label: xLabel, ...axisOfSteps(d3.extent(shown.flatMap((each) => [...each.points, ...(each.thin ?? [])]), (point) => point.x), (width - marginRight) / 90) },
     y,
     marks: [
+      ...axis,
       lowest && lowest > low ? Plot.rectY([0], { y1: low, y2: lowest, fill: "var(--noise)" }) : null,
       lowest && lowest > low ? Plot.text(["rounding"], { frameAnchor: "bottom-left", dx: 6, dy: -6, fill: "var(--muted)" }) : null,
       Plot.ruleX(merges, { stroke: "var(--muted)", strokeDasharray: "1,4" }),
@@ -130,7 +136,8 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
 function heatMap({ panel, width, domain, log, xLabel, tall }) {
   const { rows, steps, cells } = panel;
   const high = Math.max(5, Math.min(tall ? 56 : 26, 230 / rows.length));
-  const marginTop = 6, marginBottom = 38, marginLeft = 46, marginRight = 10;
+  const marginTop = 6, marginBottom = 38, marginRight = 10;
+  const marginLeft = 40 + 7 * Math.max(...rows.map((row) => row.length));
   const height = marginTop + marginBottom + Math.max(60, high * rows.length);
   const edges = steps.map((step, t) => (t ? (steps[t - 1] + step) / 2 : step - ((steps[1] ?? step + 1) - step) / 2));
   edges.push(steps.length > 1 ? steps.at(-1) + (steps.at(-1) - steps.at(-2)) / 2 : steps[0] + 0.5);
@@ -187,7 +194,7 @@ function colourBar(domain, log, label) {
   const svg = Plot.plot({
     width: 260, height: 44, marginTop: 4, marginBottom: 26, marginLeft: 10, marginRight: 30,
     style: { background: "none", fontSize: "12px", fontFamily: "inherit", overflow: "visible" },
-    x: { type: log ? "log" : "linear", domain, label: null, ticks: log ? logTicks(domain) ?? 3 : 4, tickFormat: log ? powers(domain) : (value) => written(value, 3) },
+    x: { type: log ? "log" : "linear", domain, label: null, ticks: log ? logTicks(domain) : 4, tickFormat: log ? powers(domain) : (value) => written(value, 3) },
     y: { axis: null, domain: [0, 1] },
     marks: [
       Plot.rect(d3.range(64), {

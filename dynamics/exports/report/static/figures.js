@@ -48,15 +48,16 @@ function trajectories(model, state, width) {
   const rows = model.rowsOf(state.module);
   const logged = state.metric.startsWith(LOGGED);
   const bounded = RANKS.includes(state.metric) && STAIRS.includes(state.kind) && model.metric("rank_bound") && !logged;
+  const geometric = Boolean(model.metric(state.metric)?.log);
   const single = { ...state, metric: "rank_bound" };
   const bound = (runs) => bounded ? toPoints(model, state, model.overRuns(runs.map((r) => ofRun(model, single, r, rows))), "bound", runs[0], false) : [];
   let series, over;
   const counts = model.runs.map((_, r) => (logged ? 1 : Math.max(...ofRun(model, state, r, rows).map((v) => v.n))));
-  const matrices = logged ? "" : `Mean of ${Math.max(...counts)} matrices. `;
+  const matrices = logged ? "" : `${geometric ? "Geometric mean" : "Mean"} of ${Math.max(...counts)} matrices. `;
   if (state.lines === "groups") {
     series = model.groups.map((group, g) => {
       const runs = group.runs.map((r) => ofRun(model, state, r, rows));
-      const values = runs.length > 1 ? model.overRuns(runs) : runs[0];
+      const values = runs.length > 1 ? model.overRuns(runs, geometric) : runs[0];
       const band = runs.length > 1 || Boolean(state.module);
       return { name: group.name, colour: colour(g), dash: dashes(g), points: toPoints(model, state, values, group.name, group.runs[0], band), bound: bound(group.runs) };
     });
@@ -70,12 +71,12 @@ function trajectories(model, state, width) {
     });
     over = logged || !state.module ? "" : "Bands span the smallest to the largest layer; they are no error bars";
   } else {
-    const r = Number(state.run), by = state.lines === "layers" ? "layer" : "module";
-    const keys = [...new Set(rows.map((row) => model.rows[row][by]))].sort((a, b) => (a < b ? -1 : 1));
+    const r = Number(state.run), layers = state.lines === "layers";
+    const keys = layers ? model.layersOf(rows) : [...new Set(rows.map((row) => model.rows[row].module))].sort();
     series = keys.map((key, i) => {
-      const of = rows.filter((row) => model.rows[row][by] === key);
-      const name = by === "layer" ? (key < 0 ? "outside the layers" : `layer ${key}`) : key;
-      const look = by === "layer" ? { colour: shaded(i / Math.max(1, keys.length - 1)), dash: "" } : { colour: colour(i), dash: dashes(i) };
+      const of = rows.filter((row) => (layers ? model.rows[row].place : model.rows[row].module) === key);
+      const name = layers && key ? `layer ${key}` : key || "outside the layers";
+      const look = layers ? { colour: graded(i / Math.max(1, keys.length - 1)), dash: "" } : { colour: colour(i), dash: dashes(i) };
       return { name, ...look, points: toPoints(model, state, ofRun(model, state, r, of), name, r, false) };
     });
     over = `One run: ${model.runs[r].name}`;
@@ -147,9 +148,9 @@ function maps(model, state, width) {
   const log = state.log, k = model.kind(state.kind);
   const of = state.run === "all" ? model.groups.map((group) => group.runs[0]) : [Number(state.run)];
   const rows = model.rowsOf(state.module).filter((row) => model.rows[row].layer >= 0);
-  const layers = [...new Set(rows.map((row) => model.rows[row].layer))].sort((a, b) => a - b);
+  const layers = model.layersOf(rows);
   const panels = of.map((r) => {
-    const cells = layers.map((layer) => model.overRows(state.metric, r, k, rows.filter((row) => model.rows[row].layer === layer)).map((value) => value.mean));
+    const cells = layers.map((layer) => model.overRows(state.metric, r, k, rows.filter((row) => model.rows[row].place === layer)).map((value) => value.mean));
     const there = model.steps.map((_, t) => t).filter((t) => cells.some((row) => Number.isFinite(row[t])));
     return { name: model.runs[r].name, rows: layers, steps: there.map((t) => model.steps[t]), cells: cells.map((row) => there.map((t) => row[t])), merges: model.merges([r]) };
   }).filter((panel) => panel.steps.length);

@@ -9,6 +9,7 @@ async function decoded(element) {
 
 const finite = (values) => values.filter(Number.isFinite);
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : NaN);
+const meanOf = (geometric) => (geometric ? (values) => Math.exp(mean(values.map(Math.log))) : mean);
 
 // Four digits, as in the sentences: "1.15e-7" is 1.15·10⁻⁷.
 function written(value, digits = 4) {
@@ -34,6 +35,7 @@ class Model {
     Object.assign(this, document);
     this.numbers = new Map();
     this.modules = [...new Set(this.rows.map((row) => row.module))].filter(Boolean);
+    this.rows.forEach((row) => (row.place = row.layer < 0 ? "" : `${row.stack} ${row.layer}`.trim()));
     const seeds = [...new Set(this.runs.map((run) => run.seed))];
     this.runs.forEach((run, r) => {
       run.group = this.groups.findIndex((group) => group.runs.includes(r));
@@ -70,12 +72,20 @@ class Model {
     return rows.filter((row) => (module ? row.module === module : row.inside)).map((row) => row.i);
   }
 
+  // The layers of some rows, from the first to the last, stack by stack.
+  layersOf(rows) {
+    const found = rows.map((row) => this.rows[row]).sort((a, b) => a.stack.localeCompare(b.stack) || a.layer - b.layer);
+    return [...new Set(found.map((row) => row.place))];
+  }
+
   // Of each step: mean, least and largest of the rows; NaN where nothing is finite.
+  // Condition numbers have geometric means: one that is huge would hide all others.
   overRows(metric, run, kind, rows) {
+    const middle = meanOf(this.metric(metric)?.log);
     const cells = this.cells(metric, run, kind);
     return this.steps.map((_, t) => {
       const values = cells ? finite(rows.map((row) => cells[t * this.rows.length + row])) : [];
-      return { mean: mean(values), lo: Math.min(...values), hi: Math.max(...values), n: values.length };
+      return { mean: middle(values), lo: Math.min(...values), hi: Math.max(...values), n: values.length };
     });
   }
 
@@ -83,8 +93,12 @@ class Model {
     return this.logged[name].values[run].map((v) => ({ mean: asNumber(v), lo: NaN, hi: NaN, n: 1 }));
   }
 
-  // Means over runs with the 95 % interval of the mean, mean ± t·sd/√n.
-  overRuns(series) {
+  // Means over runs with the 95 % interval of the mean, mean ± t·sd/√n; of logarithms, if geometric.
+  overRuns(series, geometric = false) {
+    if (geometric) {
+      const logs = series.map((one) => one.map((value) => ({ mean: Math.log(value.mean) })));
+      return this.overRuns(logs).map((value) => ({ mean: Math.exp(value.mean), lo: Math.exp(value.lo), hi: Math.exp(value.hi), n: value.n }));
+    }
     return this.steps.map((_, t) => {
       const values = finite(series.map((one) => one[t].mean));
       const middle = mean(values), n = values.length;

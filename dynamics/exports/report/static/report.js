@@ -241,7 +241,7 @@ class Figure {
       let any = false;
       for (const group of model.groups) {
         const series = group.runs.map((r) => model.overRows(state.metric, r, k, [i]));
-        const values = finite((series.length > 1 ? model.overRuns(series) : series[0]).map((value) => value.mean));
+        const values = finite((series.length > 1 ? model.overRuns(series, model.metric(state.metric).log) : series[0]).map((value) => value.mean));
         any ||= values.length > 0;
         line.push(...(values.length ? [values[0], values.at(-1), Number((values.at(-1) - values[0]).toPrecision(4))] : [NaN, NaN, NaN]));
       }

@@ -173,6 +173,15 @@ def test_many_matrices_of_one_place_become_their_mean(monkeypatch):
     assert any("3 rows show the means of 6 matrices" in each for each in data.omitted)
 
 
+def test_layers_of_two_stacks_are_told_apart():
+    result = made_by_hand(layers=2)
+    stacks = ["encoder", "encoder", "decoder", "decoder"]
+    result = result.assign_coords(layer=("matrix", [0] * 4), stack=("matrix", stacks))
+    rows = chart_data(result).document["rows"]
+    assert [(each["stack"], each["layer"]) for each in rows] == [(stack, 0) for stack in stacks]
+    assert {each["stack"] for each in chart_data(made_by_hand()).document["rows"]} == {""}
+
+
 def test_spectra_make_room_for_each_other(monkeypatch):
     result = made_by_hand(runs=("a", "b"), steps=range(60), kinds=("weight", "update"))
     monkeypatch.setattr(spectra, "SPECTRA", 400)

@@ -193,6 +193,14 @@ def test_any_kind_alone_has_its_sentences(kinds):
     assert said[1] == f"1 run, 4 matrices in 2 layers, 1 record at step 5. {spectra}"
 
 
+def test_layers_of_two_stacks_are_counted_apart():
+    stacks = ["encoder", "encoder", "decoder", "decoder"]
+    result = made_by_hand().assign_coords(layer=("matrix", [0] * 4), stack=("matrix", stacks))
+    said = texts(result)
+    assert "4 matrices in 2 layers" in said[1]
+    assert "coder." in said[2].rpartition("Most in layer 0 ")[2]
+
+
 def test_a_run_of_which_nothing_was_measured():
     result = made_by_hand()
     result["status"][:] = Status.NOT_RECORDED
