@@ -21,6 +21,7 @@ from dynamics.cli.options import (
     MetricsOption,
     NoCacheOption,
     OverwriteOption,
+    RevisionsOption,
     RunPaths,
     SchedulerOption,
     SelectOption,
@@ -71,6 +72,7 @@ def analyze(
     adapter: AdapterOption = None,
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
+    revisions: RevisionsOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -112,6 +114,7 @@ def analyze(
         adapter=adapter,
         lora_alpha=lora_alpha,
         expert_blocks=expert_blocks,
+        revisions=revisions,
         split_fused=not keep_fused,
     )
     if follow:
@@ -172,6 +175,7 @@ def compare(
     adapter: AdapterOption = None,
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
+    revisions: RevisionsOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -193,6 +197,7 @@ def compare(
         adapter=adapter,
         lora_alpha=lora_alpha,
         expert_blocks=expert_blocks,
+        revisions=revisions,
         split_fused=not keep_fused,
     )
     given: dict[str, Path | Run] = {
@@ -230,6 +235,7 @@ def inspect(
     adapter: AdapterOption = None,
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
+    revisions: RevisionsOption = None,
     keep_fused: FusedOption = False,
     verify: Annotated[
         bool,
@@ -255,6 +261,7 @@ def inspect(
         adapter=adapter,
         lora_alpha=lora_alpha,
         expert_blocks=expert_blocks,
+        revisions=revisions,
         split_fused=not (keep_fused or verify),
     )
     print_table(contents_table(opened))
@@ -284,6 +291,7 @@ def audit(
     adapter: AdapterOption = None,
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
+    revisions: RevisionsOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
     ] = False,
@@ -300,6 +308,7 @@ def audit(
         adapter=adapter,
         lora_alpha=lora_alpha,
         expert_blocks=expert_blocks,
+        revisions=revisions,
     )
     report = audit_run(opened)
     if as_json:

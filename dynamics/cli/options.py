@@ -10,13 +10,20 @@ RunPaths = Annotated[
     typer.Argument(
         metavar="RUN...",
         help="The path or URL of a recording, of a directory of checkpoints, or of one; or several "
-        "checkpoints of one run, or a glob of them.",
+        "checkpoints of one run, or a glob of them; or hf://ORG/NAME, a model on the hub.",
     ),
 ]
 FormatOption = Annotated[
     str | None,
     typer.Option(
         "--format", help="The format, where it is not to be detected; see 'dynamics list formats'."
+    ),
+]
+RevisionsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--revisions",
+        help='Of a model on the hub, the branches and tags that are the steps: "stage1-*".',
     ),
 ]
 FusedOption = Annotated[

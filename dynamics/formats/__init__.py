@@ -1,8 +1,9 @@
 """What a run can be read from. A new format is one file here and one line of `FORMATS`."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from zarr.abc.store import Store
 
@@ -12,6 +13,14 @@ from dynamics.formats.choice import detected_format
 from dynamics.formats.dcp import DCPFormat
 from dynamics.formats.deepspeed import DeepSpeedFormat
 from dynamics.formats.format import Format, OpenOptions
+from dynamics.formats.hub.revisions import (
+    History,
+    cached_model,
+    history_of,
+    hub_name,
+    prepare,
+    prepare_alike,
+)
 from dynamics.formats.hub_cache import HubCacheFormat
 from dynamics.formats.hugging_face import HuggingFaceFormat
 from dynamics.formats.lightning import LightningFormat
@@ -30,6 +39,8 @@ from dynamics.formats.storage.files import (
     located,
     reporting_unreadable,
 )
+from dynamics.formats.storage.hub.path import HubPath
+from dynamics.formats.storage.hub.transport import HubError
 from dynamics.recordings import StoreLike, is_repository
 from dynamics.runs import fused
 from dynamics.runs.run import Run
@@ -62,6 +73,7 @@ def open_run(
     lora_alpha: float | None = None,
     expert_blocks: bool | None = None,
     split_fused: bool = True,
+    revisions: str | None = None,
 ) -> Run:
     """Open a training run for analysis. No tensor is read before it is measured.
 
@@ -69,6 +81,8 @@ def open_run(
         path: a recording, a directory of checkpoints, or a single checkpoint, which may be one
             file: a path or URL. Several paths, or a glob ("ckpts/*.pt"), are the checkpoints of
             one run, one at each. A zarr Store or an Icechunk repository is read as a recording.
+            hf://org/name, or org/name where there is no such path, is a model on the hub: its
+            branches and tags whose names carry a step, or its commits whose titles do.
         format: the name of the format (`dynamics list formats`); by default it is detected.
         base: the directory of the base model of PEFT adapters.
         adapter: the name of one adapter, where checkpoints hold several.
@@ -77,6 +91,7 @@ def open_run(
         expert_blocks: whether the columns of lora_B that belong to one expert lie together, as
             other tools than PEFT have packed them; files do not say so.
         split_fused: read fused matrices (GPT-2's c_attn) as their parts, see `dynamics.runs.fused`.
+        revisions: of a model on the hub, a glob of the branches and tags to take: "stage1-*".
 
     Returns:
         A `Run`: its `steps`, `kinds`, `matrices`, `scalars`, `events`, and `read` for one matrix.
@@ -114,6 +129,10 @@ def open_run(
                 lora_alpha=_checked_alpha(lora_alpha),
                 expert_blocks=expert_blocks or None,
             )
+            on_hub = _on_hub(paths, revisions)
+            if isinstance(on_hub, History):
+                return _opened(_open_history(on_hub, format, options), split_fused)
+            paths = on_hub
             matches = [expanded(each) for each in paths]
             if len(paths) == 1 and matches[0] is None:
                 run = _open(paths[0], format, options)
@@ -121,7 +140,50 @@ def open_run(
                 of_each = zip(paths, matches, strict=True)
                 paths = [each for path, found in of_each for each in found or [path]]
                 run = _open_several(list(dict.fromkeys(paths)), format, options)
+    return _opened(run, split_fused)
+
+
+def _opened(run: Run, split_fused: bool) -> Run:
     return fused.split_fused(run) if split_fused else run
+
+
+def _on_hub(paths: list[Path], revisions: str | None) -> History | list[Path]:
+    """The history that a path is, or the paths as they are to be opened."""
+    path = paths[0]
+    named = hub_name(path) if len(paths) == 1 else None
+    if named is not None:
+        on_hub = located(named)
+        assert isinstance(on_hub, HubPath)
+        try:
+            cached_model(on_hub) or on_hub.repository.refs
+        except HubError as problem:
+            raise FormatError(f"{path} does not exist here, and {problem}") from problem
+        path = cast(Path, on_hub)
+    if len(paths) > 1 or not isinstance(path, HubPath):
+        if revisions is not None:
+            raise DynamicsError(
+                f"revisions= (--revisions) has no effect on {path}, which is not one model on the "
+                "hub (hf://org/name); leave it out."
+            )
+        return paths
+    cached = cached_model(path)
+    if cached is not None and revisions is None:
+        return [cached]
+    found = history_of(path, revisions)
+    return found if isinstance(found, History) else [cast(Path, found)]
+
+
+def _open_history(history: History, format_name: str | None, options: OpenOptions) -> Run:
+    """A run whose checkpoints are revisions. Their small parts are fetched at once."""
+    prepare(history)
+    paths = [cast(Path, each) for each in history.paths.values()]
+    with suppress(FormatError):  # is told where all are opened
+        _open_several(paths[-1:], format_name, options)
+        prepare_alike(history)
+    run = _open_several(paths, format_name, options)
+    run.places = history.places
+    run.passed_over = {**history.passed_over, **run.passed_over}
+    return run
 
 
 def _open(path: Path, format_name: str | None, options: OpenOptions) -> Run:

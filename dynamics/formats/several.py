@@ -10,6 +10,7 @@ from dynamics.formats.shared.found import CheckpointsFormat, Found, Unopened, Un
 from dynamics.formats.shared.full_checkpoints import SeriesFormat
 from dynamics.formats.shared.steps import named_step
 from dynamics.formats.storage.files import is_remote, located
+from dynamics.formats.storage.hub.path import HubPath
 from dynamics.runs.run import Run
 
 _MAGIC = "*?["
@@ -23,7 +24,9 @@ def expanded(path: Path) -> list[Path] | None:
     """
     if not is_glob(str(path)) or path.exists():
         return None
-    if is_remote(path):
+    if isinstance(path, HubPath):
+        found = path.matches()
+    elif is_remote(path):
         matches = path.fs.glob(path.path)  # type: ignore[attr-defined]
         found = [located(path.fs.unstrip_protocol(each)) for each in matches]  # type: ignore[attr-defined]
     else:
@@ -90,7 +93,10 @@ def _found(path: Path, format: CheckpointsFormat, options: OpenOptions) -> Found
 
 
 def common_directory(paths: Sequence[Path]) -> Path:
-    """The directory that all paths lie in."""
+    """The directory that all paths lie in; of revisions on the hub, their repository."""
+    first = paths[0]
+    if isinstance(first, HubPath):
+        return first.home
     whole = [each if is_remote(each) else each.absolute() for each in paths]
     parents = [_without_glob(str(each.parent)).rstrip("/").split("/") for each in whole]
     shared = []

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dynamics.errors import FormatError
 from dynamics.formats.peft.config import CONFIG
@@ -15,6 +15,7 @@ from dynamics.formats.shared.full_checkpoints import with_clean_names, without_t
 from dynamics.formats.shared.matrices import names_of
 from dynamics.formats.shared.model_config import model_attrs
 from dynamics.formats.storage.files import is_remote, root_of
+from dynamics.formats.storage.hub.path import HubPath
 from dynamics.formats.storage.model_files import has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
@@ -50,7 +51,8 @@ class BaseModels:
 
     The places, in this order: the base model that the user gave; `base/` in the checkpoint; what
     axolotl's ReLoRA stored; `base/` in the run; what adapter_config.json names, a directory or a
-    model in the local Hugging Face cache. Nothing is downloaded.
+    model in the local Hugging Face cache. Nothing is downloaded. Of a run on the hub, it is a model
+    there.
 
     axolotl (src/axolotl/monkeypatch/relora.py) merges at the beginning of the step after N, into
     the model in memory. It leaves the merged adapter in `checkpoint-N/adapter/`, so `checkpoint-N`
@@ -113,6 +115,11 @@ class BaseModels:
                 "between that merge and the next has the weights without adapters in "
                 f"{_RELORA}/. {remedy}"
             )
+        if isinstance(self._run, HubPath):
+            return (
+                f"{directory} holds an adapter only; its base model "
+                f"{config.get('base_model_name_or_path')!r} cannot be read on the hub. {remedy}"
+            )
         return (
             f"{directory} holds an adapter only; its base model is in neither "
             f"{directory / 'base'} nor {self._run / 'base'}, and "
@@ -143,7 +150,11 @@ class BaseModels:
         yield self._directories[step] / "base"
         yield self._run / "base"
         named = config.get("base_model_name_or_path")
-        if isinstance(named, str) and named and not is_remote(self._run):
+        if isinstance(self._run, HubPath):
+            on_hub = self._run.model(named, config.get("revision"))
+            if on_hub is not None:
+                yield cast(Path, on_hub)
+        elif isinstance(named, str) and named and not is_remote(self._run):
             yield Path(named)
             cached = cached_snapshot(named, config.get("revision"))
             if cached is not None:

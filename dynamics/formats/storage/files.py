@@ -1,8 +1,9 @@
 """Files of a run, on a disk or behind a URL: list them, keep inside the run, read byte ranges.
 
-A URL (s3://, gs://, hf://, https://) becomes a `universal_pathlib.UPath`, which offers pathlib's
-methods on top of fsspec. Everything else is a `pathlib.Path`. Formats use the methods that both
-have. They read the bytes of tensors with `read_range`, so that only the needed bytes are fetched.
+A URL (s3://, gs://, https://) becomes a `universal_pathlib.UPath`, which offers pathlib's
+methods on top of fsspec, and hf:// a `HubPath`. Everything else is a `pathlib.Path`. Formats use
+the methods that all have. They read the bytes of tensors with `read_range`, so that only the needed
+bytes are fetched.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dynamics.errors import DynamicsError, FormatError, one_line, require_extra
+from dynamics.formats.storage.hub.path import HubPath, hub_path
 from dynamics.runs.origins import file_origin
 
 _LISTINGS: ContextVar[dict[Path, list["Entry"]] | None] = ContextVar("listings", default=None)
@@ -32,6 +34,8 @@ def located(path: str | Path) -> Path:
     """
     if not isinstance(path, str) or "://" not in path:
         return Path(path) if isinstance(path, str) else path
+    if (on_hub := hub_path(path)) is not None:
+        return cast(Path, on_hub)
     try:
         from upath import UPath
 
@@ -128,12 +132,15 @@ def origin_of(path: Path) -> str | None:
     if not is_remote(path):
         token = file_origin(path)
         return token and f"{path.resolve()}|{token}"
+    if isinstance(path, HubPath):
+        return path.origin
     try:
         with reporting_unreadable(path):
             info = path.fs.info(path.path)  # type: ignore[attr-defined]
     except FormatError:
         return None
     mark = info.get("ETag") or info.get("etag") or info.get("LastModified")
+    mark = mark or (info.get("lfs") or {}).get("sha256") or info.get("blob_id")  # of the hub
     return f"{path}|{info.get('size')}|{mark}" if mark else None
 
 
@@ -161,8 +168,13 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
         FormatError: the file is shorter, or cannot be read.
     """
     with reporting_unreadable(path):
-        if is_remote(path):
-            content = path.fs.cat_file(path.path, start=offset, end=offset + length)  # type: ignore[attr-defined]
+        if isinstance(path, HubPath):
+            content = path.read_range(offset, length)
+        elif is_remote(path):
+            # The hub's file system would fetch blocks of 5 MiB.
+            options = {"cache_type": "none"} if path.protocol == "hf" else {}  # type: ignore[attr-defined]
+            end = offset + length
+            content = path.fs.cat_file(path.path, start=offset, end=end, **options)  # type: ignore[attr-defined]
         else:
             with path.open("rb") as file:
                 file.seek(offset)
@@ -173,6 +185,13 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
             "is truncated, was changed meanwhile, or its server does not serve byte ranges."
         )
     return content
+
+
+def is_at_hand(path: Path, offset: int, length: int) -> bool:
+    """Whether a part of a file can be read without a request to a server."""
+    if isinstance(path, HubPath):
+        return path.is_kept(offset, length)
+    return not is_remote(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -258,6 +277,8 @@ def _listed(path: Path) -> list[Entry]:
         if not is_remote(path):
             with os.scandir(path) as found:
                 return sorted(Entry(e.name, path, _is_dir(e), e.is_symlink()) for e in found)
+        if isinstance(path, HubPath):
+            return [Entry(name, path, told) for name, told in sorted(path.listing().items())]
         infos = path.fs.ls(path.path, detail=True)  # type: ignore[attr-defined]
     named: dict[str, bool | None] = {}
     for info in infos:

@@ -20,6 +20,7 @@ from dynamics.errors import FormatError
 from dynamics.formats.storage.file_parts import BoundedFile, open_part
 from dynamics.formats.storage.files import (
     contained,
+    is_at_hand,
     one_line,
     read_range,
     refuse_pointer,
@@ -168,22 +169,46 @@ def _read_zip(path: Path, file: BinaryIO, first: int, length: int) -> Any:
                 path, length, f"its pickle has {members[pickled[0]].file_size} bytes"
             )
         data = archive.read(members[pickled[0]])
+        begins = sorted(each.header_offset for each in members.values())
+        following = dict(zip(begins, [*begins[1:], archive.start_dir], strict=True))
 
     def offset_of(region: _Region) -> int:
         member = members.get(f"{stem}data/{region.key}")
         if member is None or region.bytes > member.file_size:
             raise _damage_error(path, length, f"storage {region.key!r} is missing or too short")
-        # Lengths in a local header may differ from those in the directory of the archive.
-        local = read_range(path, first + member.header_offset, 30)
-        if local[:4] != b"PK\x03\x04":
-            raise _damage_error(path, length, f"storage {region.key!r} is not where it should be")
-        names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-        start = member.header_offset + 30 + names
+        start = None
+        if not is_at_hand(path, first + member.header_offset, 30):
+            start = _aligned_start(member, following[member.header_offset])
+        if start is None:
+            # Lengths in a local header may differ from those in the directory of the archive.
+            local = read_range(path, first + member.header_offset, 30)
+            if local[:4] != b"PK\x03\x04":
+                what = f"storage {region.key!r} is not where it should be"
+                raise _damage_error(path, length, what)
+            names = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+            start = member.header_offset + 30 + names
         if start + region.bytes > length:
             raise _damage_error(path, length, f"storage {region.key!r} ends beyond the file")
         return first + start
 
     return _TensorPlacer(path, offset_of).load(io.BytesIO(data), _storage)
+
+
+def _aligned_start(member: zipfile.ZipInfo, following: int) -> int | None:
+    """Where the bytes of a member begin, told without a request; None where it is not certain.
+
+    torch begins them at the next multiple of 64, behind a header of known length. The next member
+    must then follow them at once, or after a descriptor.
+
+    Args:
+        member: a member of the archive.
+        following: where the next member begins, or the directory.
+    """
+    header = member.header_offset + 30 + len(member.filename.encode()) + 4
+    starts = {-(-(header + large) // 64) * 64 for large in (0, 20)}
+    ends = {following - member.file_size - descriptor for descriptor in (0, 16, 24)}
+    both = starts & ends
+    return both.pop() if len(both) == 1 else None
 
 
 def _read_legacy(path: Path, file: BinaryIO, first: int, length: int) -> Any:

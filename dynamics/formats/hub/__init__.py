@@ -1,0 +1,1 @@
+"""Training histories on the Hugging Face hub: which revisions are the steps, what reading costs."""

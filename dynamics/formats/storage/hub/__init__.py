@@ -1,0 +1,1 @@
+"""Model repositories on the Hugging Face hub: a tree of files, read by byte ranges."""
