@@ -14,27 +14,28 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import dynamics as dy
+from dynamics.plots.drawing.lines import Line, draw_lines, quiet
+from dynamics.plots.drawing.style import PALETTE, line_style
 from probes.relora.sweep import over_seeds
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "results.md"
 FIGURES = DOCS / "results"
 FIGURE_NAMES = ("losses", "restart", "displacement", "weights", "updates")
-R, RESET_EVERY, LAST = 8, 80, 560
+RESET_EVERY, LAST = 80, 560
 PAPER_STEPS = 20_000
 # run of `over_seeds` -> label and colour
 RUNS = {
-    "full_rank": ("full rank", "#444444"),
-    "relora": ("ReLoRA", "#1f77b4"),
-    "relora-as_published": ("ReLoRA as published", "#d62728"),
-    "lora": ("LoRA without resets", "#2ca02c"),
+    "full_rank": ("full rank", PALETTE[0]),
+    "relora": ("ReLoRA", PALETTE[1]),
+    "relora-as_published": ("ReLoRA as published", PALETTE[2]),
+    "lora": ("LoRA without resets", PALETTE[3]),
 }
 RESTARTS = (
     ("nothing", "merge", "reset", "ramp"),
@@ -73,21 +74,30 @@ def parameters(data: xr.Dataset) -> xr.Dataset:
     return data.isel(matrix=np.flatnonzero((data["component"] == "parameters").values))
 
 
-def draw_interval(ax: Axes, found: xr.Dataset, colour: str, label: str, **line: object) -> None:
-    """A mean over seeds along `step` with its interval, where it was measured."""
-    found = found.isel(step=np.flatnonzero(found["mean"].notnull().values))
-    ax.plot(found["step"], found["mean"], color=colour, label=label, **line)
-    ax.fill_between(
-        found["step"], found["lower"], found["upper"], color=colour, alpha=0.2, linewidth=0
-    )
+def with_labels(data: xr.Dataset) -> xr.Dataset:
+    """The runs under the names that the page has for them."""
+
+    def label(run: str) -> str:
+        method, seed, number = run.rpartition("-seed=")
+        return f"{RUNS[method][0]}{seed}{number}"
+
+    events = {label(run): each for run, each in json.loads(data.attrs["events"]).items()}
+    runs = [label(run) for run in data["run"].values.tolist()]
+    return data.assign_coords(run=runs).assign_attrs(events=json.dumps(events))
+
+
+def line_of(found: xr.Dataset, label: str, style: dict[str, object], along: str = "step") -> Line:
+    """A mean over seeds with its interval, where it was measured."""
+    found = found.isel({along: np.flatnonzero(found["mean"].notnull().values)})
+    bounds = (found[name].values for name in ("lower", "upper"))
+    return Line(label, found[along].values, found["mean"].values, style, *bounds)
 
 
 def finish(ax: Axes, xlabel: str, ylabel: str) -> None:
     """Labels and a quiet frame."""
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.6)
+    quiet(ax)
     ax.locator_params(axis="x", nbins=5)
 
 
@@ -105,32 +115,26 @@ def draw_losses(data: xr.Dataset, axes: Sequence[Axes]) -> None:
         ("training loss, mean over 20 steps", "validation loss"),
         strict=True,
     ):
-        found = over_seeds(data, name)
-        for run, (label, colour) in RUNS.items():
-            draw_interval(ax, found.sel(run=run), colour, label, marker=".", markersize=4)
-        mark_merges(ax)
-        finish(ax, "optimizer step", "nats per token")
-        ax.set_title(title, fontsize="medium")
-    axes[0].legend(frameon=False, fontsize="small")
+        dy.plot_loss(with_labels(data), metric=None, loss=name, over="seed", ax=ax)
+        ax.set_ylabel("nats per token")
+        ax.set_title(title, pad=14)
 
 
 def draw_restart(data: xr.Dataset, axes: Sequence[Axes]) -> None:
     """The validation loss around a restart, less the one before it."""
     found = restart_changes(data)
     for ax, names in zip(axes, RESTARTS, strict=True):
-        for number, name in enumerate(names):
-            line = found.sel(restart=name)
-            colour = f"C{number + (4 if names is RESTARTS[1] else 0)}"
-            ax.plot(line["after"], line["mean"], color=colour, label=name, marker=".", markersize=4)
-            ax.fill_between(
-                line["after"], line["lower"], line["upper"], color=colour, alpha=0.15, linewidth=0
-            )
-        nothing = found.sel(restart="nothing")["mean"]
         if names is RESTARTS[1]:
-            ax.plot(nothing["after"], nothing, color="C0", linestyle="--", label="nothing")
+            names = ("nothing", *names)
+        draw_lines(
+            ax,
+            [
+                line_of(found.sel(restart=name), name, line_style(number), "after")
+                for number, name in enumerate(names)
+            ],
+        )
         ax.axhline(0, color="0.5", linewidth=0.8)
-        finish(ax, "optimizer steps after the restart", "change of the validation loss (nats)")
-        ax.legend(frameon=False, fontsize="small")
+        finish(ax, "optimizer steps after the restart", "change of the\nvalidation loss (nats)")
 
 
 def restart_changes(data: xr.Dataset) -> xr.Dataset:
@@ -140,30 +144,14 @@ def restart_changes(data: xr.Dataset) -> xr.Dataset:
 
 
 def draw_displacement(data: xr.Dataset, axes: Sequence[Axes]) -> None:
-    """Numerical and effective rank of the displacement, and its bound of K·r."""
-    chosen = parameters(data).sel(kind="displacement")
-    for ax, metric, title in zip(
-        axes,
-        ("numerical_rank", "effective_rank"),
-        ("numerical rank of the displacement", "effective rank of the displacement"),
-        strict=True,
-    ):
-        found = over_seeds(chosen, metric)
-        for run, (label, colour) in RUNS.items():
-            draw_interval(ax, found.sel(run=run), colour, label, marker=".", markersize=4)
-        steps = np.arange(1, LAST + 1)
-        ax.plot(
-            steps,
-            R * np.ceil(steps / RESET_EVERY),
-            color="0.3",
-            linewidth=1,
-            linestyle="--",
-            label="r in each cycle",
-        )
-        mark_merges(ax)
-        finish(ax, "optimizer step", "mean over matrices and seeds")
-        ax.set_title(title, fontsize="medium")
-    axes[0].legend(frameon=False, fontsize="small")
+    """Numerical rank of the displacement below its bound, and its effective rank."""
+    chosen = with_labels(parameters(data))
+    dy.plot_staircase(chosen, over="seed", effective=False, ax=axes[0])
+    axes[0].set_title("numerical rank, and the bound", pad=14)
+    dy.plot_comparison(chosen, kind="displacement", over="seed", ax=axes[1])
+    axes[1].set_title("effective rank", pad=14)
+    axes[1].set_ylim(bottom=0)
+    axes[1].set_ylabel("")
 
 
 def draw_weights(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
@@ -183,15 +171,28 @@ def draw_weights(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
     for (left, right), (metric, component) in zip(axes, rows, strict=True):
         draw_published(left, curves, "weights", metric, component)
         chosen = of_module(data, COMPONENTS[component])
-        for run, kind, style, label in ours:
-            found = over_seeds(chosen.sel(kind=kind), OURS[metric]).sel(run=run)
-            draw_interval(right, found, RUNS[run][1], label, linestyle=style)
+        draw_ours(right, chosen, OURS[metric], ours)
         mark_merges(right)
         for ax, where in ((left, "published"), (right, "micro")):
             finish(ax, "optimizer step", NAMES[metric])
-            ax.set_title(f"{TITLES[component]}, {where}", fontsize="medium")
-    for ax in axes[0]:
-        ax.legend(frameon=False, fontsize="x-small")
+            ax.set_title(f"{TITLES[component]}, {where}")
+
+
+def draw_ours(
+    ax: Axes, chosen: xr.Dataset, metric: str, ours: Sequence[tuple[str, str, str, str]]
+) -> None:
+    """Our lines: (run, kind, dashes, label)."""
+    draw_lines(
+        ax,
+        [
+            line_of(
+                over_seeds(chosen.sel(kind=kind), metric).sel(run=run),
+                label,
+                {"color": RUNS[run][1], "linestyle": dashes},
+            )
+            for run, kind, dashes, label in ours
+        ],
+    )
 
 
 OURS = {"per": "proportional_effective_rank", "condition_number": "condition_number"}
@@ -205,14 +206,15 @@ TITLES = {
 
 
 def draw_published(ax: Axes, curves: Curves, kind: str, metric: str, component: str) -> None:
-    """The paper's lines: full rank grey, ReLoRA red; small solid, tiny dashed."""
-    for model, colour, label in (
-        ("full_rank", "#444444", "full rank"),
-        ("relora", "#d62728", "ReLoRA"),
-    ):
-        for scale, style in (("small", "-"), ("tiny", "--")):
-            steps, values = zip(*sorted(curves[kind, metric, component, scale, model]), strict=True)
-            ax.plot(steps, values, color=colour, linestyle=style, label=f"{label} {scale}")
+    """The paper's lines, small solid and tiny dashed. Its ReLoRA is what ours is as published."""
+    lines = []
+    for model, run in (("full_rank", "full_rank"), ("relora", "relora-as_published")):
+        for scale, dashes in (("small", "-"), ("tiny", "--")):
+            points = sorted(curves[kind, metric, component, scale, model])
+            name = f"{'full rank' if model == run else 'ReLoRA'} {scale}"
+            style = {"color": RUNS[run][1], "linestyle": dashes}
+            lines.append(Line(name, *np.array(points).T, style))
+    draw_lines(ax, lines)
 
 
 def draw_updates(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
@@ -228,9 +230,7 @@ def draw_updates(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
     ):
         draw_published(left, curves, "updates", "per", component)
         chosen = of_module(data, COMPONENTS[component])
-        for run, kind, style, label in ours:
-            found = over_seeds(chosen.sel(kind=kind), OURS["per"]).sel(run=run)
-            draw_interval(right, found, RUNS[run][1], label, linestyle=style)
+        draw_ours(right, chosen, OURS["per"], ours)
         bound = float(chosen["rank_bound"].sel(kind="adapter").max())
         smallest = int(np.minimum(chosen["rows"], chosen["cols"]).max())
         right.axhline(bound / smallest, color="0.3", linewidth=1, linestyle=":")
@@ -240,9 +240,7 @@ def draw_updates(data: xr.Dataset, curves: Curves, axes: np.ndarray) -> None:
         mark_merges(right)
         for ax, where in ((left, "published"), (right, "micro")):
             finish(ax, "optimizer step", "PER")
-            ax.set_title(f"{TITLES[component]}, {where}", fontsize="medium")
-    for ax in axes[2]:  # where there is room
-        ax.legend(frameon=False, fontsize="x-small", loc="lower right", bbox_to_anchor=(1, 0.12))
+            ax.set_title(f"{TITLES[component]}, {where}")
 
 
 PAPER_MIN_DIMENSION = {
@@ -257,11 +255,13 @@ PAPER_MIN_DIMENSION = {
 
 def save_figure(name: str, rows: int, columns: int, draw: Callable[[np.ndarray], None]) -> None:
     """Draw a figure of rows × columns panels into docs/results/NAME.png."""
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    draw(figure.subplots(rows, columns, squeeze=False))
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name}.png", dpi=90)
+    plt.switch_backend("Agg")
+    with dy.figure_style("paper", width="page", height=0.3 + 1.9 * rows):
+        figure, axes = plt.subplots(rows, columns, squeeze=False)
+        draw(axes)
+        FIGURES.mkdir(exist_ok=True)
+        figure.savefig(FIGURES / f"{name}.png", dpi=130)
+        plt.close(figure)
 
 
 def interval(found: xr.Dataset, digits: int) -> str:

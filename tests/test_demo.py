@@ -88,7 +88,7 @@ def test_recordings_and_checkpoints_of_a_step_measure_alike(recordings, checkpoi
 def test_the_figures_are_drawn(short_demo):
     figures = sorted(path.name for path in (short_demo / "figures").glob("*.png"))
     assert "displacement.png" in figures
-    assert len(figures) == 8
+    assert len(figures) == 9
     assert all(path.stat().st_size > 10_000 for path in (short_demo / "figures").iterdir())
 
 

@@ -1,6 +1,7 @@
 """Figures in files: which figure a style is, what its file is called, what it may not replace."""
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,9 +85,7 @@ def save_figure(
         raise OutputExistsError(f"{output} exists; choose another output or add --overwrite.")
     with figure_style("slides" if slides else "paper", width=width, height=height):
         axes: Any = (
-            draw(dataset, **given)
-            if panels is None
-            else plot_panels(draw, dataset, by=panels, **given)
+            draw(dataset, **given) if panels is None else _panels(draw, dataset, panels, given)
         )
         first = axes if panels is None else axes[0]
         figure = whole_figure(first)
@@ -96,6 +95,16 @@ def save_figure(
         except (ValueError, OSError) as error:
             raise DynamicsError(f"Cannot draw {output}: {error}.") from error
     return output, text
+
+
+def _panels(
+    draw: "Callable[..., Axes]", dataset: xr.Dataset, by: str, given: dict[str, Any]
+) -> Any:
+    """Panels, inside of which `draw` may group by something else."""
+    if "by" in given:
+        draw = partial(draw, by=given["by"])
+    options = {name: each for name, each in given.items() if name != "by"}
+    return plot_panels(draw, dataset, by=by, **options)
 
 
 def _check(style: str, given: dict[str, Any]) -> None:

@@ -40,7 +40,8 @@ def plot_panels(
 
     Args:
         draw: what is drawn: `dy.plot_heatmap`, `dy.plot_trajectory`, ..., or a function of yours
-            that takes a result and `ax=`.
+            that takes a result and `ax=`. What a figure itself calls `by` goes into it:
+            `functools.partial(dy.plot_trajectory, by="layer")`.
         dataset: a result.
         arguments: what `draw` takes after the result.
         by: "run", "kind", "module", "layer", "expert", "stack", "attention" or "component".

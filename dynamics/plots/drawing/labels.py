@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST = 16  # lines that are named at their ends
 _BROAD = 20  # letters of a line of a label
+NO_BREAK = "\u00a0"  # a space that stays inside of its line
 _GAP = 4 / 72  # inches between the axes and the labels
 
 
@@ -149,11 +150,11 @@ def broken(text: str, letters: int = _BROAD) -> str:
     'ReLoRA as published,\nseed 0'
     """
     lines = [""]
-    for piece in re.findall(r"[^\s._=/-]*[\s._=/-]*", text):
+    for piece in re.findall(r"[^ ._=/-]*[ ._=/-]*", text):
         if lines[-1] and len((lines[-1] + piece).rstrip()) > letters:
             lines.append("")
         lines[-1] += piece
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in lines).replace(NO_BREAK, " ")
 
 
 def short_names(names: Sequence[str]) -> list[str]:

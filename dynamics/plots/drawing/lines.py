@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynamics.plots.drawing.captions import describe, listed
-from dynamics.plots.drawing.labels import MOST, broken, label_end, short_names
+from dynamics.plots.drawing.labels import MOST, NO_BREAK, broken, label_end, short_names
 from dynamics.plots.drawing.style import GREY, panel_width
 from dynamics.plots.drawing.time_axis import MERGE_NAME
 
@@ -82,7 +82,7 @@ def draw_lines(ax: "Axes", lines: Sequence[Line], *, values: bool = False, **opt
             if finite.size == 0:
                 label_end(ax, line.name, None, GREY)
                 continue
-            last = f": {finite[-1]:.1f}".removesuffix(".0") if values else ""
+            last = f":{NO_BREAK}{finite[-1]:.1f}".removesuffix(".0") if values else ""
             label_end(ax, f"{text}{last}", float(finite[-1]), style["color"])
     if not few:
         describe(ax, "Later ones hide earlier ones where they are close", last=True)

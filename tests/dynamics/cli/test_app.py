@@ -446,6 +446,8 @@ def test_compare_refuses_what_it_cannot_serve(refused, saved, recording, tmp_pat
         (1, ["--style", "difference", "--baseline", "a"],
          "both.difference.effective_rank.weight.png"),
         (1, ["--style", "heatmap", "--panels", "run"], "both.heatmap.effective_rank.weight.png"),
+        (1, ["--style", "trajectory", "--panels", "run", "--by", "layer"],
+         "both.trajectory.effective_rank.weight.png"),
         (0, ["--style", "spectrum", "--matrix", UP1, "--steps", "0,20"],
          "a.spectrum.singular_value.weight.png"),
     ],
