@@ -126,7 +126,7 @@ function lineChart({ series, width, xLabel, yLabel, log, stairs, fromZero, merge
       ...shown.map((each) => each.cliff ? Plot.dot([each.cliff], { x: "x", y: "y", fill: each.colour, r: 4 }) : null),
       few ? endLabels(spread(named, scale.apply, 15, marginTop, height - marginBottom), width - marginRight + 8) : null,
       Plot.dot(points, Plot.pointer({ x: "x", y: "y", stroke: "currentColor", fill: "none", r: 5, filter: (d) => good(d.y) })),
-      Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: "text", filter: (d) => good(d.y), lineWidth: 24 })),
+      Plot.tip(points, Plot.pointer({ x: "x", y: "y", title: "text", filter: (d) => good(d.y), lineWidth: 24, fill: "var(--card)" })),
     ].filter(Boolean),
   });
   return { svg: tidied(svg), lines: shown.map((each) => each.points.filter((p) => good(p.y))) };
@@ -154,7 +154,7 @@ function heatMap({ panel, width, domain, log, xLabel, tall }) {
       cellsMark(edges, cells, share),
       Plot.ruleX(panel.merges, { stroke: "white", strokeDasharray: "3,3", strokeOpacity: 0.9 }),
       Plot.dot(points.flat(), Plot.pointer({ x: "x", y: "y", r: 4, fill: "white", stroke: "black" })),
-      Plot.tip(points.flat(), Plot.pointer({ x: "x", y: "y", title: "text" })),
+      Plot.tip(points.flat(), Plot.pointer({ x: "x", y: "y", title: "text", fill: "var(--card)" })),
     ],
   });
   return { svg: tidied(svg), lines: points };

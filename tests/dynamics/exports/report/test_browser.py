@@ -34,6 +34,10 @@ def test_nothing_serious_for_axe_and_nothing_wider_than_the_screen(show, example
             page.evaluate("document.querySelectorAll('details').forEach(e => (e.open = true))")
         page.locator("#staircase .plot").focus()
         page.keyboard.press("ArrowLeft")  # with a tip
+        tip = page.locator("#staircase [aria-label=tip] path").first
+        assert tip.evaluate("e => getComputedStyle(e).fill") == page.evaluate(
+            "getComputedStyle(document.body).backgroundColor"
+        )
         found = axe.Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
         assert [
             (e["id"], e["nodes"][0]["html"][:200])
