@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -19,6 +19,7 @@ from dynamics.analysis.tasks import Outcome, Recall, Task, measure_cells
 from dynamics.analysis.workers import TaskOutcomes, measure_by_workers
 from dynamics.errors import LeftOutWarning, UnmeasuredWarning
 from dynamics.formats import open_run
+from dynamics.formats.hub.cost import Cost, expect
 from dynamics.runs.run import MatrixInfo, Run
 from dynamics.schema import Status
 from dynamics.spectra.backend import Backend, NumpyBackend
@@ -111,6 +112,7 @@ def measure(
     *,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    agree: Callable[[Cost], object] = lambda cost: None,
 ) -> xr.Dataset:
     """What `analyze` returns for a selection.
 
@@ -120,6 +122,7 @@ def measure(
         progress: see `analyze`.
         stopped: asked again and again whether to give up: before every matrix at every step and
             kind, or with workers before every few.
+        agree: called with what will be fetched of a run on the hub, before that; may raise.
 
     Raises:
         StoppedError: `stopped` said so; what was measured is in the cache.
@@ -141,9 +144,17 @@ def measure(
     with (
         nullcontext() if cache is None else SpectrumCache(cache, version) as known,
         threadpool_limits(1),
+        ExitStack() as ending,
     ):
         tasks = _tasks(chosen, largest_first=not execution.is_local)
-        tasks = _new_tasks(tasks, chosen, known, results, report)
+        if chosen.run.source is None:
+            tasks = _new_tasks(tasks, chosen, known, results, report)
+        else:
+            tasks = iter(new := list(_new_tasks(tasks, chosen, known, results, lambda _: None)))
+            cells = ((each.name, *cell) for each in new for cell in each.cells)
+            ending.callback(expect, chosen.run, ())  # whatever happens, nothing more is fetched
+            if (cost := expect(chosen.run, cells)) is not None:
+                agree(cost)
         outcomes_of_tasks = (
             _in_this_process(tasks, chosen, backend, known, stopped)
             if execution.is_local

@@ -18,6 +18,7 @@ from dynamics.analysis.selection import Selection, SelectionOptions, selection_o
 from dynamics.analysis.statistics import difference
 from dynamics.analysis.storage import check_output, is_analysis, load, save
 from dynamics.errors import FormatError, MissingError, OutputExistsError, near
+from dynamics.formats.hub.cost import Cost
 from dynamics.runs.run import Run
 from dynamics.schema import Status
 
@@ -29,6 +30,7 @@ def analyze_and_save(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    agree: Callable[[Cost], object] = lambda cost: None,
     command: str | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> xr.Dataset:
@@ -41,6 +43,7 @@ def analyze_and_save(
         execution: how the run is measured.
         overwrite: whether the result may take the place of any other analysis, too.
         progress: see `analyze`.
+        agree: see `measure`.
         command: the command line, which the result keeps as an attribute.
         choice: what to measure, see `analyze`.
 
@@ -51,7 +54,7 @@ def analyze_and_save(
         check_output(output, overwrite=overwrite)
     chosen = selection_of(run(), **choice)
     _check_update(output, chosen, overwrite=overwrite)
-    result = _made_by(command, measure(chosen, execution, progress=progress))
+    result = _made_by(command, measure(chosen, execution, progress=progress, agree=agree))
     if not overwrite:
         _check_kept(output, result)
     save(result, output, overwrite=overwrite or output.exists())

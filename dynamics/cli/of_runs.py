@@ -28,8 +28,10 @@ from dynamics.cli.options import (
     StepsOption,
     StrictOption,
     WorkersOption,
+    YesOption,
 )
 from dynamics.cli.output import (
+    agree_to,
     print_accounts,
     print_line,
     print_table,
@@ -92,6 +94,7 @@ def analyze(
     workers: WorkersOption = 1,
     scheduler: SchedulerOption = None,
     device: DeviceOption = "cpu",
+    yes: YesOption = False,
 ) -> None:
     """Measure a run and save the result. What an earlier result has is not measured again."""
     from dynamics.analysis.saved import analyze_and_save, follow_and_save
@@ -140,6 +143,7 @@ def analyze(
             execution,
             overwrite=overwrite,
             progress=progress,
+            agree=partial(agree_to, yes=yes),
             command=command_line(),
             **choice,
         )

@@ -26,6 +26,9 @@ RevisionsOption = Annotated[
         help='Of a model on the hub, the branches and tags that are the steps: "stage1-*".',
     ),
 ]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Fetch from the hub without asking, however much it is.")
+]
 FusedOption = Annotated[
     bool,
     typer.Option("--keep-fused", help="Measure fused matrices (c_attn) as a whole, not in parts."),

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dynamics.analysis.analyze import Progress
+    from dynamics.formats.hub.cost import Cost
 
 _NO_WIDTH = 10**6
+_MUCH, _VERY_MUCH = 50 * 10**6, 2 * 10**9  # bytes
 
 
 @contextmanager
@@ -54,13 +56,35 @@ def progress_bar(name: str) -> "Iterator[Progress]":
     )
     console = error_console()
     silent = not console.is_terminal  # a log file gets warnings and errors only
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(f"measuring {name}")
+    bar = Progress(*columns, console=console, transient=True, disable=silent)
+    task = bar.add_task(f"measuring {name}")
+
+    def update(done: int, total: int, _: str) -> None:
+        bar.start()  # not before: a question may come first
+        bar.update(task, completed=done, total=total)
+
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnmeasuredWarning)
             warnings.simplefilter("always", IntervalWarning)
             warnings.showwarning = partial(_printed, warnings.showwarning, IntervalWarning)
-            yield lambda done, total, _: bar.update(task, completed=done, total=total)
+            yield update
+    finally:
+        bar.stop()
+
+
+def agree_to(cost: "Cost", yes: bool) -> None:
+    """Say what will be fetched where that is much, and at a terminal ask where it is very much.
+
+    Raises:
+        typer.Exit: the answer is no.
+    """
+    if cost.bytes < _MUCH:
+        return
+    error_console().print(cost.line, highlight=False, markup=False, soft_wrap=True)
+    asks = cost.bytes > _VERY_MUCH and not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    if asks and not typer.confirm("Fetch it?", err=True):
+        raise typer.Exit(1)
 
 
 def _printed(

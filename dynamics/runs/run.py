@@ -204,6 +204,7 @@ class Run(ABC):
         account: which tensors of the model are measured, and why the others are not; None where the
             run does not tell.
         absent_kinds: kind -> why a run of this format usually has it and this one does not.
+        source: the repository on a network that it is read from; None for one on a disk.
         merges_told_by_events: whether `merges_between` looks at `events` only, and not at bases.
 
     Example:
@@ -225,6 +226,7 @@ class Run(ABC):
     passed_over: Mapping[str, str] = {}
     account: Account | None = None
     absent_kinds: Mapping[str, str] = {}
+    source: Any = None
     merges_told_by_events: bool = False
 
     @property

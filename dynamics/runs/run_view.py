@@ -31,6 +31,7 @@ class RunView(Run):
     attrs = _forwarded("attrs")
     problems = _forwarded("problems")
     places = _forwarded("places")
+    source = _forwarded("source")
     passed_over = _forwarded("passed_over")
     account = _forwarded("account")
     absent_kinds = _forwarded("absent_kinds")

@@ -11,7 +11,7 @@ from pathlib import Path
 from dynamics.errors import FormatError, MissingError, near
 from dynamics.formats.shared.steps import named_step
 from dynamics.formats.storage.hub.path import HubPath
-from dynamics.formats.storage.hub.repository import MAIN, Repository
+from dynamics.formats.storage.hub.repository import MAIN, WEIGHTS, Repository
 
 _MAGIC = "*?["
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -19,7 +19,6 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _COUNT = re.compile(
     r".*?(?:step|iter|iteration|update|checkpoint|ckpt|epoch)s?[-_=.]*(?=\d)", re.IGNORECASE
 )
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def _of_commits(path: HubPath) -> History | None:
 
 def _has_steps_inside(path: HubPath) -> bool:
     """Whether there are weights in folders, or in files, whose names carry steps."""
-    files = [each for each in path.repository.tree(path.commit) if each.endswith(_WEIGHTS)]
+    files = [each for each in path.repository.tree(path.commit) if each.endswith(WEIGHTS)]
     parts = {part for each in files for part in each.split("/")}
     steps = {n.step for part in parts if (n := named_step(part)) is not None and n.level == 0}
     return len(steps) > 1

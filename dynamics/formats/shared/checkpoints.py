@@ -21,6 +21,7 @@ from dynamics.formats.shared.evaluations import EVALUATIONS, with_evaluations
 from dynamics.formats.shared.lora_factors import Adapter, joined_origin
 from dynamics.formats.shared.matrices import as_matrices
 from dynamics.formats.storage.files import root_of
+from dynamics.formats.storage.hub.path import HubPath
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs.account import Account, LeftOut
 from dynamics.runs.origins import ABSENT
@@ -162,6 +163,7 @@ class CheckpointsRun(Run):
         self, path: Path, format: str, checkpoints: Mapping[int, Callable[[], Checkpoint]]
     ):
         self.path = str(path)
+        self.source = path.repository if isinstance(path, HubPath) else None
         self.format = format
         self.steps = np.array(sorted(checkpoints), dtype=np.int64)
         self.problems: dict[int, str] = {}

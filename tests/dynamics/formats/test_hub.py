@@ -2,7 +2,9 @@
 
 import json
 import shutil
-import warnings
+import sqlite3
+import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import xarray as xr
 
 import dynamics as dy
 from dynamics.errors import DynamicsError, FormatError, MissingError
+from dynamics.formats.hub.cost import Cost
 from tests.dynamics.formats.hub_server import TOKEN, serving
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra remote")
@@ -233,20 +236,29 @@ def test_what_was_measured_is_not_fetched_again(hub, tmp_path):
     assert [each.path.split("?")[0] for each in hub.requests] == ["/api/models/org/pythia/refs"]
 
 
-def test_interrupted_anywhere_it_goes_on_from_there(hub, tmp_path):
+@pytest.mark.parametrize("after", [1, 2, 5, 7])
+def test_interrupted_anywhere_it_goes_on_from_there(hub, tmp_path, monkeypatch, after):
+    from dynamics.formats.storage.hub import repository, transport
+
+    monkeypatch.setattr(repository, "_MOST_MERGED", 0)  # a request for each tensor
+    monkeypatch.setattr(transport, "_WAITS", ())
     history(hub, tmp_path)
     cache = tmp_path / "ranks.cache"
-    selected = len(STEPS) * len(NAMES) * 300 * 300 * 4
-    hub.fails = lambda server, path: (404, {}) if len(hub.requests) > 22 else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dy.UnmeasuredWarning)
-        with pytest.raises(FormatError):
-            dy.analyze("hf://org/pythia", cache=cache, select=NAMES, kinds=["weight"], strict=True)
-    before = hub.fetched
-    assert before < selected
+    choice = {"select": NAMES, "kinds": ["weight"], "cache": cache}
+    run = dy.open_run("hf://org/pythia")
+    hub.clear()
+    hub.fails = lambda server, path: (404, {}) if len(hub.requests) > after else None
+    with pytest.raises(FormatError):
+        dy.analyze(run, strict=True, **choice)
     hub.fails = lambda server, path: None
-    found = dy.analyze("hf://org/pythia", cache=cache, select=NAMES, kinds=["weight"])
-    assert hub.fetched <= 1.02 * selected + len(STEPS) * 2**16
+    with closing(sqlite3.connect(cache)) as database:
+        (measured,) = database.execute("SELECT count(*) FROM spectra").fetchone()
+    assert measured < after + 2
+    hub.clear()
+    found = dy.analyze("hf://org/pythia", **choice)
+    left = len(STEPS) * len(NAMES) - measured
+    assert len(hub.asked("blob", "cdn")) == left
+    assert hub.fetched <= left * 300 * 300 * 4
     same(found, dy.analyze(tmp_path / "local", select=NAMES, kinds=["weight"]))
 
 
@@ -352,3 +364,91 @@ def test_many_files_come_in_pages(hub, tmp_path):
     hub.repo("org/pythia").push(local / "step1", "step1")
     hub.page = 2
     same(dy.analyze("hf://org/pythia"), dy.analyze(local))
+
+
+def test_the_cost_is_told_before_and_is_what_is_fetched(hub, tmp_path, monkeypatch):
+    from dynamics.analysis.analyze import measure
+    from dynamics.analysis.execution import Execution
+    from dynamics.analysis.selection import selection_of
+
+    history(hub, tmp_path)
+    costs = []
+
+    def fetched(cost):
+        costs.append(cost)
+        hub.clear()
+
+    def analysed(**choice):
+        chosen = selection_of(dy.open_run("hf://org/pythia"), select=NAMES, **choice)
+        measure(chosen, Execution(cache=tmp_path / "ranks.cache"), agree=fetched)
+        return costs[-1], hub.fetched, len(hub.asked("blob", "cdn"))
+
+    first = analysed(kinds=["weight"], steps="0:1")
+    assert first == (costs[0], costs[0].bytes, costs[0].requests)
+    assert costs[0].requests == 2  # the three matrices lie side by side
+    assert costs[0].revisions == len(STEPS)
+    assert 0.8 * 2 * len(NAMES) * 360_000 < costs[0].bytes <= 1.02 * 2 * len(NAMES) * 360_000
+    files = (tmp_path / "local").rglob("*.safetensors")
+    assert costs[0].of == sum(each.stat().st_size for each in files)
+    more = analysed(kinds=["weight", "update", "displacement"])
+    assert more == (costs[1], costs[1].bytes, costs[1].requests)
+    again = analysed(kinds=["weight", "update", "displacement"])
+    assert again == (costs[2], 0, 0)
+    assert costs[2].bytes == 0
+
+
+def test_tensors_that_lie_side_by_side_are_one_request(hub, tmp_path):
+    history(hub, tmp_path, steps=(1, 2))
+    run = dy.open_run("hf://org/pythia")
+    hub.clear()
+    same(dy.analyze(run), dy.analyze(tmp_path / "local"))
+    assert len(hub.requests) == 2  # the addresses are known, and there are four matrices in each
+    assert hub.fetched <= 2 * (tmp_path / "local/step1/model.safetensors").stat().st_size
+
+
+def test_many_steps_are_fetched_at_once(hub, tmp_path):
+    history(hub, tmp_path, steps=range(16), name="org/slow")
+    run = dy.open_run("hf://org/slow")
+    hub.latency, began = 0.2, time.monotonic()
+    dy.analyze(run, select=NAMES[0], kinds=["weight"], metrics=["stable_rank"])
+    assert time.monotonic() - began < 16 * 0.2
+
+
+def test_the_command_says_what_it_will_fetch_and_asks_at_a_terminal(hub, tmp_path, monkeypatch):
+    import sys
+
+    from typer.testing import CliRunner
+
+    from dynamics.cli import output
+    from dynamics.cli.app import app
+
+    history(hub, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(output, "_MUCH", 10**6)
+    monkeypatch.setattr(output, "_VERY_MUCH", 10**6)
+    command = ["analyze", "hf://org/pythia", "--kinds", "weight", *(f"--select={n}" for n in NAMES)]
+    hub.clear()
+    said = CliRunner().invoke(app, command)
+    assert said.exit_code == 0, said.output
+    assert "4.3 MB of 10 MB, 4 revisions, 4 requests; --select, --steps narrow it" in said.output
+
+    class Terminal:
+        isatty = lambda self: True  # noqa: E731
+
+    asked = []
+    monkeypatch.setattr(output.sys, "stdin", Terminal())
+    monkeypatch.setattr(
+        output.sys,
+        "stderr",
+        type(
+            "",
+            (),
+            {"isatty": lambda self: True, "write": sys.stderr.write, "flush": sys.stderr.flush},
+        )(),
+    )
+    monkeypatch.setattr(output.typer, "confirm", lambda *_, **__: asked.append(1))
+    cost = Cost("hf://org/pythia", 10**7, 10**8, 4, 12)
+    with pytest.raises(output.typer.Exit):
+        output.agree_to(cost, yes=False)
+    output.agree_to(cost, yes=True)
+    assert asked == [1]

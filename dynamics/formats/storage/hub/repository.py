@@ -23,6 +23,7 @@ _PIECE = 64 * 1024
 _GAP, _LONGEST_MERGED, _MOST_MERGED = 4096, 2**24, 2**28
 _MOST_AHEAD = 2**27
 MAIN = "main"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf")
 Range = tuple[str, int, int]  # content of a file, offset, length
 
 
@@ -44,6 +45,7 @@ class Repository:
         self._places: dict[str, tuple[str, HubFile]] = {}  # content -> a commit that has it
         self._noted: dict[tuple[str, int, int], None] = {}
         self._others: dict[str, Repository] = {}
+        self._history: list[str] = []
         self._start()
 
     def _start(self) -> None:
@@ -123,8 +125,20 @@ class Repository:
             return self._others.setdefault(name, Repository(name))
 
     def prepare(self, commits: Iterable[str]) -> None:
-        """Ask for the trees of many commits at once."""
-        self._at_once([partial(self.tree, each) for each in dict.fromkeys(commits)])
+        """Ask for the trees of many commits at once: the steps of a run."""
+        self._history = list(commits)
+        self._at_once([partial(self.tree, each) for each in dict.fromkeys(self._history)])
+
+    @property
+    def family(self) -> list["Repository"]:
+        """This one, and the others that it has named."""
+        return [self, *self._others.values()]
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all files of weights in the commits that are looked at."""
+        trees = [self._trees[each] for each in self._history or self._trees]
+        return sum(f.size for tree in trees for f in tree.values() if f.path.endswith(WEIGHTS))
 
     def prepare_alike(self, commits: Iterable[str]) -> None:
         """Fetch of many commits at once the parts of files that were fetched of those before."""
@@ -178,26 +192,30 @@ class Repository:
         self._fetch_ahead(key)
         return self._range(key, commit, file)
 
-    def expect(self, ranges: Iterable[Range]) -> None:
-        """Say which tensors will be read, in which order: they are fetched ahead, some at once."""
-        plan = list(dict.fromkeys(each for each in ranges if self.to_fetch(each)))
-        small = sum(length for *_, length in plan) <= _MOST_MERGED
-        with self._lock:
-            self._plan = plan
-            self._position = {each: at for at, each in enumerate(plan)}
-            self._merged = _merged(plan) if small else {}
+    def expect(self, ranges: Iterable[Range]) -> tuple[int, int]:
+        """Say which tensors will be read, in which order: they are fetched ahead, some at once.
 
-    def to_fetch(self, range: Range) -> int:
-        """How many bytes of a tensor have to be fetched."""
+        Returns:
+            How many bytes will be fetched of this repository, in how many requests.
+        """
+        plan = list(dict.fromkeys(each for each in ranges if self._to_fetch(each)))
+        small = sum(length for *_, length in plan) <= _MOST_MERGED
+        merged = _merged(plan) if small else {}
+        with self._lock:
+            for each in list(self._ahead.values()):
+                each.cancel()
+            self._ahead = {}
+            self._plan, self._merged = plan, merged
+            self._position = {each: at for at, each in enumerate(plan)}
+        requests = {merged.get(each, each) for each in plan}
+        return sum(map(self._to_fetch, requests)), len(requests)
+
+    def _to_fetch(self, range: Range) -> int:
+        """How many bytes of a range have to be fetched; 0 for a file of another repository."""
         content, offset, length = range
         if content not in self._places:
             return 0
         return length - len(self._pieces.beginning(content, offset, length))
-
-    def requests_for(self, ranges: Sequence[Range]) -> int:
-        """How many requests `expect` would make of these ranges."""
-        small = sum(length for *_, length in ranges) <= _MOST_MERGED
-        return len(set(_merged(ranges).values())) if small else len(set(ranges))
 
     def _fetch_ahead(self, key: Range) -> None:
         with self._lock:
