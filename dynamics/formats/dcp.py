@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesFormat
 from dynamics.formats.storage.dcp_tensors import dcp_tensors, has_shards
+from dynamics.formats.storage.files import is_directory
 
 # Accelerate, and with it the Trainer, puts the model's shards into this folder of a checkpoint-N.
 _ACCELERATE = "pytorch_model_fsdp_0"
@@ -20,7 +21,7 @@ class DCPFormat(SeriesFormat):
 
     def holds(self, path: Path) -> bool:
         """Whether a directory holds shards. Without .metadata their save did not finish."""
-        return path.is_dir() and has_shards(_shards_of(path))
+        return is_directory(path) and has_shards(_shards_of(path))
 
     def checkpoint(self, path: Path, root: Path, step: int) -> FullCheckpoint:
         """See `SeriesFormat.checkpoint`."""

@@ -14,7 +14,7 @@ from dynamics.formats.storage.deepspeed_tensors import (
     has_model_states,
     model_states,
 )
-from dynamics.formats.storage.files import entries, read_range, size_of
+from dynamics.formats.storage.files import entries, is_directory, read_range, size_of
 
 
 class DeepSpeedFormat(SeriesFormat):
@@ -67,7 +67,7 @@ class DeepSpeedFormat(SeriesFormat):
 
 def _states_at(path: Path) -> Path | None:
     """The directory with model states: the path, or the one in it that `latest` names."""
-    if not path.is_dir():
+    if not is_directory(path):
         return None
     if has_model_states(path):
         return path

@@ -21,7 +21,7 @@ from dynamics.formats.shared.full_checkpoints import (
 from dynamics.formats.shared.steps import step_in_name, step_inside
 from dynamics.formats.storage.dcp_tensors import dcp_tensors, has_shards
 from dynamics.formats.storage.deepspeed_tensors import deepspeed_tensors, has_model_states
-from dynamics.formats.storage.files import Entry, children, entries, is_remote
+from dynamics.formats.storage.files import Entry, children, entries, is_directory, is_remote
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.formats.storage.torch_files import tensors_of, torch_file
 from dynamics.formats.storage.unpickling import json_like
@@ -63,7 +63,7 @@ class LightningFormat(FullCheckpointsFormat):
 
     def holds_one(self, path: Path) -> bool:
         """See `CheckpointsFormat.holds_one`."""
-        return _is_checkpoint(Entry(path.name, path.parent, path.is_dir()))
+        return _is_checkpoint(Entry(path.name, path.parent, is_directory(path)))
 
     def checkpoints(self, path: Path, root: Path) -> Found:
         """See `FullCheckpointsFormat.checkpoints`; the files are opened, as the step is in them."""

@@ -94,8 +94,11 @@ def _look(path: Path) -> Look:
 
 def _config_file(path: Path) -> Path | None:
     """training_config.yaml of the run; `path` is the run, its checkpoints/, or a step_N/."""
-    candidates = [path, path.parent]
-    candidates += [path.parent.parent] if named_step(path.name) else []
+    candidates = [path]
+    if path.name == _CHECKPOINTS:
+        candidates.append(path.parent)
+    elif named_step(path.name):
+        candidates += [path.parent, path.parent.parent]
     return next((each / _CONFIG for each in candidates if (each / _CONFIG).is_file()), None)
 
 

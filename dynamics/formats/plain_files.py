@@ -18,7 +18,7 @@ from dynamics.formats.shared.full_checkpoints import FullCheckpoint, SeriesForma
 from dynamics.formats.shared.look import Look, Series, places_of
 from dynamics.formats.shared.series import find_series
 from dynamics.formats.shared.steps import step_in_name, step_inside
-from dynamics.formats.storage.files import entries
+from dynamics.formats.storage.files import entries, is_directory
 from dynamics.formats.storage.model_files import ADAPTER, MODEL, has_model
 from dynamics.formats.storage.npz_files import npz_tensors
 from dynamics.formats.storage.safetensors_files import safetensors_tensors
@@ -82,7 +82,7 @@ class PlainFilesFormat(SeriesFormat):
     def _holds_no_other(self, path: Path) -> bool:
         if path.name in (*MODEL, *ADAPTER) or not self.holds(path):
             return False
-        return not (path.is_dir() and (has_model(path) or has_model(path, ADAPTER)))
+        return not (is_directory(path) and (has_model(path) or has_model(path, ADAPTER)))
 
     def recognises(self, path: Path) -> bool:
         """Whether there are files whose names are those of state dicts."""
@@ -90,7 +90,7 @@ class PlainFilesFormat(SeriesFormat):
 
     def holds(self, path: Path) -> bool:
         """Whether a file has such a name, or a directory holds one model in such files."""
-        if path.is_dir():
+        if is_directory(path):
             return bool(_files(path))
         return _may_hold_a_model(path.name) and not _PART.fullmatch(path.stem)
 

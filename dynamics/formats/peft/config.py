@@ -55,7 +55,15 @@ def _named_adapters(directory: Path) -> dict[str, Path]:
     inside = [each for each in entries(directory) if each.is_dir and not _is_checkpoint(each.name)]
     if len(inside) > _MOST_ADAPTERS:  # not a checkpoint, but a folder of many
         return {}
-    return {each.name: each.path for each in inside if (each.path / CONFIG).is_file()}
+    return {each.name: each.path for each in inside if _has_config(each.path)}
+
+
+def _has_config(directory: Path) -> bool:
+    """Whether there is a config; the listing serves what else is asked of the directory."""
+    try:
+        return any(each.name == CONFIG for each in entries(directory))
+    except FormatError:
+        return False
 
 
 def _is_checkpoint(name: str) -> bool:

@@ -26,7 +26,7 @@ from dynamics.formats.shared.full_checkpoints import with_clean_names
 from dynamics.formats.shared.hugging_face_files import logged_scalars, trainer_step
 from dynamics.formats.shared.look import Look, Series
 from dynamics.formats.shared.series import find_series
-from dynamics.formats.storage.files import contained, entries, read_json, root_of
+from dynamics.formats.storage.files import contained, entries, is_directory, read_json, root_of
 from dynamics.formats.storage.model_files import ADAPTER, has_model, model_tensors
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs.account import LeftOut
@@ -59,7 +59,7 @@ class PeftFormat(CheckpointsFormat):
 
     def holds_one(self, path: Path) -> bool:
         """See `CheckpointsFormat.holds_one`."""
-        return _has_config(path) and has_model(path, ADAPTER)
+        return is_directory(path) and _has_config(path) and has_model(path, ADAPTER)
 
     def holds_beside(self, path: Path) -> bool:
         """See `CheckpointsFormat.holds_beside`."""

@@ -34,7 +34,7 @@ from dynamics.formats.shared.look import Look, Series
 from dynamics.formats.shared.model_config import ConfigBeside
 from dynamics.formats.shared.series import find_series
 from dynamics.formats.shared.steps import step_in_name
-from dynamics.formats.storage.files import reporting_unreadable, root_of
+from dynamics.formats.storage.files import is_directory, reporting_unreadable, root_of
 from dynamics.formats.storage.tensors import Tensor
 from dynamics.runs import parameter_names
 from dynamics.runs.attention_config import tied_aliases
@@ -177,7 +177,7 @@ class SeriesFormat(FullCheckpointsFormat):
 
     def holds_one(self, path: Path) -> bool:
         """See `CheckpointsFormat.holds_one`."""
-        if not path.is_dir():
+        if not is_directory(path):
             return path.name.endswith(self.suffixes or ("/",)) and self.holds(path)
         return self.holds(path)
 

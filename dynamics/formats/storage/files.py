@@ -272,6 +272,15 @@ def entries(path: Path) -> list[Entry]:
     return kept[path]
 
 
+def is_directory(path: Path) -> bool:
+    """Whether a path is a directory: no request where the directory above is listed already."""
+    kept = (_LISTINGS.get() or {}).get(path.parent) if is_remote(path) else None
+    for entry in kept or ():
+        if entry.name == path.name and entry.listed_as_dir is not None:
+            return entry.listed_as_dir
+    return path.is_dir()
+
+
 def _listed(path: Path) -> list[Entry]:
     with reporting_unreadable(path):
         if not is_remote(path):

@@ -203,7 +203,7 @@ def requests(s3, monkeypatch):
     asked, call = [], s3fs.S3FileSystem._call_s3
 
     async def noting(self, method, *arguments, **options):
-        asked.append(method)
+        asked.append((method, options.get("Prefix") or options.get("Key")))
         return await call(self, method, *arguments, **options)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", noting)
@@ -211,7 +211,7 @@ def requests(s3, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["model", "files", "nothing", "images"])
+@pytest.mark.parametrize("kind", ["model", "files", "nothing", "images", "nested", "two kinds"])
 def test_detection_over_s3_asks_little(s3, requests, tmp_path, kind):
     from dynamics.formats import FORMATS
     from dynamics.formats.choice import detected_format
@@ -222,8 +222,13 @@ def test_detection_over_s3_asks_little(s3, requests, tmp_path, kind):
         "files": "step_{}.pt",
         "nothing": "step_{}/notes.txt",
         "images": "image_{}.png",
+        "nested": "step_{}/hf/model.safetensors",
+        "two kinds": "step_{}/model.safetensors",
     }[kind]
     s3.pipe({f"bucket/many_{kind}/" + name.format(i): b"x" for i in range(150)})
+    if kind == "two kinds":
+        s3.pipe({f"bucket/many_{kind}/step_{i}.pt": b"x" for i in (200, 201, 202)})
+        s3.pipe({f"bucket/many_{kind}/model.safetensors": b"x"})
     s3.invalidate_cache()
     requests.clear()
     if kind in ("nothing", "images"):
@@ -231,8 +236,8 @@ def test_detection_over_s3_asks_little(s3, requests, tmp_path, kind):
             dy.open_run(f"s3://bucket/many_{kind}")
     else:
         path = located(f"s3://bucket/many_{kind}")
-        assert (
-            detected_format(path, FORMATS).name == {"model": "checkpoints", "files": "files"}[kind]
+        assert detected_format(path, FORMATS).name == (
+            "files" if kind == "files" else "checkpoints"
         )
     assert len(requests) < 11, requests  # a listing of 10,000 entries takes nine more
 
