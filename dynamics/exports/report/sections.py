@@ -157,6 +157,7 @@ def _accounts(comparison: xr.Dataset) -> Iterator[str]:
         who = f"{abridged(runs, 4)}: " if len(lines) > 1 else ""
         yield paragraph(f"{who}Of the model, {line}." if line in accounts else f"{who}{line}.")
         if line not in accounts:
+            yield from _reasons(by_run(comparison, "left_out"), runs)
             continue
         if warning := accounts[line].warning():
             yield paragraph(warning, "warning")
@@ -168,6 +169,20 @@ def _accounts(comparison: xr.Dataset) -> Iterator[str]:
             columns = ["tensor", "shape", "reason", "trains"]
             content = table("Tensors that were left out", columns, rows)
             yield folded(f"{len(accounts[line].left_out):,} tensors were left out", content)
+
+
+def _reasons(left_out: Mapping[str, Any], runs: Sequence[str]) -> Iterator[str]:
+    """What a result names that has no account: names and reasons."""
+    rows = {
+        (str(name), str(why)): None
+        for run in runs
+        for name, why in (left_out.get(run) or {}).items()
+    }
+    if rows:
+        content = table(
+            "Tensors that were left out", ["tensor", "reason"], list(rows)[:_MOST_NAMES]
+        )
+        yield folded(f"{len(rows):,} tensors were left out", content)
 
 
 def _passed_over(comparison: xr.Dataset) -> Iterator[str]:
@@ -235,7 +250,8 @@ def fingerprint(run: xr.Dataset) -> str:
     for name in names:
         dims = (schema.KIND, schema.STEP, schema.MATRIX, schema.INDEX)
         values = run[name].transpose(*(d for d in dims if d in run[name].dims)).values
-        found.update(np.ascontiguousarray(values, dtype=np.float64).tobytes())
+        for of_step in (each for of_kind in values for each in of_kind):  # memory
+            found.update(np.ascontiguousarray(of_step, dtype=np.float64).tobytes())
     return found.hexdigest()[:16]
 
 

@@ -72,9 +72,12 @@ def made_by_hand(*, runs=("a",), steps=(0, 10), kinds=("weight", "displacement")
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium of this machine, without a window."""
+    """Chromium of this machine, without a window.
+
+    Not for the whole session: while playwright runs, nothing else can run asyncio in this thread.
+    """
     if CHROMIUM is None:
         pytest.skip("needs chromium (apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")

@@ -44,6 +44,7 @@ def document_of(path):
     return json.loads(gzip.decompress(base64.b64decode(packed)))
 
 
+@pytest.mark.slow
 def test_the_example_is_one_small_file_that_fetches_nothing(example_page):
     assert example_page.stat().st_size < 5e6
     elements = Elements(example_page.read_text(encoding="utf-8"))
@@ -92,6 +93,7 @@ def test_names_that_are_html_stay_text(tmp_path):
     assert runs == [NASTY, "b"]
 
 
+@pytest.mark.slow
 def test_charts_hold_the_numbers_of_the_result(example, example_page):
     document = document_of(example_page)
     assert [each["name"] for each in document["runs"]] == example.run.values.tolist()
@@ -195,6 +197,26 @@ def test_an_old_result_without_the_new_attributes_has_a_report(tmp_path):
     result = made_by_hand().drop_attrs()
     path = dy.report(result, tmp_path / "old.html")
     assert "not noted" in path.read_text(encoding="utf-8")
+
+
+def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
+    account = {
+        "measured": {"up.weight": [24, 8]},
+        "trained_numbers": 192,
+        "left_out": [
+            {"name": "norm.w", "shape": [8], "reason": "vectors", "trains": True, "chosen": False}
+        ],
+    }
+    result = made_by_hand(runs=("a", "b", "c")).assign_attrs(
+        account=json.dumps({"a": account, "b": account, "c": None}),
+        left_out=json.dumps({"c": {"bias.w": "a vector"}}),
+        passed_over=json.dumps({"a": {"old.pt": "another run's"}}),
+        problems=json.dumps({"b": ["step 3 cannot be read"]}),
+    )
+    text = dy.report(result, tmp_path / "left.html").read_text(encoding="utf-8")
+    assert text.count("Of the model, 1 of 2 tensors") == 1  # once for both runs
+    for said in ("norm.w", "bias.w", "a vector", "old.pt", "step 3 cannot be read"):
+        assert f"<td>{said}</td>" in text
 
 
 def test_a_single_run_needs_no_run_dimension(tmp_path):

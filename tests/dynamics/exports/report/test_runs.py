@@ -60,6 +60,7 @@ def test_a_comparison_remembers_its_sources_and_verdicts(recording, other, tmp_p
     assert dy.select_run(both, "b").attrs["source"] == str(other)
 
 
+@pytest.mark.slow
 def test_a_recording_of_spectra_says_why_it_is_not_audited(tmp_path):
     torch = pytest.importorskip("torch")
     from probes import Recorder
