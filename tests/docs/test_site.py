@@ -10,9 +10,12 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
+from typer.main import get_command
 
 import dynamics
+import dynamics.metrics
 import probes
+from dynamics.cli.app import app as dynamics_app
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,15 +65,16 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_public_name_and_command_is_there(site):
+    relora_app = import_module("probes.relora.__main__").app
     api = (site / "generated/api.html").read_text("utf-8")
     anchors = set(re.findall(r'id="([\w.]+)"', api))
     for package in (dynamics, probes, import_module("probes.relora"), dynamics.metrics):
         missing = {f"{package.__name__}.{name}" for name in package.__all__} - anchors
         assert missing == set()
-    commands = (site / "generated/commands.html").read_text("utf-8")
-    for name in ("analyze", "compare", "audit", "doctor"):
-        assert f"dynamics {name}" in commands
-    assert "probes.relora sweep" in commands
+    page = (site / "generated/commands.html").read_text("utf-8")
+    for app, program in ((dynamics_app, "dynamics"), (relora_app, "python-m-probes-relora")):
+        for name in get_command(app).commands:
+            assert f'id="{program}-{name}"' in page
 
 
 def test_every_page_of_docs_is_in_a_toctree_and_in_the_search(site):
