@@ -4,8 +4,10 @@ Every message says what went wrong, where, what was found and what to do, in one
 The command line prints these without a traceback; anything else is a bug of ours.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class DynamicsError(ValueError):
@@ -100,3 +102,19 @@ def require_extra(extra: str, missing: ImportError) -> DynamicsError:
     return DynamicsError(
         f"This needs the package {missing.name!r}: pip install 'learning-dynamics[{extra}]'."
     )
+
+
+def local_path(path: str | Path) -> Path:
+    """The path of something that is written to a disk; a URL is refused.
+
+    `Path` would turn s3://bucket/ranks.zarr into a folder "s3:" below the current one.
+
+    >>> local_path("ranks.zarr").name
+    'ranks.zarr'
+    """
+    if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
+        raise DynamicsError(
+            f"{match[1]}://{match[2]} is a URL; results, figures and caches lie on a disk: give a "
+            "path, and copy it from there."
+        )
+    return Path(path)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy
 
-from dynamics.errors import DynamicsError
+from dynamics.errors import DynamicsError, local_path
 from dynamics.runs.dependencies import Dependency, TracedRun, trace_from_json, trace_to_json
 from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Factored, Spectrum
@@ -90,12 +90,12 @@ class SpectrumCache:
         backend: see `gpu_backend.backend_version`; two that differ share no spectra.
 
     Raises:
-        DynamicsError: the file is damaged, of another version, or something else; the file system
-            refuses it, or another process keeps it locked.
+        DynamicsError: it is a URL; the file is damaged, of another version, or something else; the
+            file system refuses it, or another process keeps it locked.
     """
 
     def __init__(self, path: str | Path, backend: str = ""):
-        self.path = Path(path)
+        self.path = local_path(path)
         self._computed_by = (_COMPUTED_BY + backend).encode()
         self._spectra: dict[bytes, Spectrum] = {}
         self._cells: dict[bytes, tuple[bytes, bytes, bytes]] = {}

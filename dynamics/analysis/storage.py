@@ -13,7 +13,7 @@ import xarray as xr
 import zarr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, FormatError, OutputExistsError
+from dynamics.errors import DynamicsError, FormatError, OutputExistsError, local_path
 
 # What zarr and its codecs raise where files are missing, damaged or something else.
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -25,8 +25,9 @@ def check_output(path: str | Path, *, overwrite: bool) -> Path:
     Raises:
         OutputExistsError: it exists and `overwrite` is False, or it exists and is neither an
             analysis nor an empty directory, or it lies below a file.
+        DynamicsError: it is a URL.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.exists() and not overwrite:
         raise OutputExistsError(
             f"{path} exists; choose another output or allow overwriting (--overwrite)."
@@ -102,7 +103,7 @@ def load(path: str | Path, *, without: Iterable[str] = ()) -> xr.Dataset:
         >>> "singular_value" in dy.load(path, without=["singular_value"])
         False
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise FormatError(f"{path} does not exist.")
     try:

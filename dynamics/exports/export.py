@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, MissingError, near
+from dynamics.errors import DynamicsError, MissingError, local_path, near
 from dynamics.exports.arrow_files import write_arrow, write_parquet
 from dynamics.exports.csv_file import write_csv
 from dynamics.exports.files import write_file
@@ -77,6 +77,8 @@ def export(
         raise DynamicsError(f"--spectra is for files ({', '.join(FILES)}); {to} takes means.")
     if project is not None and to in (*FILES, "tensorboard"):
         raise DynamicsError(f"--project has no effect on --to {to}; leave it out.")
+    if output is not None and to != "mlflow":  # whose store may be a server
+        local_path(output)
     dataset = _chosen(dataset, metrics, kinds)
     if to in FILES:
         path = Path(output or f"{stem}.{to}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dynamics.errors import DynamicsError, OutputExistsError
+from dynamics.errors import DynamicsError, OutputExistsError, local_path
 
 Content = TypeVar("Content")
 
@@ -15,7 +15,9 @@ def check_file(path: Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         OutputExistsError: the file exists and may not be replaced, or it is a directory.
+        DynamicsError: it is a URL.
     """
+    path = local_path(path)
     if path.is_dir():
         raise OutputExistsError(f"{path} is a directory; choose another output (-o).")
     if path.exists() and not overwrite:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from dynamics import schema
-from dynamics.errors import DynamicsError, MissingError, OutputExistsError, near
+from dynamics.errors import DynamicsError, MissingError, OutputExistsError, local_path, near
 from dynamics.plots.budget import plot_rank_budget
 from dynamics.plots.comparison import plot_comparison
 from dynamics.plots.differences import plot_difference
@@ -80,7 +80,7 @@ def save_figure(
     draw = STYLES[style]
     given = {name: each for name, each in options.items() if each is not None}
     _check(style, given)
-    output = output or Path(f"{stem}.{_name(style, given)}.png")
+    output = local_path(output) if output else Path(f"{stem}.{_name(style, given)}.png")
     if output.exists() and not overwrite:
         raise OutputExistsError(f"{output} exists; choose another output or add --overwrite.")
     with figure_style("slides" if slides else "paper", width=width, height=height):
