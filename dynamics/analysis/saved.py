@@ -17,7 +17,7 @@ from dynamics.analysis.following import follow
 from dynamics.analysis.selection import Selection, SelectionOptions, selection_of
 from dynamics.analysis.statistics import difference
 from dynamics.analysis.storage import check_output, is_analysis, load, save
-from dynamics.errors import FormatError, MissingError, OutputExistsError, near
+from dynamics.errors import DynamicsError, FormatError, MissingError, OutputExistsError, near
 from dynamics.formats.hub.cost import Cost
 from dynamics.runs.run import Run
 from dynamics.schema import Status
@@ -131,6 +131,7 @@ def compare_and_save(
     execution: Execution,
     *,
     baseline: str | None = None,
+    pair: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
@@ -143,6 +144,8 @@ def compare_and_save(
         output: where the result goes.
         execution: how runs are measured.
         baseline: the run that is subtracted from the others; nothing is by default.
+        pair: the setting whose value a run and the one that is subtracted have in common, see
+            `difference`.
         overwrite: whether the result may replace another one.
         progress: see `analyze`.
         command: see `analyze_and_save`.
@@ -153,15 +156,21 @@ def compare_and_save(
 
     Raises:
         OutputExistsError: something would be lost.
-        MissingError: no run is called `baseline`.
+        DynamicsError: there is a `pair` without a `baseline`; or runs are no pairs, one to one.
+        MissingError: no run is called `baseline`, or there is no setting `pair`.
     """
     check_output(output, overwrite=overwrite)
-    if baseline is not None and baseline not in runs:
+    if pair is not None and baseline is None:
+        raise DynamicsError(
+            f"pair={pair!r} (--pair) pairs runs with those of a baseline; give one with baseline= "
+            "(--baseline)."
+        )
+    if baseline is not None and pair is None and baseline not in runs:
         raise MissingError(
             f"The baseline {baseline!r}{near(baseline, runs)} is none of {', '.join(runs)}."
         )
     both = _made_by(command, compare(runs, progress=progress, execution=execution, **choice))
-    result = both if baseline is None else difference(both, baseline=baseline)
+    result = both if baseline is None else difference(both, baseline=baseline, pair=pair)
     save(result, output, overwrite=overwrite)
     return both
 

@@ -156,8 +156,11 @@ def difference_of_runs(comparison: xr.Dataset | xr.DataArray, names: Sequence[st
 
 
 def _contrast(coord: xr.DataArray, i: int, j: int) -> str:
-    if coord.ndim > 1:
-        return str(coord.name)
+    if coord.ndim > 1:  # of each matrix, such as its rows
+        one, other = (coord.isel({schema.RUN: position}).values for position in (i, j))
+        first = int((one != other).argmax())
+        matrix = coord[schema.MATRIX].values[first] if schema.MATRIX in coord.dims else "a matrix"
+        return f"{coord.name} of {matrix} ({one[first]} and {other[first]})"
     return f"{coord.name} ({coord.values[i]} and {coord.values[j]})"
 
 

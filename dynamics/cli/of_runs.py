@@ -168,6 +168,14 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="Save the differences from this run instead.")
     ] = None,
+    pair: Annotated[
+        str | None,
+        typer.Option(
+            "--pair",
+            help="With --baseline: subtract, of each run, the one with the same value of this "
+            "setting, such as seed.",
+        ),
+    ] = None,
     metrics: MetricsOption = None,
     components: ComponentsOption = None,
     kinds: KindsOption = None,
@@ -219,6 +227,7 @@ def compare(
             output,
             execution,
             baseline=baseline,
+            pair=pair,
             overwrite=overwrite,
             progress=progress,
             command=command_line(),

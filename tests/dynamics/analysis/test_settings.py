@@ -210,7 +210,7 @@ def test_runs_that_differ_in_something_else_as_well_are_not_pooled():
 
 def test_a_matrix_of_another_shape_is_another_setting():
     made = {label: recorded(i, {"seed": i}, rows=6 + i)[0] for i, label in enumerate("ab")}
-    with pytest.raises(DynamicsError, match="differ in rows, too"):
+    with pytest.raises(DynamicsError, match=r"differ in rows of layers.0.weight \(6 and 7\), too"):
         dy.over(dy.compare(made, kinds=["weight"]), "seed")
 
 

@@ -10,7 +10,7 @@ import zarr
 
 import dynamics as dy
 from dynamics import schema
-from dynamics.recordings import RecordingWriter
+from dynamics.recordings import RecordingWriter, matrix_path
 
 UP1 = "model.layers.1.mlp.up_proj.weight"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -398,6 +398,43 @@ def test_compare_with_a_baseline_saves_differences(command, recording, other, he
     both = dy.compare({"a": recording, "b": other})
     less = made_by_command(dy.load(here / "comparison.zarr"))
     assert less.identical(dy.difference(both, baseline="a"))
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """NAME=RUN of two methods with two seeds each, one small matrix at one step."""
+    runs = []
+    for number, (method, seed) in enumerate([("full", 0), ("full", 1), ("lora", 1), ("lora", 0)]):
+        at = tmp_path / f"{method}{seed}.zarr"
+        writer = RecordingWriter(at, {"method": method, "seed": seed})
+        weight = np.random.default_rng(number).standard_normal((4, 3))
+        path = matrix_path("weight", "up.weight")
+        writer.append(0, {path: weight}, attrs={path: {"source_dtype": "float64"}})
+        runs.append(f"{method}{seed}={at}")
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["full0", "method=full"])  # a run, or its setting
+def test_compare_with_pairs_saves_the_differences_of_each_pair(command, swept, here, baseline):
+    options = ("--kinds", "weight", "--metrics", "frobenius_norm", "--baseline", baseline)
+    code, _, err = command("compare", *swept, *options, "--pair", "seed")
+    assert (code, err) == (0, "")
+    less = dy.load(here / "comparison.zarr")["frobenius_norm"]
+    norms = {}
+    for each in swept:
+        name, path = each.split("=")
+        values = dy.open_run(path).read("up.weight", 0, "weight").values
+        norms[name] = np.linalg.norm(values)
+    assert less["run"].values.tolist() == ["lora1", "lora0"]
+    expected = [norms["lora1"] - norms["full1"], norms["lora0"] - norms["full0"]]
+    np.testing.assert_allclose(less.values.ravel(), expected, rtol=1e-12)
+
+
+def test_compare_refuses_pairs_without_a_baseline_or_a_setting(refused, swept, here):
+    assert "give one with baseline=" in refused("compare", *swept, "--pair", "seed")
+    assert "No setting 'sed'" in refused("compare", *swept, "--pair", "sed", "--baseline", "full0")
+    assert not (here / "comparison.zarr").exists()
 
 
 @pytest.mark.slow
