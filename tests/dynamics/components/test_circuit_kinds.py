@@ -101,10 +101,6 @@ def test_the_floor_of_a_difference_covers_the_rounding_of_both_terms(
         assert norm < spectrum(read(2, "update")).noise_floor < 4 * norm
 
 
-# Gradients --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_floor_of_a_difference_covers_the_rounding_of_each_step(
     component, write_run, random_attention, dense_circuit, circuits
@@ -124,9 +120,13 @@ def test_the_floor_of_a_difference_covers_the_rounding_of_each_step(
         noise = np.linalg.norm(of_now - of_exact, 2)
         assert noise <= found.noise_floor <= 6 * noise
         assert noise > found.storage_noise_floor / 3
-        assert 3 < found.noise_floor / found.storage_noise_floor < 5.1  # at most √51/√2
+        assert 3 < found.noise_floor / found.storage_noise_floor < 7.1  # at most √50
 
 
+# Gradients --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("size", [1.0, 1e-6, 1e6])
 def test_a_gradient_is_the_derivative_along_the_parameters_gradients(
     size, component, random_attention, dense_circuit, record, circuits
