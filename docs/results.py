@@ -117,7 +117,7 @@ def draw_losses(data: xr.Dataset, axes: Sequence[Axes]) -> None:
     ):
         dy.plot_loss(with_labels(data), metric=None, loss=name, over="seed", ax=ax)
         ax.set_ylabel("nats per token")
-        ax.set_title(title, pad=14)
+        ax.set_title(title)
 
 
 def draw_restart(data: xr.Dataset, axes: Sequence[Axes]) -> None:
@@ -147,9 +147,9 @@ def draw_displacement(data: xr.Dataset, axes: Sequence[Axes]) -> None:
     """Numerical rank of the displacement below its bound, and its effective rank."""
     chosen = with_labels(parameters(data))
     dy.plot_staircase(chosen, over="seed", effective=False, ax=axes[0])
-    axes[0].set_title("numerical rank, and the bound", pad=14)
+    axes[0].set_title("numerical rank, and the bound")
     dy.plot_comparison(chosen, kind="displacement", over="seed", ax=axes[1])
-    axes[1].set_title("effective rank", pad=14)
+    axes[1].set_title("effective rank")
     axes[1].set_ylim(bottom=0)
     axes[1].set_ylabel("")
 

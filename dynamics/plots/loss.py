@@ -15,7 +15,7 @@ from dynamics.plots.drawing.labels import remove_labels
 from dynamics.plots.drawing.lines import Line, draw_lines, finish
 from dynamics.plots.drawing.runs import RunLines, missing, pooled_lines
 from dynamics.plots.drawing.style import line_style, run_style
-from dynamics.plots.drawing.time_axis import MERGE_NAME, mark_merges, time_axis
+from dynamics.plots.drawing.time_axis import hide_merge_name, mark_merges, time_axis
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,9 +91,7 @@ def plot_loss(
     if lower is not None and metric is not None:
         runs = dataset if several else dataset.expand_dims({schema.RUN: [_MEAN]})
         plot_comparison(runs, metric, kind=kind, module=module, over=over, x=x, ax=lower)
-        for each in list(lower.texts):
-            if each.get_text().startswith(MERGE_NAME):
-                each.remove()
+        hide_merge_name(lower)
         upper.set_xlabel("")
         upper.tick_params(labelbottom=False)
         lower.set_title("")

@@ -1,5 +1,6 @@
 """Overlaps of subspaces over training, of the left and of the right directions."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,19 +18,65 @@ from dynamics.plots.drawing.time_axis import time_axis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Figure -> its variables, and what they are called.
+
+@dataclass(frozen=True)
+class _Show:
+    """One of the figures.
+
+    Attributes:
+        lines: what a line is called -> its variable.
+        meaning: of the y axis.
+        what: the same for captions, with {k} directions.
+        reference: a variable with what random directions have.
+    """
+
+    lines: dict[str, str]
+    meaning: str
+    what: str
+    reference: str = ""
+
+
+_OVERLAP = "of {k} leading directions above the noise floor"
 _SHOWS = {
-    "weight": (
+    "weight": _Show(
         {"left": "left_overlap_with_weight", "right": "right_overlap_with_weight"},
         "overlap with the weight",
+        _OVERLAP,
     ),
-    "last_cycle": (
+    "last_cycle": _Show(
         {"left": "left_overlap_with_last_cycle", "right": "right_overlap_with_last_cycle"},
         "overlap with the last cycle",
+        _OVERLAP,
     ),
-    "runs": ({"left": "left_overlap", "right": "right_overlap"}, "overlap of the runs"),
-    "energy": ({"energy": "energy_in_weight"}, "share within the weight's subspaces"),
-    "alignment": ({"cosine": "alignment"}, "cosine between the runs"),
+    "energy": _Show(
+        {"energy": "energy_in_weight"}, "share within the weight's subspaces", _OVERLAP
+    ),
+    "runs": _Show(
+        {"left": "left_overlap", "right": "right_overlap"}, "overlap of the runs", _OVERLAP
+    ),
+    "alignment": _Show({"cosine": "alignment"}, "cosine between the runs", ""),
+    "gradients": _Show(
+        {
+            "its own": "energy",
+            "record before": "energy_in_last",
+            "first record": "energy_in_first",
+        },
+        "share within {k} directions",
+        "its own, those of the record before, and those of the first record",
+        "chance",
+    ),
+    "turning": _Show(
+        {"record before": "overlap_with_last", "first record": "overlap_with_first"},
+        "overlap with earlier directions",
+        _OVERLAP,
+        "chance",
+    ),
+    "intruders": _Show(
+        {"the run": "intruders", "random change": "intruders_of_noise"},
+        "intruders among {k} directions",
+        "leading directions that the weight before did not have, beside those of a random change "
+        "of equal norm and rank",
+    ),
 }
 
 
@@ -47,11 +94,14 @@ def plot_overlaps(
     line is the overlap that random subspaces have: k / n for k directions in n dimensions.
 
     Args:
-        overlaps: a result of `subspace_overlaps` or `run_alignment`.
+        overlaps: a result of `subspace_overlaps`, `run_alignment`, `gradient_subspaces` or
+            `intruders`.
         show: "weight" (an update with the weight that it changes), "last_cycle" (an adapter with
             the one that was merged last), "energy" (share of an update in the weight's leading
-            subspaces), "runs" (one run with another), or "alignment" (the cosine between two runs).
-            By default, the first of weight, runs that it has.
+            subspaces), "runs" (one run with another), "alignment" (the cosine between two runs),
+            "gradients" (share of a gradient within its own and earlier leading directions),
+            "turning" (overlap of these directions) or "intruders". By default, the first of these
+            that it has.
         kind: one of its kinds; by default the first one that has values.
         module: the module to show; by default, all matrices inside the layers are averaged.
         ax: the Axes to draw on; by default, a new figure is made.
@@ -72,17 +122,18 @@ def plot_overlaps(
         'overlap with the last cycle, adapter'
         >>> matplotlib.pyplot.close(ax.figure)
     """
-    has = [name for name, (names, _) in _SHOWS.items() if set(names.values()) <= set(overlaps)]
-    if not has:
+    has = [name for name, each in _SHOWS.items() if set(each.lines.values()) <= set(overlaps)]
+    if not has or "directions" not in overlaps.attrs:
         raise DynamicsError(
-            "plot_overlaps takes what subspace_overlaps() or run_alignment() returns, where it has "
-            "values."
+            "plot_overlaps takes what subspace_overlaps(), run_alignment(), gradient_subspaces() "
+            "or intruders() returns, where it has values."
         )
-    show = show or next((name for name in ("weight", "runs") if name in has), has[0])
+    show = show or has[0]
     if show not in has:
         raise MissingError(f"No {show!r}{near(show, has)} in this result; it has "
                            f"{', '.join(has)}.")  # fmt: skip
-    names, meaning = _SHOWS[show]
+    k = int(overlaps.attrs["directions"])
+    names, meaning = _SHOWS[show].lines, _SHOWS[show].meaning.format(k=k)
     if kind is None:
         kind = _first_kind(overlaps[list(names.values())])
     drawn = {
@@ -99,21 +150,29 @@ def plot_overlaps(
     ax = of.axes_or_new(ax)
     draw_lines(ax, lines)
     axis.label(ax)
-    k = int(overlaps.attrs["directions"])
     finish(ax, f"{meaning}, {kind}")
     describe(
         ax,
-        f"{meaning} of the {kind.replace('_', ' ')}, of {k} leading directions above the noise "
-        "floor, along optimizer steps"
-        if show != "alignment"
-        else f"{meaning}, of the {kind.replace('_', ' ')}, along optimizer steps",
+        ", ".join(
+            filter(
+                None,
+                (
+                    f"{meaning} of the {kind.replace('_', ' ')}",
+                    _SHOWS[show].what.format(k=k),
+                    "along optimizer steps",
+                ),
+            )
+        ),
         "Left and right: the output and the input side of the matrices" if "left" in names else "",
         f"Lines: the mean over {counted(counts, 'matrix', 'matrices')}" if max(counts) > 1 else "",
         f"Bands: the range of {counted(layers, 'layer')}" if max(layers) > 1 else "",
     )
     if "left" in names:
         _draw_random(ax, overlaps, show, drawn, k)
-    ax.set_ylim(-1.02 if show == "alignment" and ax.get_ylim()[0] < 0 else 0, 1.02)
+    elif _SHOWS[show].reference:
+        _draw_reference(ax, of.metric_values(overlaps, _SHOWS[show].reference, kind), module, kind)
+    top = k if show == "intruders" else 1
+    ax.set_ylim(-1.02 if show == "alignment" and ax.get_ylim()[0] < 0 else 0, 1.02 * top)
     title(ax, module or "all matrices of the layers")
     return ax
 
@@ -148,3 +207,12 @@ def _draw_random(
         )
     label_end(ax, "random", float(np.mean(list(levels.values()))), GREY)
     describe(ax, "Dashed: the mean overlap of random subspaces, k / n")
+
+
+def _draw_reference(ax: "Axes", values: xr.DataArray, module: str | None, kind: str) -> None:
+    """What random directions have, as the result says."""
+    level = float(of.of_module(values, module, kind).mean())
+    ax.axhline(level, color=GREY, linewidth=thickness(0.9), linestyle="--", zorder=1,
+               label="_random")  # fmt: skip
+    label_end(ax, "random", level, GREY)
+    describe(ax, "Dashed: the same of random directions, k / n")

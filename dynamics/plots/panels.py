@@ -14,7 +14,7 @@ from dynamics.plots.drawing.captions import describe, listed
 from dynamics.plots.drawing.cells import colour_bar, colour_scale
 from dynamics.plots.drawing.labels import broken, has_labels, remove_labels
 from dynamics.plots.drawing.lines import title
-from dynamics.plots.drawing.time_axis import MERGE_NAME
+from dynamics.plots.drawing.time_axis import has_merge_name, hide_merge_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,13 +82,11 @@ def plot_panels(
     if len(used) < len(parts):
         raise DynamicsError(f"{len(parts)} panels need as many Axes; found {len(used)}.")
     used = used[: len(parts)]
-    above = False
     for ax, (part, own) in zip(used, parts.values(), strict=True):
         draw(part, *arguments, ax=ax, **(options | own))
-        above |= any(text.get_text().startswith(MERGE_NAME) for text in ax.texts)
         describe(ax, f"Panels: {listed(parts)}", last=True)
     for ax, name in zip(used, parts, strict=True):
-        title(ax, name, above=above)
+        title(ax, name)
     _one_scale(used, options.get("log"))
     if axes is None:
         _tidy(used)
@@ -202,13 +200,10 @@ def _tidy(axes: np.ndarray) -> None:
         if number + columns >= len(axes):  # nothing stands below it
             ax.set_xlabel(name)
             ax.tick_params(labelbottom=True)
-    named = False
-    for ax in axes:
-        for text in list(ax.texts):
-            if text.get_text().startswith(MERGE_NAME):
-                if named:
-                    text.remove()
-                named = True
+    named = [ax for ax in axes if has_merge_name(ax)]
+    for ax in axes if named else []:
+        if ax is not named[0]:
+            hide_merge_name(ax, keep_room=True)
     for ax in axes:
         if _names(ax) == [ax.get_title()]:
             remove_labels(ax)

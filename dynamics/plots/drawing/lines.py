@@ -9,7 +9,6 @@ import numpy as np
 from dynamics.plots.drawing.captions import describe, listed
 from dynamics.plots.drawing.labels import MOST, NO_BREAK, broken, label_end, short_names
 from dynamics.plots.drawing.style import GREY, panel_width
-from dynamics.plots.drawing.time_axis import MERGE_NAME
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -175,19 +174,6 @@ def quiet(ax: "Axes") -> None:
     ax.margins(x=0.01)
 
 
-def title(ax: "Axes", text: str, *, above: bool | None = None) -> None:
-    """A title; long ones are broken at dots and spaces.
-
-    Args:
-        ax: where.
-        text: the title.
-        above: whether it leaves room for the name of the merges; by default, if there is one.
-    """
-    import matplotlib
-
-    size = matplotlib.rcParams["legend.fontsize"]
-    small = matplotlib.font_manager.FontProperties(size=size).get_size_in_points()
-    if above is None:
-        above = any(each.get_text().startswith(MERGE_NAME) for each in ax.texts)
-    letters = int(72 * panel_width(ax) / (0.6 * 8))
-    ax.set_title(broken(text, letters), pad=small + 6 if above else None)
+def title(ax: "Axes", text: str) -> None:
+    """A title; long ones are broken at dots and spaces."""
+    ax.set_title(broken(text, int(72 * panel_width(ax) / (0.6 * 8))))

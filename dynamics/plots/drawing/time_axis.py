@@ -22,7 +22,7 @@ _LABELS = {schema.STEP: "optimizer step", "tokens": "tokens", "epoch": "epoch"}
 _PLURALS = {schema.STEP: "optimizer steps", "tokens": "tokens", "epoch": "epochs"}
 # Kinds that begin anew with each cycle: a line across a merge would join different matrices.
 _OF_CYCLES = (schema.ADAPTER, schema.CYCLE_UPDATE)
-MERGE_NAME = "merge"  # what stands above the first of them
+_MERGE_NAME = "_name of merges"  # the label of the axis that has it
 _LINES = 24  # merges, up to which each is a line
 _NAMED = 4  # runs, up to which a caption has their names
 Run = str | None  # None: the one run of a result
@@ -207,20 +207,42 @@ def draw_merges(
 
 
 def _name_merges(ax: "Axes", x: float, text: str) -> None:
-    """Write "merge" above the axes, over the first one, or over the middle of many."""
+    """Write "merge" above the axes, over the first one, or over the middle of many.
+
+    It is a tick of an axis above: titles make room for it, also those that a user sets later.
+    """
     import matplotlib
 
-    ax.annotate(
-        text,
-        (x, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 1.5 if text == MERGE_NAME else 4.5),
-        textcoords="offset points",
-        ha="center",
-        va="bottom",
-        fontsize=matplotlib.rcParams["legend.fontsize"],
-        color="0.4",
-    )
+    if has_merge_name(ax):
+        return
+    above = ax.secondary_xaxis("top", label=_MERGE_NAME)
+    above.set_xticks([x], [text])
+    above.minorticks_off()
+    above.spines["top"].set_visible(False)
+    size = matplotlib.rcParams["legend.fontsize"]
+    above.tick_params(length=0, pad=1 if text == "merge" else 4, labelsize=size, labelcolor="0.4")
+
+
+def has_merge_name(ax: "Axes") -> bool:
+    """Whether the name of merges stands above the axes."""
+    return any(each.get_label() == _MERGE_NAME for each in ax.child_axes)
+
+
+def hide_merge_name(ax: "Axes", *, keep_room: bool = False) -> None:
+    """Take the name of merges away.
+
+    Args:
+        ax: where it stands.
+        keep_room: whether titles stand as high as if it were there, beside those that have it.
+    """
+    if keep_room:
+        _name_merges(ax, float(np.mean(ax.get_xlim())), "merge")
+    for each in list(ax.child_axes):
+        if each.get_label() == _MERGE_NAME:
+            if keep_room:
+                each.tick_params(labelcolor="none")
+            else:
+                each.remove()
 
 
 def edges(positions: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ def texts(figure):
     draw = Text.draw
 
     def noting(text, renderer, *arguments):
-        if text.get_visible() and text.get_text().strip():
+        if text.get_visible() and text.get_text().strip() and not _is_hidden(text):
             drawn.append(text)
         draw(text, renderer, *arguments)
 
@@ -73,3 +73,7 @@ def texts(figure):
         patched.setattr(Text, "draw", noting)
         figure.canvas.draw()  # the layout is made before anything is drawn
     return {text: text.get_window_extent(figure.canvas.get_renderer()) for text in drawn}
+
+
+def _is_hidden(text):
+    return isinstance(text.get_color(), str) and text.get_color() == "none"

@@ -126,6 +126,27 @@ def test_overlaps_of_two_runs(write_recording):
     assert "fewer than 3 directions" in dy.caption(dy.plot_overlaps(fewer))
 
 
+def test_shares_of_gradients_and_intruders(write_recording):
+    from zarr.storage import MemoryStore
+
+    run = dy.open_run(write_recording(MemoryStore(), steps=(0, 10, 20, 30)))
+    found = dy.gradient_subspaces(run, k=2)
+    ax = dy.plot_overlaps(found)
+    assert list(labelled_lines(ax)) == ["its own", "record before", "first record"]
+    inside = found.sel(kind="gradient", matrix=found["layer"] >= 0).mean("matrix")
+    np.testing.assert_allclose(
+        points(ax, "record before"), [[20, 30], inside["energy_in_last"].dropna("step")], rtol=1e-12
+    )
+    [chance] = [line.get_ydata()[0] for line in ax.get_lines() if line.get_label() == "_random"]
+    assert chance == pytest.approx(2 / 8)
+    assert dy.plot_overlaps(found, "turning").get_ylabel().startswith("overlap with earlier")
+    new = dy.intruders(run, since=0, k=3)
+    ax = dy.plot_overlaps(new)
+    values = new["intruders"].sel(kind="weight", matrix=new["layer"] >= 0).mean("matrix")
+    np.testing.assert_allclose(points(ax, "the run")[1], values.dropna("step"), rtol=1e-12)
+    assert ax.get_ylim()[1] >= 3
+
+
 def test_overlaps_refuse_what_they_do_not_have(overlaps, analysis):
     with pytest.raises(DynamicsError, match="takes what subspace_overlaps"):
         dy.plot_overlaps(analysis)

@@ -220,3 +220,13 @@ def test_two_figures_on_the_same_axes_have_both_captions(relora):
     assert "Effective rank of the weight" in text
     assert "Effective rank of the base" in text
     assert text.count("Dotted: the 6 merges.") == 1
+
+
+@pytest.mark.parametrize("title", ["merge", "a title of the user\nin two lines"])
+def test_a_title_that_is_set_later_stands_above_the_name_of_the_merge(relora, title):
+    for figure_of in (dy.plot_trajectory, dy.plot_heatmap):
+        ax = figure_of(relora, kind="displacement")
+        ax.set_title(title)  # in the middle, where merges are
+        check(ax.figure)
+        ax.set_title("")
+        assert "merge" in [text.get_text() for text in texts(ax.figure)]
