@@ -167,6 +167,8 @@ def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | N
     """
     if schema.ADAPTER not in run.stored_kinds:
         return _projections_rank_bound(run, name, before, now)
+    if run.trains(name):  # the base itself, beside its adapter
+        return None
     adapter, earlier = (run.read(name, step, schema.ADAPTER) for step in (now, before))
     if not isinstance(adapter, Factored) or not isinstance(earlier, Factored):
         return None

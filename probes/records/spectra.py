@@ -99,8 +99,9 @@ class SpectrumContents(Contents):
             return
         for part, matrix in each.matrices(weight):
             own = factors.get(part.name)
-            trains = own is None and each.weight.trains
-            for kind, spectrum in self._of_weight(part.name, matrix, own, trains, record):
+            for kind, spectrum in self._of_weight(
+                part.name, matrix, own, each.weight.trains, record
+            ):
                 yield kind, part.name, spectrum
 
     def _of_weight(
@@ -132,7 +133,7 @@ class SpectrumContents(Contents):
         merges, bound = 0, None
         if factors is not None:
             merges = sum(before.step <= merge < step for merge in self._merges)
-            if before.adapter_rank is not None:
+            if before.adapter_rank is not None and not trained_steps:
                 bound = cycles_rank_bound(
                     factors.a.shape[0],
                     before.adapter_rank,

@@ -105,6 +105,29 @@ def test_floors_say_which_roundings_they_count(analysis):
     assert (ratio.sel(kind="weight") == 1).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"spectra_only": True, "record": KINDS}])
+def test_an_adapter_bounds_nothing_where_its_base_trains_too(tmp_path, options):
+    import peft
+
+    net = model().requires_grad_(True)
+    net = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0", "2"]))
+    net.base_model.model[0].base_layer.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([each for each in net.parameters() if each.requires_grad], lr=0.05)
+    with Recorder(net, optimizer, tmp_path / "run.zarr", every=2, **options):
+        for _ in range(4):
+            x = torch.randn(64, 40)
+            (net(x) - x[:, :32]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = dy.analyze(tmp_path / "run.zarr", kinds=["displacement"]).isel(kind=0, step=-1)
+    trained, frozen = found.sel(matrix="0.weight"), found.sel(matrix="2.weight")
+    assert trained["rank_bound"] == 40
+    assert trained["noise_floor"] > trained["storage_noise_floor"]
+    assert frozen["rank_bound"] == 2  # B was zero at the start
+    assert frozen["noise_floor"] == frozen["storage_noise_floor"]
+    assert not found["exceeds_rank_bound"].any()
+
+
 def test_a_frozen_weight_is_rounded_by_nothing(analysis):
     frozen = analysis.sel(matrix="2.weight", kind=["update", "displacement"]).isel(step=slice(1, 5))
     if analysis.attrs["format"] == "recording":  # checkpoints do not tell what was frozen
