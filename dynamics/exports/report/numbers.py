@@ -1,7 +1,11 @@
-"""How numbers are written for people: as many digits as mean something."""
+"""How numbers are written, for people and for charts: as many digits as mean something."""
 
 import math
+from typing import Any
 
+import numpy as np
+
+DIGITS = 6  # of metrics in charts, which subtract them from each other; singular values have four
 _SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
@@ -72,3 +76,29 @@ def cut(text: str, at_most: int) -> str:
     kept = text[: at_most - 1]
     words = kept.rsplit(" ", 1)[0] if " " in kept and text[at_most - 1] != " " else kept
     return words.rstrip(" ,;:(") + "…"
+
+
+def listed(values: np.ndarray, digits: int = DIGITS) -> list[Any]:
+    """Numbers of so many digits; None for NaN; a text for what JSON does not have."""
+    flat = _rounded(values.ravel(), digits)
+    whole = flat == np.round(flat)
+    found: list[Any] = flat.tolist()
+    for position in np.flatnonzero(whole & (np.abs(flat) < 1e15)).tolist():
+        found[position] = int(found[position])  # "64", not "64.0"
+    for position in np.flatnonzero(~np.isfinite(flat)).tolist():
+        value = found[position]
+        found[position] = None if value != value else "inf" if value > 0 else "-inf"
+    return found
+
+
+def _rounded(values: np.ndarray, digits: int) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        exponents = np.floor(np.log10(np.abs(values)))
+        exponents = np.where(np.isfinite(exponents), exponents, 0)
+        places = digits - 1 - exponents
+        # By a power of ten that is exact, so that the result prints in few letters.
+        small = 10.0 ** np.abs(places)
+        scaled = np.where(places >= 0, np.round(values * small) / small, 0)
+        large = np.round(values / small) * small
+        found = np.where(places >= 0, scaled, np.where(np.abs(values) < 1e15, values, large))
+    return np.where(np.isfinite(found), found, values)

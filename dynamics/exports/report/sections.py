@@ -13,8 +13,8 @@ import xarray as xr
 from dynamics import schema
 from dynamics.auditing.report import Severity
 from dynamics.exports.report.audits import Check, audits_of
+from dynamics.exports.report.facts import cell_counts
 from dynamics.exports.report.runs import by_run, groups_of
-from dynamics.exports.report.sentences import cell_counts
 from dynamics.exports.report.tables import Cell, folded, pairs, paragraph, table
 from dynamics.metrics import METRICS
 from dynamics.metrics.modules import metric_names

@@ -145,7 +145,7 @@ def wait_for(address, version):
 
 @pytest.mark.slow
 def test_a_port_that_is_taken_is_named(command, runs):
-    from dynamics.exports.report.server import LivePage, serving
+    from dynamics.exports.report.following import LivePage, serving
 
     with serving(LivePage(), 0) as address:
         port = address.rstrip("/").rpartition(":")[2]

@@ -12,6 +12,12 @@ from tests.dynamics.exports.report.test_page import NASTY
 
 pytestmark = pytest.mark.slow
 
+LINES = """cells => cells.map(cell => {
+  const range = document.createRange();
+  range.selectNodeContents(cell);
+  return range.getClientRects().length;
+})"""
+
 
 def draw_all(page):
     """Scroll through the page, so that every chart is drawn."""
@@ -204,12 +210,25 @@ def test_it_prints_dark_text_on_white_from_a_dark_screen(show, example_page, tmp
             "['color', 'backgroundColor'].map(c => getComputedStyle(document.body)[c])"
         )
         assert colours == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
+        # What had not been in sight is drawn for the paper, as wide as that is.
+        assert page.locator("#spectra-figure svg").count() == 0
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        drawn = page.locator("#spectra-figure svg")
+        assert drawn.get_attribute("viewBox").split()[2] == "640"
+        assert page.locator("#verdicts details").first.get_attribute("open") is not None
+        page.set_viewport_size({"width": 700, "height": 990})  # A4 without its margins
+        assert page.evaluate("document.documentElement.scrollWidth") <= 700
+        table = page.locator("#numbers-figure table")
+        assert table.evaluate("e => e.scrollWidth <= e.closest('figure').clientWidth")
+        assert max(table.locator("td.number").evaluate_all(LINES)) == 1  # no number is broken
+        page.set_viewport_size({"width": 1280, "height": 900})
         page.emulate_media(media="screen", color_scheme="dark")
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.locator("#verdicts details").first.get_attribute("open") is None
+        assert int(drawn.get_attribute("viewBox").split()[2]) > 1000
         printed = page.pdf(path=tmp_path / "report.pdf", format="A4")
         assert printed.startswith(b"%PDF")
         assert len(printed) > 100_000
-        # What had not been in sight is drawn for the paper.
-        assert page.locator("#spectra-figure svg").count() == 1
 
 
 def test_names_that_are_html_are_shown_as_text(show, tmp_path):
@@ -254,8 +273,8 @@ def test_results_with_little_in_them_open(show, tmp_path, kinds):
 
 
 def test_a_report_that_follows_loads_anew_and_keeps_the_choices(show, tmp_path):
+    from dynamics.exports.report.following import LivePage, serving
     from dynamics.exports.report.report import write_report
-    from dynamics.exports.report.server import LivePage, serving
 
     live = LivePage()
     with serving(live, 0) as address:
@@ -267,11 +286,11 @@ def test_a_report_that_follows_loads_anew_and_keeps_the_choices(show, tmp_path):
         make((0, 10))
         with show(address, offline=False) as page:
             page.locator("#trajectories-figure").scroll_into_view_if_needed()
-            page.locator("#trajectories-figure select[name=lines]").select_option("modules")
+            page.locator("#trajectories-figure select[name=lines]").select_option("layers")
             make((0, 10, 20))
             page.get_by_text("from step 0 to 20").wait_for(timeout=10_000)
             page.locator("#trajectories-figure").scroll_into_view_if_needed()
             page.locator("#trajectories-figure svg").wait_for()
             chosen = page.locator("#trajectories-figure select[name=lines]").input_value()
-            assert chosen == "modules"
+            assert chosen == "layers"
             assert json.loads(page.evaluate("sessionStorage.getItem('trajectories-figure')"))

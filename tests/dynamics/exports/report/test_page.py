@@ -13,7 +13,9 @@ import pytest
 import dynamics as dy
 from dynamics import schema
 from dynamics.exports.report import data as report_data
+from dynamics.exports.report import spectra
 from dynamics.exports.report.data import chart_data
+from dynamics.exports.report.numbers import listed
 from dynamics.exports.report.sources import names_of
 from tests.dynamics.exports.report.conftest import made_by_hand
 
@@ -143,7 +145,7 @@ def test_infinities_and_nan_survive():
     ],
 )
 def test_numbers_have_the_digits_that_are_asked_for(value, expected):
-    (found,) = report_data._listed(np.array([value]), 4)
+    (found,) = listed(np.array([value]), 4)
     assert found == pytest.approx(expected, rel=1e-12)
     assert len(repr(found)) <= 10
 
@@ -184,7 +186,7 @@ def test_layers_of_two_stacks_are_told_apart():
 
 def test_spectra_make_room_for_each_other(monkeypatch):
     result = made_by_hand(runs=("a", "b"), steps=range(60), kinds=("weight", "update"))
-    monkeypatch.setattr(report_data, "SPECTRA", 400)
+    monkeypatch.setattr(spectra, "SPECTRA", 400)
     data = chart_data(result)
     shown = data.document["spectra"]
     assert sum(len(each["s"]) * len(each["index"]) for each in shown) <= 400

@@ -9,7 +9,8 @@ from scipy import stats
 
 import dynamics as dy
 from dynamics import schema
-from dynamics.exports.report.sentences import LIMIT, cell_counts, floor_facts, sentences_of
+from dynamics.exports.report.facts import cell_counts, floor_facts
+from dynamics.exports.report.sentences import LIMIT, sentences_of
 from dynamics.schema import Status
 from tests.dynamics.exports.report.conftest import made_by_hand
 
