@@ -212,7 +212,8 @@ def difference(
         of_ours = starts.isel({schema.RUN: others})
         same = of_ours == _under(starts, partners, others)
         result[schema.REFERENCE_STEP] = of_ours.where(same, schema.NO_STEP)
-    return result.assign_attrs(comparison.attrs, baseline=baseline)
+    paired = {} if pair is None else {"pair": pair if isinstance(pair, str) else ", ".join(pair)}
+    return result.assign_attrs(comparison.attrs, baseline=baseline, **paired)
 
 
 def _under(values: Values, partners: Sequence[int], others: Sequence[int]) -> Values:

@@ -235,7 +235,8 @@ def compare(
         )
     print_table(summary_table(both))
     print_accounts(both)
-    print_line(f"Saved to {output}")
+    what = "" if baseline is None else f" the differences from {baseline}"
+    print_line(f"Saved{what} to {output}")
     measured = [name for name, each in given.items() if not isinstance(each, Path)]
     problems = json.loads(both.attrs["problems"])
     report_problems([f"{name}: {each}" for name in measured for each in problems[name]])

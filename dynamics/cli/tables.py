@@ -78,7 +78,7 @@ def summary_table(dataset: xr.Dataset) -> Table:
     metrics = [name for name in _COLUMNS if name in dataset] or metric_names(dataset)[:2]
     over = "the matrices of the layers" if several else "layers"
     if "baseline" in dataset.attrs:
-        over += f", less {dataset.attrs['baseline']}"
+        over += f", less {_subtracted(dataset.attrs)}"
     first_to_last, others = _measured_steps(dataset)
     table = Table(
         title=Text(f"First → last measured step: {first_to_last}, mean over {over}"),
@@ -97,12 +97,18 @@ def summary_table(dataset: xr.Dataset) -> Table:
     return table
 
 
+def _subtracted(attrs: Mapping[Any, Any]) -> str:
+    """The run or the setting that differences are taken from."""
+    pairs = f" (pairs of one {attrs['pair']})" if "pair" in attrs else ""
+    return f"{attrs['baseline']}{pairs}"
+
+
 def result_table(dataset: xr.Dataset, path: object) -> Table:
     """What a saved result is, what is in it, and what made it."""
     attrs = dataset.attrs
     table = _pairs()
     several = schema.RUN in dataset.dims
-    what = f"differences from {attrs['baseline']}" if "baseline" in attrs else "comparison"
+    what = f"differences from {_subtracted(attrs)}" if "baseline" in attrs else "comparison"
     table.add_row("path", str(path))
     table.add_row("result", what if several else "analysis")
     if several:

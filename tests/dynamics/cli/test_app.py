@@ -418,7 +418,7 @@ def swept(tmp_path):
 @pytest.mark.parametrize("baseline", ["full0", "method=full"])  # a run, or its setting
 def test_compare_with_pairs_saves_the_differences_of_each_pair(command, swept, here, baseline):
     options = ("--kinds", "weight", "--metrics", "frobenius_norm", "--baseline", baseline)
-    code, _, err = command("compare", *swept, *options, "--pair", "seed")
+    code, out, err = command("compare", *swept, *options, "--pair", "seed")
     assert (code, err) == (0, "")
     less = dy.load(here / "comparison.zarr")["frobenius_norm"]
     norms = {}
@@ -427,6 +427,10 @@ def test_compare_with_pairs_saves_the_differences_of_each_pair(command, swept, h
         values = dy.open_run(path).read("up.weight", 0, "weight").values
         norms[name] = np.linalg.norm(values)
     assert less["run"].values.tolist() == ["lora1", "lora0"]
+    assert f"Saved the differences from {baseline} to comparison.zarr" in out
+    _, shown, _ = command("show", "comparison.zarr")
+    assert f"differences from {baseline} (pairs of one seed)" in shown
+    assert f"less {baseline} (pairs of one seed)" in shown
     expected = [norms["lora1"] - norms["full1"], norms["lora0"] - norms["full0"]]
     np.testing.assert_allclose(less.values.ravel(), expected, rtol=1e-12)
 
