@@ -11,6 +11,12 @@ from dynamics.auditing.events import (
 )
 from dynamics.auditing.history import read_history
 from dynamics.auditing.merges import judge_adapter_resets, judge_frozen_bases, judge_merges
+from dynamics.auditing.order import (
+    contents_read,
+    contents_stated,
+    judge_distinct,
+    judge_order,
+)
 from dynamics.auditing.report import Report, Severity, Summary, Verdict
 from dynamics.auditing.weights import (
     judge_dead_adapters,
@@ -20,7 +26,7 @@ from dynamics.auditing.weights import (
     judge_readable,
     judge_zero_gradients,
 )
-from dynamics.errors import MissingError
+from dynamics.errors import DynamicsError, MissingError
 from dynamics.formats import open_run
 from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.run import Run
@@ -28,15 +34,17 @@ from dynamics.runs.run import Run
 __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
 
 
-def audit(run: Run | str | Path) -> Report:
+def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
     """Check a run for the defects that its files can show; docs/audit.md lists the checks.
 
-    Each matrix is read once. Two of its records are in memory at a time, and up to 512 MiB of what
-    was read lately. Where a check compares stored numbers, its threshold comes from the rounding of
-    their dtypes.
+    Each matrix is read once. Three of its records are in memory at a time, and up to 512 MiB of
+    what was read lately. Where a check compares stored numbers, its threshold comes from the
+    rounding of their dtypes.
 
     Args:
         run: a Run, or the path of one.
+        hashes_only: check only what the hub states of the files of a run there, and read nothing:
+            `readable` and `distinct_checkpoints`.
 
     Returns:
         One verdict per check and matrix (and merge), with the measured number and its threshold.
@@ -45,13 +53,14 @@ def audit(run: Run | str | Path) -> Report:
     Raises:
         FormatError: `run` is a path that cannot be opened.
         MissingError: the run has no records, or holds singular values instead of matrices.
+        DynamicsError: `hashes_only` of a run that does not lie on the hub.
 
     Example:
         >>> report = dy.audit("run.zarr")
         >>> report.failed
         False
         >>> [summary.check for summary in report.summaries][:4]
-        ['readable', 'finite', 'merge_fidelity', 'rounding_loss']
+        ['readable', 'finite', 'distinct_checkpoints', 'ordered_history']
         >>> print(report.of("finite")[0].severity, report.of("finite")[0].meaning)
         pass All numbers are finite.
     """
@@ -62,6 +71,15 @@ def audit(run: Run | str | Path) -> Report:
             f"{run.path} has no records yet, so there is nothing to audit: audit it later."
         )
     run.require_matrices("An audit")
+    steps = run.steps.tolist()
+    if hashes_only:
+        if run.source is None:
+            raise DynamicsError(
+                f"{run.path} does not lie on the hub, so no hashes are stated; leave hashes_only "
+                "(--hashes) out."
+            )
+        stated = judge_distinct(steps, contents_stated(run))
+        return Report(run.path, (*judge_readable(run, []), *stated))
     events = run.events
     merges = tuple(sorted({event.step for event in events if event.kind == schema.MERGE}))
     histories = [read_history(run, info, merges) for info in run.matrices.values()]
@@ -70,6 +88,8 @@ def audit(run: Run | str | Path) -> Report:
         (
             *judge_readable(run, histories),
             *judge_finite(run, histories),
+            *judge_distinct(steps, contents_read(histories)),
+            *judge_order(run, histories),
             *judge_merges(histories),
             *judge_live_merges(events),
             *judge_adapter_resets(histories),

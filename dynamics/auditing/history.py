@@ -1,9 +1,10 @@
 """What happened to one matrix over the records of a run, as the few numbers that the checks need.
 
-Each matrix is read once, record by record, with two records in memory. The judges (`merges.py`,
+Each matrix is read once, record by record, with three records in memory. The judges (`merges.py`,
 `weights.py`) look at these numbers only.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -60,6 +61,9 @@ class MatrixHistory:
     restarts: list[Restart] = field(default_factory=list)
     drawn: int | None = None  # the factor that a fresh adapter draws: 0 left, 1 right
     drifts: list[tuple[int, float, float]] = field(default_factory=list)  # step, ‖Δbase‖, bound
+    digests: dict[int, str] = field(default_factory=dict)  # step -> hash of its numbers
+    # (step, step of one of the next two records) -> squared Frobenius norm of the difference
+    distances: dict[tuple[int, int], float] = field(default_factory=dict)
     rank: tuple[int, int, float, float] | None = None  # see `displacement_beyond_bound`
 
 
@@ -68,8 +72,11 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
     history = MatrixHistory(info, trains=run.trains(info.name))
     first: AdaptedWeight | None = None
     before: Snapshot | None = None
+    earlier: Snapshot | None = None
     for now in _snapshots(run, history):
         _add_record(now, history)
+        for each in (earlier, before):
+            _add_distance(each, now, history)
         if before is not None and _changes_shape(before, now):  # an embedding that was resized
             history.moved[before.step, now.step] = True
             first = None
@@ -77,11 +84,25 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
             crossed = [step for step in merges if before.step <= step < now.step]
             _add_pair(run, before, now, crossed, bool(merges), history)
         first = first or now.adapted
-        before = now
+        earlier, before = before, now
     last = before.adapted if before is not None else None
     if first is not None and last is not None and last.step > first.step and merges:
         history.rank = displacement_beyond_bound(first, last, merges)
     return history
+
+
+def _add_distance(before: Snapshot | None, now: Snapshot, history: MatrixHistory) -> None:
+    if before is None or before.weight is None or now.weight is None:
+        return
+    if before.weight.shape == now.weight.shape:
+        change = np.subtract(now.weight.values, before.weight.values, dtype=_wide(now.weight))
+        square = float(np.vdot(change, change))
+        history.distances[before.step, now.step] = square
+
+
+def _wide(weight: Dense) -> np.dtype:
+    """A dtype in which lengths can be compared: float16 would overflow."""
+    return np.result_type(weight.values.dtype, np.float32)
 
 
 def _changes_shape(before: Snapshot, now: Snapshot) -> bool:
@@ -116,12 +137,22 @@ def _snapshots(run: Run, history: MatrixHistory) -> Iterator[Snapshot]:
         yield Snapshot(step, weight, adapter, gradient)
 
 
+def digest(values: np.ndarray) -> str:
+    """A hash of numbers; zero has no sign."""
+    return hashlib.blake2b(np.ascontiguousarray(values + 0.0).tobytes(), digest_size=12).hexdigest()
+
+
 def _is_finite(matrix: Dense | Factored) -> bool:
     parts = (matrix.values,) if isinstance(matrix, Dense) else (matrix.left, matrix.right)
     return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 def _add_record(now: Snapshot, history: MatrixHistory) -> None:
+    if now.weight is not None:
+        history.digests[now.step] = digest(now.weight.values)
+    elif now.adapter is not None:
+        parts = (now.adapter.left, now.adapter.right)
+        history.digests[now.step] = "".join(digest(each) for each in parts)
     if now.gradient is not None:
         history.gradients += 1
         if not now.gradient.values.any():

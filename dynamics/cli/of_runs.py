@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -306,6 +307,13 @@ def audit(
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
     revisions: RevisionsOption = None,
+    hashes: Annotated[
+        bool,
+        typer.Option(
+            "--hashes", help="Of a model on the hub: compare stated hashes, and read nothing."
+        ),
+    ] = False,
+    yes: YesOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
     ] = False,
@@ -314,6 +322,7 @@ def audit(
     from dynamics.auditing import audit as audit_run
     from dynamics.cli.tables import audit_table
     from dynamics.formats import open_run
+    from dynamics.formats.hub.cost import expect
 
     opened = open_run(
         run_of(run),
@@ -324,7 +333,11 @@ def audit(
         expert_blocks=expert_blocks,
         revisions=revisions,
     )
-    report = audit_run(opened)
+    if not hashes:
+        cells = product(opened.matrices, opened.steps.tolist(), opened.stored_kinds)
+        if (cost := expect(opened, cells)) is not None:
+            agree_to(cost, yes)
+    report = audit_run(opened, hashes_only=hashes)
     if as_json:
         print(report.to_json())
     else:

@@ -452,3 +452,19 @@ def test_the_command_says_what_it_will_fetch_and_asks_at_a_terminal(hub, tmp_pat
         output.agree_to(cost, yes=False)
     output.agree_to(cost, yes=True)
     assert asked == [1]
+
+
+def test_wrong_uploads_are_found_by_hashes_and_nothing_is_read(hub, tmp_path):
+    history(hub, tmp_path, steps=range(0, 1000, 100))
+    repo = hub.repo("org/pythia")
+    report = dy.audit("hf://org/pythia", hashes_only=True)
+    assert report.severity is dy.auditing.Severity.PASS
+    for step in (200, 400):
+        repo.branches[f"step{step}"] = repo.branches["step900"]
+    run = dy.open_run("hf://org/pythia")
+    hub.clear()
+    report = dy.audit(run, hashes_only=True)
+    assert hub.requests == []
+    (found,) = report.of("distinct_checkpoints")
+    assert found.severity is dy.auditing.Severity.FAIL
+    assert "200, 400, 900" in found.meaning
