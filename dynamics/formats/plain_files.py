@@ -207,7 +207,7 @@ def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
             name: UnreadTensor(each.shape, f"beside the state dict {named[0]!r}")
             for name, each in at_top.items()
         }
-        return {**others, **model}
+        return {**others, **_copies(saved, named[0], model), **model}
     if not at_top:
         listed = ", ".join(repr(str(key)[:40]) for key in list(saved)[:8]) or "nothing"
         raise FormatError(
@@ -215,6 +215,22 @@ def file_tensors(path: Path, root: Path) -> Mapping[str, Tensor]:
             f"has {listed}. Save the model's state dict alone."
         )
     return tensors_of(_top(saved), str(path))
+
+
+def _copies(
+    saved: Mapping[Any, Any], chosen: str, model: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of other state dicts of the same model, such as its moving average: not read."""
+    found: dict[str, Tensor] = {}
+    for key, value in saved.items():
+        if key == chosen or not isinstance(value, Mapping):
+            continue
+        alike = {name: each for name, each in value.items() if name in model}
+        if 2 * len(alike) > len(model):
+            reason = f"of a second state dict of the model, {str(key)[:40]!r}"
+            tensors = {n: each for n, each in alike.items() if isinstance(each, StoredTensor)}
+            found |= {f"{key}.{n}": UnreadTensor(each.shape, reason) for n, each in tensors.items()}
+    return found
 
 
 def _top(saved: Mapping[Any, Any]) -> dict[Any, Any]:

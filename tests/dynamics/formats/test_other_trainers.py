@@ -42,6 +42,21 @@ def test_they_are_read(layout, tmp_path):
     assert_bits(run, 10, weights(10))
 
 
+def test_a_moving_average_beside_the_weights_is_named(tmp_path):
+    """As timm keeps it; the state of an optimizer is none."""
+    moments = {"state": {0: {"exp_avg": torch.ones(6, 4)}}, "param_groups": [{"lr": 0.1}]}
+    saved = {"state_dict": weights(5), "state_dict_ema": weights(6), "optimizer": moments}
+    torch.save(saved, tmp_path / "checkpoint-5.pth")
+    with pytest.warns(dy.LeftOutWarning, match="state_dict_ema"):
+        dy.analyze(tmp_path, metrics=["effective_rank"])
+    run = dy.open_run(tmp_path)
+    assert_bits(run, 5, weights(5))
+    left_out = {each.name: each.reason for each in run.account.left_out}
+    assert left_out == {
+        f"state_dict_ema.{NAME}": "of a second state dict of the model, 'state_dict_ema'"
+    }
+
+
 def test_two_models_of_diffusers_are_shown(tmp_path):
     for step in (5, 10):
         diffusers(tmp_path, step)
