@@ -36,7 +36,7 @@ def plot_heatmap(
     """Draw a metric of one run as a heatmap, layer × time.
 
     A cell reaches from the record before it to its own, so its breadth is that of the interval.
-    Cells without a value are grey. White lines mark merges. For several runs on one scale, see
+    Cells without a value are hatched. White lines mark merges. For several runs on one scale, see
     `plot_panels`.
 
     Args:
@@ -86,7 +86,7 @@ def plot_heatmap(
     import matplotlib
     from matplotlib.colors import LogNorm
 
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad="0.85")
+    colours = matplotlib.colormaps["viridis"]
     counts = [mean.count for mean in means.values()]
     many = counted(counts, "matrix", "matrices")
     mean_name = "geometric mean" if of.is_logarithmic(values) else "mean"
@@ -96,7 +96,7 @@ def plot_heatmap(
         f"Each cell is the {mean_name} over {many}" if max(counts) > 1 else "",
         f"Modules: {listed(modules)}" if module is None else f"Only {module}",
         "The colours are logarithmic" if isinstance(norm, LogNorm) else "",
-        "Grey: zero, or not measured" if isinstance(norm, LogNorm) and (grid <= 0).any() else "",
+        "Infinite means are hatched" if np.isinf(grid).any() else "",
         "Zero is in the middle of the colours" if signed and limits is None else "",
     )
     mesh = draw_cells(ax, axis, steps, np.arange(len(means) + 1), grid, norm, colours)

@@ -11,7 +11,7 @@ from dynamics.analysis.comparison import select_run
 from dynamics.errors import DynamicsError, MissingError, near
 from dynamics.plots.drawing import values as of
 from dynamics.plots.drawing.captions import describe, listed
-from dynamics.plots.drawing.cells import colour_bar, colour_scale
+from dynamics.plots.drawing.cells import colour_bar, colour_scale, hatch
 from dynamics.plots.drawing.labels import broken, has_labels, remove_labels
 from dynamics.plots.drawing.lines import title
 from dynamics.plots.drawing.time_axis import has_merge_name, hide_merge_name
@@ -172,8 +172,7 @@ def _one_scale(axes: np.ndarray, log: bool | None) -> None:
     for ax in axes:
         describe(ax, f"All panels have one {'logarithmic ' if logarithmic else ''}colour scale",
                  last=True)  # fmt: skip
-        if logarithmic and (cells <= 0).any():
-            describe(ax, "Grey: zero, or not measured", last=True)
+        hatch(ax)
 
 
 def _meshes(ax: "Axes") -> "list[QuadMesh]":

@@ -37,7 +37,7 @@ def plot_spectra_over_time(
     """Draw all singular values of one matrix over training, as colours on a logarithmic scale.
 
     The white stairs are the numerical rank: what is above them is below the noise floor of its
-    step. A cell reaches from the record before it to its own. Exact zeros are grey.
+    step. A cell reaches from the record before it to its own. Exact zeros are hatched.
 
     Args:
         dataset: a result of `analyze`.
@@ -73,20 +73,20 @@ def plot_spectra_over_time(
     floor = floors.values.astype(np.float64)
     found = spectra.transpose(schema.INDEX, schema.STEP).values.astype(np.float64)
     at = np.searchsorted(steps, spectra[schema.STEP].values)
-    cells[:, at] = np.where(found > 0, found, np.nan)
+    cells[:, at] = found
     above = found > floor
     ranks[at] = above.sum(axis=0)
-    if not np.isfinite(cells).any():
+    if not (cells > 0).any():
         raise MissingError(f"All singular values of the {kind} of {matrix} are zero.")
     if limits is None:
-        counted = found[above] if above.any() else cells[np.isfinite(cells)]
-        smallest = cells[np.isfinite(cells)].min()
+        counted = found[above & (found > 0)] if above.any() else cells[cells > 0]
+        smallest = cells[cells > 0].min()
         limits = float(max(counted.min() / 10, smallest)), float(counted.max())
     axis = time_axis(dataset, x)
     ax = of.axes_or_new(ax)
     import matplotlib
 
-    colours = matplotlib.colormaps["magma"].with_extremes(bad="0.85")
+    colours = matplotlib.colormaps["magma"]
     norm = colour_scale(cells, log=True, limits=limits)
     rows = np.arange(cells.shape[0] + 1) + 0.5
     describe(
@@ -102,7 +102,7 @@ def plot_spectra_over_time(
     ax.set_ylim(rows[0], rows[-1])
     ax.set_ylabel("index of the singular value")
     colour_bar(mesh, [ax], f"singular value, {kind}")
-    if np.nanmin(cells) < limits[0]:
+    if cells[cells > 0].min() < limits[0]:
         describe(ax, f"All values below {limits[0]:.1g} have the darkest colour")
     mark_merges_of_cells(ax, axis)
     title(ax, matrix)

@@ -91,11 +91,12 @@ def draw_cells(
         x,
         rows,
         np.ma.masked_invalid(cells[:, first:]),
-        cmap=colours,
+        cmap=colours.with_extremes(bad=(0, 0, 0, 0)),
         norm=norm,
         rasterized=cells.size > 4000,
         linewidth=0,
     )
+    hatch(ax)
     ax.grid(visible=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_xlim(x[0], x[-1])
@@ -106,6 +107,21 @@ def draw_cells(
         + ("" if first else "; the first one is the first record"),
     )
     return mesh
+
+
+def hatch(ax: "Axes") -> None:
+    """Hatch what has no colour: a grey would be that of a number where all is printed in grey."""
+    from matplotlib.collections import QuadMesh
+    from matplotlib.colors import LogNorm
+
+    for mesh in [each for each in ax.collections if isinstance(each, QuadMesh)]:
+        cells: np.ma.MaskedArray = np.ma.asarray(mesh.get_array())
+        missing = bool(np.ma.getmaskarray(cells).any())
+        zero = isinstance(mesh.norm, LogNorm) and bool((cells <= 0).any())
+        if missing or zero:
+            ax.patch.set(facecolor="white", edgecolor="0.7", hatch="/////", linewidth=0)
+            none = "zero" if zero and not missing else "zero, or not measured"
+            describe(ax, f"Hatched: {none if zero else 'not measured'}", last=True)
 
 
 def mark_merges_of_cells(ax: "Axes", axis: TimeAxis) -> None:

@@ -33,7 +33,13 @@ def test_a_heatmap_without_a_module_is_the_mean_over_the_modules(analysis):
 def test_cells_without_a_value_are_masked(analysis):
     holes = analysis.copy(deep=True)
     holes["stable_rank"].loc[{"kind": "weight", "step": 10, "matrix": UP_0}] = np.nan
-    cells = heatmap_cells(plot_heatmap(holes, "stable_rank", module="up_proj"))
+    ax = plot_heatmap(holes, "stable_rank", module="up_proj")
+    cells = heatmap_cells(ax)
+    assert ax.patch.get_hatch()
+    assert "Hatched: not measured." in dy.caption(ax)
+    whole = plot_heatmap(analysis, "stable_rank", module="up_proj")
+    assert not whole.patch.get_hatch()
+    assert "Hatched" not in dy.caption(whole)
     assert np.ma.getmaskarray(cells).tolist() == [[False, True, False], [False] * 3]
 
 

@@ -43,6 +43,15 @@ def test_a_difference_that_was_made_before_is_drawn_as_it_is(comparison):
     np.testing.assert_array_equal(points(one, "b"), points(other, "b"))
 
 
+def test_differences_of_pairs_that_were_made_before_have_the_same_interval(study):
+    less = dy.difference(study.drop_vars("singular_value"), baseline="full_rank", pair="seed")
+    one = dy.plot_difference(less, over="seed")
+    other = dy.plot_difference(study, baseline="full_rank", over="seed")
+    for number, run in enumerate(labelled_lines(other)):
+        np.testing.assert_array_equal(points(one, run), points(other, run))
+        assert band(one, number) == band(other, number)
+
+
 def test_differences_need_one_baseline(comparison, analysis):
     with pytest.raises(DynamicsError, match=r"Give baseline \(--baseline\), one of a, b"):
         dy.plot_difference(comparison)
@@ -168,6 +177,7 @@ def test_the_loss_and_a_metric_have_one_time_axis(comparison):
     expected = points(dy.plot_comparison(comparison, "stable_rank", x="tokens"), "a")
     np.testing.assert_array_equal(points(lower, "a"), expected)
     assert upper.get_xlim() == lower.get_xlim()
+    assert upper.get_shared_x_axes().joined(upper, lower)  # also after zooming
     assert vertical_lines(upper) == vertical_lines(lower) == [640, 1280, 1920]
     assert (upper.get_xlabel(), lower.get_xlabel()) == ("", "tokens")
     assert [each.get_ylabel() for each in (upper, lower)] == ["loss", "stable rank, weight"]

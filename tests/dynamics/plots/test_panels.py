@@ -34,13 +34,16 @@ def test_heatmaps_of_runs_have_one_scale_and_one_bar(study):
     np.testing.assert_array_equal(cells[2], heatmap_cells(alone))
 
 
-def test_zeros_are_grey_on_a_logarithmic_scale(study):
+def test_zeros_are_hatched_on_a_logarithmic_scale(study):
     few = study.isel(run=[0, 6])  # as published: nothing moves before the first merge
     axes = dy.plot_panels(dy.plot_heatmap, few, by="run", kind="displacement")
     cells = heatmap_cells(axes[1])
     assert (cells == 0).any()
     assert axes[1].collections[0].norm.vmin > 0
-    assert "Grey: zero, or not measured." in dy.caption(axes)
+    assert "Hatched: zero." in dy.caption(axes)
+    assert [ax.patch.get_hatch() for ax in axes] == [None, "/////"]
+    rgba = np.asarray(axes[1].collections[0].to_rgba(cells))[cells == 0]
+    assert (rgba[:, 3] == 0).all()  # the hatching is seen through it
     linear = dy.plot_panels(dy.plot_heatmap, few, by="run", kind="displacement", log=False)
     assert linear[1].collections[0].norm.vmin == 0
 

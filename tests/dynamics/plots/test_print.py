@@ -105,7 +105,7 @@ def test_labels_are_found_where_they_are_cut_off_or_overlap(relora):
 def test_figures_of_a_user_without_a_layout_get_one(relora):
     figure, axes = plt.subplots(1, 2, figsize=(6.75, 3))
     assert figure.get_layout_engine() is None
-    for ax, by in zip(axes, ("module", "layer"), strict=True):
+    for ax, by in zip(axes, ("layer", "module"), strict=True):
         dy.plot_trajectory(relora, by=by, ax=ax)
     found = texts(figure)
     assert max(box.x1 for box in found.values()) <= figure.bbox.x1

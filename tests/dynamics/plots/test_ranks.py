@@ -63,6 +63,9 @@ def test_the_bound_rises_at_a_merge_between_two_records(study):
     thinned = study.sel(step=[0, 60, 100, 140, 180, 220])
     bound = bound_of(dy.plot_staircase(thinned, over="seed"), "relora")
     assert [at(bound, step) for step in (80, 81, 160, 161)] == [8, 16, 16, 24]
+    cycles = study.sel(step=[0, 80, 160, 240])  # an interval that begins and ends with a merge
+    bound = bound_of(dy.plot_staircase(cycles, over="seed"), "relora")
+    assert [at(bound, step) for step in (80, 81, 160, 161, 240)] == [8, 16, 16, 24, 24]
 
 
 def test_no_rank_lies_above_its_bound(study):

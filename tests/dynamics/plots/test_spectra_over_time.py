@@ -64,3 +64,10 @@ def test_a_matrix_that_did_not_move_has_nothing_to_draw(cycles):
     still["singular_value"].loc[{"kind": "displacement", "matrix": UP_0}] = 0.0
     with pytest.raises(MissingError, match=r"All singular values .* are zero"):
         drawn(still)
+
+
+def test_exact_zeros_are_hatched_and_called_so(adapter_analysis):
+    ax = dy.plot_spectra_over_time(adapter_analysis, UP_0, kind="adapter")
+    assert "Hatched: zero." in dy.caption(ax)
+    [stairs] = [line for line in ax.get_lines() if line.get_label() == "numerical rank"]
+    assert set(stairs.get_ydata()) == {2.5}
