@@ -174,6 +174,7 @@ class Repository:
         elif from_end:
             first, last = file.size - _PIECE, file.size
         elif not found:
+            first = 0 if first < _PIECE else first
             last = min(max(last, first + _PIECE), file.size)
         piece = self._transport.fetch(commit, file, first, last - first)
         self._pieces.add(file.content, first, piece)
@@ -232,10 +233,10 @@ class Repository:
                     self._ahead[whole] = self._threads.submit(self._get_merged, whole)
 
     def _range(self, key: Range, commit: str, file: HubFile) -> bytes:
-        found = self._recent.get(key)
         whole = self._merged.get(key, key)
         with self._lock:
             coming = self._ahead.get(whole)
+        found = self._recent.get(key)  # after that: what has just come is not coming any more
         if found is None and coming is not None:
             coming.result()
             found = self._recent.get(key)
