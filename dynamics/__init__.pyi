@@ -9,9 +9,15 @@ from .analysis.storage import load, save
 from .auditing import audit
 from .directions.expressibility import gradient_expressibility
 from .directions.gradients import gradient_subspaces
-from .directions.intruders import RandomReferenceWarning, intruders
+from .directions.intruders import intruders
 from .directions.subspaces import run_alignment, subspace_overlaps
-from .errors import DynamicsError, IntervalWarning, LeftOutWarning, UnmeasuredWarning
+from .errors import (
+    DynamicsError,
+    IntervalWarning,
+    LeftOutWarning,
+    RandomReferenceWarning,
+    UnmeasuredWarning,
+)
 from .exports.frame import to_frame
 from .exports.report.report import report
 from .formats import open_run

@@ -71,6 +71,17 @@ class IntervalWarning(UserWarning):
     """
 
 
+class RandomReferenceWarning(UserWarning):
+    """Intruders were counted against the first record, which may be a random start.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings():  # the model was pretrained before its first record
+        ...     warnings.simplefilter("ignore", dy.RandomReferenceWarning)
+        ...     found = dy.intruders("run.zarr", k=2)
+    """
+
+
 def one_line(error: Exception) -> str:
     r"""An exception's text without line breaks and full stop, or its type where it has none.
 

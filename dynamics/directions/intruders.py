@@ -9,7 +9,7 @@ import xarray as xr
 
 from dynamics import schema
 from dynamics.directions.subspaces import dataset_of_cells, measurable, selected_matrices
-from dynamics.errors import MissingError
+from dynamics.errors import MissingError, RandomReferenceWarning
 from dynamics.formats import open_run
 from dynamics.runs.differences import Difference, difference_rank_bound
 from dynamics.runs.run import Factored, Matrix, Run
@@ -20,10 +20,6 @@ _LONG_NAMES = {
     "intruders_of_noise": "the same for a random change of equal norm and rank",
     "closest": "mean over the leading directions of the largest cosine with one before",
 }
-
-
-class RandomReferenceWarning(UserWarning):
-    """Intruders were counted against the first record, which may be a random start."""
 
 
 def intruders(
