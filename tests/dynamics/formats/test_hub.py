@@ -496,3 +496,32 @@ def test_the_commands_of_the_page_run(hub, tmp_path, monkeypatch):
         program, *words = shlex.split(command)
         done = CliRunner().invoke(app, words)
         assert (program, done.exit_code) == ("dynamics", 0), f"{command}: {done.output}"
+
+
+def test_a_history_that_grows_is_followed(hub, tmp_path):
+    local = history(hub, tmp_path, steps=(1, 2))
+    cache, ended = tmp_path / "ranks.cache", []
+    results = dy.follow(
+        "hf://org/pythia",
+        stopped=lambda: bool(ended),
+        interval=0.1,
+        kinds=["weight"],
+        select=NAMES,
+        cache=cache,
+    )
+    assert next(results)["step"].values.tolist() == [1, 2]
+    hub.repo("org/pythia").push(write(local / "step3", state(3), "safetensors"), "step3")
+    hub.clear()
+    found = next(results)
+    ended.append(True)
+    assert found["step"].values.tolist() == [1, 2, 3]
+    assert hub.fetched <= 1.02 * len(NAMES) * 360_000 + 2**16  # of the new step alone
+
+
+def test_two_histories_are_compared(hub, tmp_path):
+    history(hub, tmp_path / "a", steps=(1, 2), name="org/a")
+    history(hub, tmp_path / "b", steps=(1, 2), name="org/b", kind="bin")
+    choice = {"kinds": ["weight"], "select": NAMES}
+    both = dy.compare({"a": "hf://org/a", "b": "hf://org/b"}, **choice)
+    one, other = (both["effective_rank"].sel(run=run).values for run in ("a", "b"))
+    np.testing.assert_array_equal(one, other)
