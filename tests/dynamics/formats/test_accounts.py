@@ -62,6 +62,16 @@ def test_factors_of_integers_leave_their_layer_out_and_never_show_its_base(saved
     assert "dtype int8" in left_out[UP]
 
 
+def test_factors_of_a_dtype_that_is_not_known_likewise(saved):
+    file = saved / "checkpoint-3/adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b'"F32"', b'"X32"', 1))  # of one factor, in the header
+    run = dy.open_run(saved)
+    for name in run.matrices:
+        run.read(name, 3, "weight")
+    assert any("X32" in each.reason for each in run.account.left_out)
+
+
 @pytest.mark.parametrize("letters", ["A", "AB"])
 def test_factors_of_integers_inside_a_model_likewise(tiny_llama, tmp_path, letters):
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["up_proj"])

@@ -15,7 +15,7 @@ from dynamics.formats.shared.adapters.on_experts import add_experts, is_on_exper
 from dynamics.formats.shared.adapters.orientation import orientations_of
 from dynamics.formats.shared.adapters.stored import AdapterLayer
 from dynamics.formats.shared.matrices import as_matrices
-from dynamics.formats.storage.tensors import CODE_BYTES, Tensor, UnreadTensor
+from dynamics.formats.storage.tensors import ITEM_BYTES, Tensor, UnreadTensor
 from dynamics.runs.stacks import name_in_files
 
 
@@ -35,7 +35,7 @@ def adapt(
     leave_out = partial(_leave_out, weights=weights, settings=settings, result=result)
     for layer in layers:
         name, base = layer.base_in(weights, settings.model_config)
-        if unread := _unread_part(layer):
+        if unread := _unread_part(layer, settings.shared):
             leave_out(layer, name, unread)
             continue
         if layer.method == "lora" and is_on_experts(layer, base, weights, settings):
@@ -90,14 +90,14 @@ def _matrices_inside(
     return [each for each in weights if each.startswith(paths) and len(weights[each].shape) > 1]
 
 
-def _unread_part(layer: AdapterLayer) -> str:
+def _unread_part(layer: AdapterLayer, shared: Mapping[str, Tensor]) -> str:
     """Why a part of a layer cannot be read as numbers; empty where all can, or are not to be."""
     if layer.method not in (*METHODS, "lora", "trainable_tokens"):
         return ""
-    for part, tensor in layer.parts.items():
+    for part, tensor in (*layer.parts.items(), *shared.items()):
         if isinstance(tensor, UnreadTensor):
             return f"adapters with {tensor.reason} ({part})"
-        if tensor.dtype in CODE_BYTES:
+        if tensor.dtype not in ITEM_BYTES:
             return f"adapters with numbers of the dtype {tensor.dtype} ({part})"
     return ""
 
