@@ -155,6 +155,8 @@ def test_stages_that_count_anew_are_shown_and_one_is_chosen(hub, tmp_path):
     expected = dy.analyze(local / "stage2-ingredient1")
     same(dy.analyze(dy.open_run("hf://org/olmo", revisions="stage2-ingredient1-*")), expected)
     same(dy.analyze("hf://org/olmo@stage2-ingredient1-*"), dy.analyze(local / "stage2-ingredient1"))
+    with pytest.raises(FormatError, match=r"tag or commit 'stage1'.* it has stage1-step0"):
+        dy.open_run("hf://org/olmo@stage1")
     with pytest.raises(MissingError, match=r"no branch or tag 'stage3\*'"):
         dy.open_run("hf://org/olmo", revisions="stage3*")
 

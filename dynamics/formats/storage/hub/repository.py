@@ -12,8 +12,10 @@ from functools import partial
 from threading import RLock
 from typing import Any, TypeVar
 
+from dynamics.errors import near
 from dynamics.formats.storage.hub.kept import Pieces, Recent, keep, kept
-from dynamics.formats.storage.hub.transport import HubFile, Transport
+from dynamics.formats.storage.hub.transport import HubFile, NoRevisionError, Transport
+from dynamics.runs.run import abridged
 
 T = TypeVar("T")
 
@@ -83,8 +85,18 @@ class Repository:
             if revision not in self._commits:
                 whole = len(revision) == 40 and set(revision) <= set("0123456789abcdef")
                 commit = revision if whole else self.refs.get(revision)
-                self._commits[revision] = commit or self._transport.commit_of(revision)
+                self._commits[revision] = commit or self._asked_commit(revision)
             return self._commits[revision]
+
+    def _asked_commit(self, revision: str) -> str:
+        try:
+            return self._transport.commit_of(revision)
+        except NoRevisionError:
+            names = list(self.refs)
+            raise NoRevisionError(
+                f"hf://{self.name} has no branch, tag or commit {revision!r}"
+                f"{near(revision, names)}; it has {abridged(names) or 'none'}."
+            ) from None
 
     def tree(self, commit: str) -> dict[str, HubFile]:
         """Path -> file of everything in a commit."""

@@ -30,6 +30,10 @@ class HubError(FormatError):
     """The hub does not give what was asked for, and asking again would not help."""
 
 
+class NoRevisionError(HubError):
+    """A repository has no revision of a name."""
+
+
 class _PassingError(Exception):
     """Something that may be over at the next try."""
 
@@ -199,7 +203,7 @@ class Transport:
         elif isinstance(error, errors.GatedRepoError):
             why = f"it is gated; accept its conditions at {endpoint}/{self.name}, and {log_in}"
         elif isinstance(error, errors.RevisionNotFoundError):
-            why = "it has no such revision"
+            return NoRevisionError(f"{self._where} has no such revision.")
         elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
             why = f"{endpoint} has no model of that name, or it is private; check it, or {log_in}"
         elif isinstance(error, errors.HfHubHTTPError):
