@@ -48,6 +48,7 @@ autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 
 nb_execution_mode = "cache"  # a notebook runs again only after it was changed
+nb_execution_excludepatterns = ["*hub*"]  # it needs the network
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_execution_cache_path = str(DOCS / "_build" / "notebooks")
