@@ -2,9 +2,13 @@
 
 import logging
 import os
+import signal
 
 import pytest
 from filelock import FileLock
+
+# In the background of a shell Ctrl-C is ignored, and so it is by the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

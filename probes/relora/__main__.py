@@ -55,6 +55,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the run.")] = 0,
 ) -> None:
     """Train a full-rank run and its ReLoRA twin; measure, compare and draw both."""
+    from probes.relora import train  # noqa: F401  # or one line that names what is missing
     from probes.relora.demo import demo_config, run_demo
 
     run_demo(output, demo_config(seed), text=text)

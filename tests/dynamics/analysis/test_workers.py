@@ -280,6 +280,7 @@ def test_the_job_of_the_docs_gives_the_serial_result(recording, serial, tmp_path
             os.killpg(job.pid, signal.SIGKILL)  # a job's end ends what it has started
     result = dy.load(tmp_path / "run.analysis.zarr")
     assert result.attrs.pop("command").startswith("dynamics analyze ")
+    assert result.attrs.pop("made")
     xr.testing.assert_identical(result, serial)
 
 

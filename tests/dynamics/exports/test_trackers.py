@@ -100,6 +100,7 @@ def test_wandb_offline(both, expected, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
     export(both, "wandb", str(tmp_path / "wb"))
     files = sorted((tmp_path / "wb").rglob("*.wandb"), key=lambda file: file.stat().st_mtime_ns)
     assert len(files) == 2

@@ -73,7 +73,7 @@ class Data(torch.utils.data.Dataset):
         return torch.randn(12, generator=torch.Generator().manual_seed(index))
 
 
-def fitted(folder, loggers, live=True):
+def fitted(folder, loggers, live=True, **options):
     import lightning.pytorch as pl
 
     from probes.frameworks.lightning import RecorderCallback
@@ -96,7 +96,7 @@ def fitted(folder, loggers, live=True):
     trainer = pl.Trainer(
         max_steps=6, accelerator="cpu", logger=loggers, callbacks=[callback] if live else [],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-        log_every_n_steps=2,
+        log_every_n_steps=2, **options,
     )  # fmt: skip
     module = Module()
     trainer.fit(module, torch.utils.data.DataLoader(Data(), batch_size=4))

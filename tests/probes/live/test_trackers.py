@@ -26,6 +26,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")  # it would stay in front of this process's output
     yield wandb
     wandb.finish()
     wandb.teardown()  # or the next test would write to this folder

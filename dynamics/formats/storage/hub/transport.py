@@ -62,21 +62,23 @@ class Transport:
 
     Args:
         name: "org/name".
+        endpoint: of the hub; by default that of this process.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, endpoint: str | None = None):
         try:
             from huggingface_hub import HfApi
         except ImportError as missing:
             raise require_extra("remote", missing) from missing
         self.name = name
-        self._api = HfApi(library_name="learning-dynamics")
+        self._api = HfApi(endpoint, library_name="learning-dynamics")
         self._addresses: dict[str, str] = {}  # content -> signed, so never kept on a disk
         self._lock = Lock()
         self._refused: tuple[HubError, float] | None = None
 
-    def __reduce__(self) -> tuple[type["Transport"], tuple[str]]:
-        return Transport, (self.name,)
+    def __reduce__(self) -> tuple[type["Transport"], tuple[str, str]]:
+        # Workers may have been started before this process chose its hub.
+        return Transport, (self.name, self._api.endpoint)
 
     def refs(self) -> dict[str, str]:
         """Name -> commit of every branch and tag, branches first."""
