@@ -97,11 +97,13 @@ def wandb_history(path):
 
 
 def test_wandb_offline(both, expected, tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs the extra wandb")
+    wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
+    wandb.teardown()  # what a test before has left running knows the environment of its own time
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_CONSOLE", "off")
     export(both, "wandb", str(tmp_path / "wb"))
+    wandb.teardown()  # its service may still write, also after the runs are finished
     files = sorted((tmp_path / "wb").rglob("*.wandb"), key=lambda file: file.stat().st_mtime_ns)
     assert len(files) == 2
     found = {}

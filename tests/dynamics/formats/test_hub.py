@@ -1,5 +1,6 @@
 """Histories on the hub: a server that speaks its interface, through the real huggingface_hub."""
 
+import io
 import json
 import re
 import shlex
@@ -422,8 +423,6 @@ def test_many_steps_are_fetched_at_once(hub, tmp_path):
 
 
 def test_the_command_says_what_it_will_fetch_and_asks_at_a_terminal(hub, tmp_path, monkeypatch):
-    import sys
-
     from typer.testing import CliRunner
 
     from dynamics.cli import output
@@ -439,20 +438,13 @@ def test_the_command_says_what_it_will_fetch_and_asks_at_a_terminal(hub, tmp_pat
     assert said.exit_code == 0, said.output
     assert "4.3 MB of 10 MB, 4 revisions, 4 requests; --select, --steps narrow it" in said.output
 
-    class Terminal:
-        isatty = lambda self: True  # noqa: E731
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
 
     asked = []
     monkeypatch.setattr(output.sys, "stdin", Terminal())
-    monkeypatch.setattr(
-        output.sys,
-        "stderr",
-        type(
-            "",
-            (),
-            {"isatty": lambda self: True, "write": sys.stderr.write, "flush": sys.stderr.flush},
-        )(),
-    )
+    monkeypatch.setattr(output.sys, "stderr", Terminal())
     monkeypatch.setattr(output.typer, "confirm", lambda *_, **__: asked.append(1))
     cost = Cost("hf://org/pythia", 10**7, 10**8, 4, 12)
     with pytest.raises(output.typer.Exit):
