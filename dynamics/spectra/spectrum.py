@@ -135,18 +135,19 @@ def spectrum(
         s, error = backend.singular_values(matrix)
         bound = (matrix.rank_bound if isinstance(matrix, Difference) else None) or k
         noise, storage = noise_of(matrix, backend), None
-        if isinstance(matrix, Difference) and (trained := matrix.rounded_in_training):
-            storage = noise
-            noise = noise_floor(*matrix.stored, repeated=trained, sums=backend.variance_sums)
+        if isinstance(matrix, Difference) and matrix.rounded_in_training is not None:
+            storage = noise_floor(*matrix.stored, sums=backend.variance_sums)
     bound = bound if rank_bound is None else min(bound, rank_bound)
     return Spectrum(s, rows, cols, bound, error, noise, storage)
 
 
 def noise_of(matrix: Dense | Factored | Difference, backend: Backend | None = None) -> float:
-    """The spectral norm of the rounding noise in the stored numbers of a matrix of a run."""
+    """The spectral norm of the noise of all roundings behind a matrix of a run: its noise floor."""
     if isinstance(matrix, Factored):
-        return _product_noise(matrix, matrix.storage_noise or matrix.noise)
-    return noise_floor(*matrix.stored, sums=(backend or NumpyBackend()).variance_sums)
+        return _product_noise(matrix, matrix.noise)
+    trained = matrix.rounded_in_training if isinstance(matrix, Difference) else None
+    sums = (backend or NumpyBackend()).variance_sums
+    return noise_floor(*matrix.stored, repeated=trained, sums=sums)
 
 
 def _product_noise(

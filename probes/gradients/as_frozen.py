@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -262,6 +262,9 @@ class _Joined(torch.autograd.Function):
 
 def as_constant(tensor: torch.Tensor, method: str) -> Callable[..., Any]:
     """A method of a tensor that would not require a gradient without stand-ins."""
+
+    if hasattr(tensor, "stands_for") and method == "__set__":
+        return cast(Callable[..., Any], tensor.requires_grad_)  # the weight's own flag is meant
 
     def request(requires_grad: bool = True) -> torch.Tensor:
         if requires_grad and tensor.grad_fn is not None:

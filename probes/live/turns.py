@@ -51,7 +51,8 @@ class Turns:
             kinds: how many matrices each name stands for.
         """
         order = [name for name in self._order if name in groups]
-        order += [name for name in _alternating(groups) if name not in set(order)]
+        known = {*order}
+        order += [name for name in _alternating(groups) if name not in known]
         costs = {name: self._cost(matrices[name], kinds) for name in order}
         waiting: list[str] = []
         done: list[str] = []

@@ -63,6 +63,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
     ):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
+        self._refreshed: dict[torch.Tensor, dict[str, float]] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -71,7 +72,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = 0
+        self._refreshed, index = {}, 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 index += 1
@@ -86,11 +87,7 @@ class ProjectedAdamW(torch.optim.Optimizer):
         orthonormal basis Q of the rows of P. `overlap_with_last` is the mean cos² of their angles
         with the directions before, which are missing at the first step.
         """
-        return {
-            parameter: facts
-            for parameter, state in self.state.items()
-            if (facts := state.get("refreshed")) is not None
-        }
+        return self._refreshed
 
     def _step(self, parameter: torch.Tensor, group: dict[str, Any], index: int) -> None:
         state, projection = self.state[parameter], group.get("projection")
@@ -99,12 +96,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         assert gradient is not None
         tall = gradient.T if projection and gradient.shape[0] < gradient.shape[1] else gradient
         if projection:
-            state["refreshed"] = None
             if done % group["gap"] == 0:
                 seed = stream_seed(group["seed"], PROJECTION, index, done)
                 before = state.get("projector")
                 state["projector"] = _projector(gradient, group, seed)
-                state["refreshed"] = _facts(tall, state["projector"], before)
+                self._refreshed[parameter] = _facts(tall, state["projector"], before)
         small = tall @ state["projector"].T if projection else tall
         normed = _adam(small, state, group["betas"], group["eps"])
         beta1, beta2 = group["betas"]

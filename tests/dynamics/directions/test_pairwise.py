@@ -11,6 +11,7 @@ from dynamics.directions.pairwise import (
     principal_angle_cosines,
     subspace_overlap,
 )
+from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Factored
 
 RNG = np.random.default_rng(5)
@@ -64,6 +65,19 @@ def test_directions_below_the_floor_are_left_out():
     matrix = Dense(np.diag([5.0, 3.0, 1e-9, 0.0]), "float32")
     np.testing.assert_allclose(leading_subspaces(matrix, k=4).s, [5, 3])
     assert leading_subspaces(_dense(np.zeros((3, 4))), k=2).left.shape == (3, 0)
+
+
+def test_the_roundings_of_training_are_no_directions():
+    """A rank-2 change over 100 steps, each of which rounded the weight to float32."""
+    rng = np.random.default_rng(0)
+    before = weight = (0.02 * rng.standard_normal((60, 40))).astype(np.float32)
+    directions = np.linalg.qr(rng.standard_normal((40, 2)))[0].T
+    for _ in range(100):
+        change = 1e-3 * rng.standard_normal((60, 2)) @ directions
+        weight = (weight + change).astype(np.float32)
+    terms = Dense(weight, "float32"), Dense(before, "float32")
+    assert leading_subspaces(Difference(*terms, trained_steps=100), 10).s.size == 2
+    assert leading_subspaces(Difference(*terms), 10).s.size == 10
 
 
 def test_energy_within_subspaces_is_a_share_of_the_squared_norm():

@@ -210,6 +210,33 @@ def test_frameworks_that_hand_the_model_on_within_a_call_see_the_weights_themsel
     same_bits(tmp_path, train)
 
 
+class Thawing(Tower):
+    """Unfreezes and freezes its own body while it computes, by a method or by the attribute."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.calls = way, 0
+
+    def forward(self, x):
+        self.calls += 1
+        for weight in (self.body[0].weight, self.body[2].weight):
+            trains = self.calls > 2
+            if self.way == "method":
+                weight.requires_grad_(trains)
+            else:
+                weight.requires_grad = trains
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("way", ["method", "attribute"])
+def test_a_part_that_is_unfrozen_within_a_call_trains_from_then_on(tmp_path, way):
+    def train(attach):
+        model = Thawing(way)
+        return loop(model, torch.optim.SGD(model.parameters(), lr=0.1), attach)
+
+    same_bits(tmp_path, train)
+
+
 class Remembering(nn.Module):
     """Gradient checkpointing of a function that takes a weight by itself, outside of any module."""
 

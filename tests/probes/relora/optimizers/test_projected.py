@@ -39,30 +39,19 @@ def stepped(optimizer, to, steps, begin=0):
     return to
 
 
-def test_galore_is_what_its_package_computes():
-    package = pytest.importorskip("galore_torch", reason="needs galore-torch")
-    theirs = parameters(torch.float32)
-    options = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
+@pytest.mark.parametrize(
+    ("method", "module", "name", "scale"),
+    [("galore", "galore_torch", "GaLoreAdamW", "scale"), ("fira", "fira", "FiraAdamW", "alpha")],
+)
+def test_it_is_what_the_package_of_the_method_computes(method, module, name, scale):
+    package = pytest.importorskip(module, reason=f"needs {module}")
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    options = {"rank": RANK, "update_proj_gap": GAP, scale: 0.25, "proj_type": "std"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        optimizer = package.GaLoreAdamW([{"params": theirs, **options}], lr=0.05)
-    ours = parameters(torch.float32)
+        optimizer = getattr(package, name)([{"params": theirs, **options}], lr=0.05)
     stepped(optimizer, theirs, 11)
-    stepped(ProjectedAdamW([group(ours, "galore")], lr=0.05), ours, 11)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
-
-
-def test_fira_is_what_its_package_computes():
-    package = pytest.importorskip("fira", reason="needs fira")
-    theirs = parameters(torch.float32)
-    options = {"rank": RANK, "update_proj_gap": GAP, "alpha": 0.25, "proj_type": "std"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        optimizer = package.FiraAdamW([{"params": theirs, **options}], lr=0.05)
-    ours = parameters(torch.float32)
-    stepped(optimizer, theirs, 11)
-    stepped(ProjectedAdamW([group(ours, "fira")], lr=0.05), ours, 11)
+    stepped(ProjectedAdamW([group(ours, method)], lr=0.05), ours, 11)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-6)
 
