@@ -19,6 +19,7 @@ from dynamics.cli.options import (
     KindsOption,
     NoCacheOption,
     OverwriteOption,
+    RevisionsOption,
     SchedulerOption,
     SelectOption,
     StepsOption,
@@ -32,6 +33,7 @@ from dynamics.cli.values import (
     execution_of,
     interrupted,
     named_paths,
+    opener_of,
     refuse_unused,
 )
 from dynamics.errors import DynamicsError
@@ -66,6 +68,7 @@ def report(
     adapter: AdapterOption = None,
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
+    revisions: RevisionsOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -102,7 +105,6 @@ def report(
     from dynamics.analysis.storage import is_analysis
     from dynamics.exports.report.report import report_and_problems
     from dynamics.exports.report.sources import names_of
-    from dynamics.formats import open_run
 
     if not follow:
         for name, value in (("--port", port), ("--interval", interval)):
@@ -110,15 +112,7 @@ def report(
                 raise DynamicsError(
                     f"{name} has no effect without --follow; leave one out, or add the other."
                 )
-    opened = partial(
-        open_run,
-        format=format,
-        base=base,
-        adapter=adapter,
-        lora_alpha=lora_alpha,
-        expert_blocks=expert_blocks,
-        split_fused=not keep_fused,
-    )
+    opened = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
     paths = [text for text in runs if not _has_name(text)]
     labels = dict(zip(names_of(paths), paths, strict=True)) if paths else {}
     named = labels | named_paths([text for text in runs if _has_name(text)])

@@ -46,6 +46,7 @@ from dynamics.cli.values import (
     execution_of,
     interrupted,
     named_paths,
+    opener_of,
     refuse_unused,
     run_name,
     run_of,
@@ -100,7 +101,6 @@ def analyze(
     """Measure a run and save the result. What an earlier result has is not measured again."""
     from dynamics.analysis.saved import analyze_and_save, follow_and_save
     from dynamics.cli.tables import passed_over_lines, summary_table
-    from dynamics.formats import open_run
 
     if interval is not None and not follow:
         raise DynamicsError(
@@ -110,17 +110,8 @@ def analyze(
     execution = execution_of(output, no_cache, strict, workers, scheduler, device)
     goes_on(interrupted(execution.cache))
     choice = choice_of(metrics, components, kinds, steps, select, lag)
-    opened = partial(
-        open_run,
-        run_of(run),
-        format=format,
-        base=base,
-        adapter=adapter,
-        lora_alpha=lora_alpha,
-        expert_blocks=expert_blocks,
-        revisions=revisions,
-        split_fused=not keep_fused,
-    )
+    opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
+    opened = partial(opener, run_of(run))
     if follow:
         from dynamics.cli.following import until_signalled
 
@@ -201,18 +192,8 @@ def compare(
     from dynamics.analysis.saved import compare_and_save
     from dynamics.analysis.storage import is_analysis
     from dynamics.cli.tables import summary_table
-    from dynamics.formats import open_run
 
-    opened = partial(
-        open_run,
-        format=format,
-        base=base,
-        adapter=adapter,
-        lora_alpha=lora_alpha,
-        expert_blocks=expert_blocks,
-        revisions=revisions,
-        split_fused=not keep_fused,
-    )
+    opened = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
     given: dict[str, Path | Run] = {
         name: Path(path) if is_analysis(path) else opened(path)
         for name, path in named_paths(runs).items()
@@ -266,19 +247,11 @@ def inspect(
         passed_over_lines,
         verification_lines,
     )
-    from dynamics.formats import open_run
     from dynamics.formats.recording import RecordingRun
 
-    opened = open_run(
-        run_of(run),
-        format=format,
-        base=base,
-        adapter=adapter,
-        lora_alpha=lora_alpha,
-        expert_blocks=expert_blocks,
-        revisions=revisions,
-        split_fused=not (keep_fused or verify),
-    )
+    keep_fused = keep_fused or verify
+    opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
+    opened = opener(run_of(run))
     print_table(contents_table(opened))
     for line in passed_over_lines(opened.passed_over):
         print_line(line)
@@ -321,18 +294,10 @@ def audit(
     """Check a run for defects, such as wrong merges, dead layers, NaN. Exit code 1: one failed."""
     from dynamics.auditing import audit as audit_run
     from dynamics.cli.tables import audit_table
-    from dynamics.formats import open_run
     from dynamics.formats.hub.cost import expect
 
-    opened = open_run(
-        run_of(run),
-        format=format,
-        base=base,
-        adapter=adapter,
-        lora_alpha=lora_alpha,
-        expert_blocks=expert_blocks,
-        revisions=revisions,
-    )
+    opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions)
+    opened = opener(run_of(run))
     if not hashes:
         cells = product(opened.matrices, opened.steps.tolist(), opened.stored_kinds)
         if (cost := expect(opened, cells)) is not None:

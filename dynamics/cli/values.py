@@ -1,6 +1,7 @@
 """What the values of the command line's options and arguments mean."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from dynamics.analysis.execution import Execution
     from dynamics.analysis.selection import SelectionOptions
+    from dynamics.runs.run import Run
 
 
 def choice_of(
@@ -30,6 +32,30 @@ def choice_of(
         "select": select or None,
         "lag": lag,
     }
+
+
+def opener_of(
+    format: str | None,
+    base: str | None,
+    adapter: str | None,
+    lora_alpha: float | None,
+    expert_blocks: bool,
+    revisions: str | None,
+    keep_fused: bool = False,
+) -> "partial[Run]":
+    """How a run is opened: `open_run` with what the command line says of runs."""
+    from dynamics.formats import open_run
+
+    return partial(
+        open_run,
+        format=format,
+        base=base,
+        adapter=adapter,
+        lora_alpha=lora_alpha,
+        expert_blocks=expert_blocks,
+        revisions=revisions,
+        split_fused=not keep_fused,
+    )
 
 
 def execution_of(

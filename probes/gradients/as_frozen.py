@@ -262,7 +262,6 @@ class _Joined(torch.autograd.Function):
 
 def as_constant(tensor: torch.Tensor, method: str) -> Callable[..., Any]:
     """A method of a tensor that would not require a gradient without stand-ins."""
-
     if hasattr(tensor, "stands_for") and method == "__set__":
         return cast(Callable[..., Any], tensor.requires_grad_)  # the weight's own flag is meant
 

@@ -95,12 +95,11 @@ class ProjectedAdamW(torch.optim.Optimizer):
         gradient = parameter.grad
         assert gradient is not None
         tall = gradient.T if projection and gradient.shape[0] < gradient.shape[1] else gradient
-        if projection:
-            if done % group["gap"] == 0:
-                seed = stream_seed(group["seed"], PROJECTION, index, done)
-                before = state.get("projector")
-                state["projector"] = _projector(gradient, group, seed)
-                self._refreshed[parameter] = _facts(tall, state["projector"], before)
+        if projection and done % group["gap"] == 0:
+            seed = stream_seed(group["seed"], PROJECTION, index, done)
+            before = state.get("projector")
+            state["projector"] = _projector(gradient, group, seed)
+            self._refreshed[parameter] = _facts(tall, state["projector"], before)
         small = tall @ state["projector"].T if projection else tall
         normed = _adam(small, state, group["betas"], group["eps"])
         beta1, beta2 = group["betas"]
