@@ -4,9 +4,20 @@ from dataclasses import dataclass
 
 from dynamics.errors import DynamicsError
 
-METHODS = ("full_rank", "relora", "lora", "galore", "fira", "apollo", "muon", "cola")
+METHODS = (
+    "full_rank",
+    "relora",
+    "lora",
+    "galore",
+    "fira",
+    "apollo",
+    "muon",
+    "cola",
+    "sltrain",
+)
 ADAPTED = ("relora", "lora")
 PROJECTED = ("galore", "fira", "apollo")
+FACTORED = ("cola", "sltrain")
 PRECISIONS = ("float32", "bfloat16")
 ADAPTER_STARTS = ("kaiming", "zero")
 RESET_MODES = ("drop", "zero", "random_prune", "magnitude_prune")
@@ -37,7 +48,7 @@ class TrainConfig:
         method: "full_rank"; "relora" (Lialin et al. 2023, arXiv 2307.05695); "lora": the same
             adapters, never merged; "galore", "fira", "apollo" or "muon": the full-rank model,
             with another optimizer for `target_modules`; "cola": `target_modules` are two factors
-            with a nonlinearity in between.
+            with a nonlinearity in between; "sltrain": they are s·B·A plus a sparse matrix.
         seed: for the weights, the adapters, the order of the data and the dropout.
         hidden_size: d_model.
         intermediate_size: width of the SwiGLU.
@@ -74,9 +85,10 @@ class TrainConfig:
         adapter_start: "kaiming" draws A and sets B to zero; "zero" sets both to zero until the
             first merge.
         lora_rank: r, of adapters, projectors or factors.
-        lora_alpha: scaling s = lora_alpha / lora_rank.
+        lora_alpha: scaling s = lora_alpha / lora_rank (relora, lora, sltrain).
         lora_dropout: on the input of the adapters.
         projection_scale: α of galore, fira and apollo, see `ProjectedAdamW`.
+        sparsity: δ, the share of entries that the sparse part of a weight has (sltrain).
         target_modules: the linear layers that are frozen and adapted, have an optimizer of their
             own, or are factors.
         log_every: optimizer steps between logged losses, each a mean over these steps.
@@ -129,6 +141,7 @@ class TrainConfig:
     lora_alpha: float
     lora_dropout: float = 0.1
     projection_scale: float = 0.25
+    sparsity: float = 0.03
     target_modules: tuple[str, ...] = TARGET_MODULES
     log_every: int
     evaluate_every: int
@@ -180,6 +193,7 @@ class TrainConfig:
             self._require(getattr(self, name) in words, name, f"one of {', '.join(words)}")
         self._require(0 <= self.prune_ratio <= 1, "prune_ratio", "between 0 and 1")
         self._require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", "between 0 and 1")
+        self._require(0 < self.sparsity <= 1, "sparsity", "greater than 0 and at most 1")
         self._require(0 <= self.lora_dropout < 1, "lora_dropout", "at least 0 and below 1")
         # A sequence of one token predicts nothing.
         self._require(self.sequence_length >= 2, "sequence_length", "at least 2")
@@ -230,6 +244,11 @@ class TrainConfig:
     def adapted(self) -> bool:
         """Whether the run trains adapters on frozen weights."""
         return self.method in ADAPTED
+
+    @property
+    def factored(self) -> bool:
+        """Whether the run has other layers in the place of the linear ones that it targets."""
+        return self.method in FACTORED
 
     @property
     def sequences_per_step(self) -> int:

@@ -8,6 +8,7 @@ from peft.tuners.lora import LoraModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from probes.relora.config import TrainConfig
+from probes.relora.layers.sltrain import sparse_entries
 from probes.relora.seeding import ADAPTERS, MODEL_WEIGHTS, own_random_stream
 
 END_OF_TEXT_ID = 0
@@ -94,7 +95,7 @@ def parameter_counts(config: TrainConfig) -> tuple[int, int]:
 
     Full rank trains everything: two embeddings of V·d, 2L + 1 norms of d, and in each layer q, k,
     v, o, gate, up and down. An adapter adds r·(m + n) parameters to each targeted (m, n) matrix,
-    and freezes its m·n. CoLA has the r·(m + n) in its place.
+    and freezes its m·n. CoLA has the r·(m + n) in its place, and SLTrain int(δ·m·n) beside them.
 
     Args:
         config: the run.
@@ -113,8 +114,12 @@ def parameter_counts(config: TrainConfig) -> tuple[int, int]:
     targeted = [shapes[name] for name in config.target_modules]
     frozen = config.num_layers * sum(rows * cols for rows, cols in targeted)
     adapters = config.num_layers * config.lora_rank * sum(rows + cols for rows, cols in targeted)
-    if config.method == "cola":
+    if config.factored:
         dense += adapters - frozen
+    if config.method == "sltrain":
+        dense += config.num_layers * sum(
+            sparse_entries(rows, cols, config.sparsity) for rows, cols in targeted
+        )
     if not config.adapted:
         return dense + others, dense + others
     return dense + others - frozen + adapters, dense + others + adapters

@@ -10,6 +10,7 @@ from dynamics.errors import DynamicsError
 from probes.relora.config import (
     ADAPTED,
     ADAPTER_FIELDS,
+    FACTORED,
     PROJECTED,
     PROJECTION_FIELDS,
     RESTART_FIELDS,
@@ -163,9 +164,12 @@ def _matters(name: str, method: str) -> bool:
     if name in PROJECTION_FIELDS:
         return projected
     if name in (*ADAPTER_FIELDS, SCALING):
-        return adapted
+        scaled = name in ("lora_alpha", SCALING) and method == "sltrain"
+        return adapted or scaled
     if name == "lora_rank":
-        return adapted or projected or method == "cola"
+        return adapted or projected or method in FACTORED
+    if name == "sparsity":
+        return method == "sltrain"
     if name == "other_learning_rate":
         return projected or method == "muon"
     return name != "target_modules" or method != "full_rank"
@@ -175,9 +179,9 @@ def _with_trainable(config: TrainConfig, target: int) -> TrainConfig:
     trainable = parameter_counts(config)[0]
     if trainable == target:
         return config
-    if not config.adapted:
+    if not config.adapted and not config.factored:
         raise DynamicsError(
-            f"full_rank trains {trainable:,} parameters and the first run {target:,}; put "
+            f"{config.method} trains {trainable:,} parameters and the first run {target:,}; put "
             "full_rank first, so that the ranks of the other runs are adapted to it."
         )
     # Trainable parameters are linear in the rank.

@@ -13,11 +13,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import get_reporting_integration_callbacks
 
 from dynamics.errors import DynamicsError, one_line
-from probes.relora.cola import factorise
 from probes.relora.config import PROJECTED, TrainConfig
 from probes.relora.data.sequences import TokenBlocks
 from probes.relora.data.text import StreamedData, TrainingData
 from probes.relora.data.token_datasets import StreamPosition, position_in
+from probes.relora.layers.of_method import with_layers_of
 from probes.relora.model import add_adapters, build_model
 from probes.relora.optimizers.of_method import ProjectionCallback, optimizer_of
 from probes.relora.seeding import DROPOUT, stream_seed
@@ -101,8 +101,7 @@ def train(
 
     model = build_model(config)
     own_callbacks: list[TrainerCallback] = []
-    if config.method == "cola":
-        factorise(model, config)
+    with_layers_of(config, model)
     if config.adapted:
         model = add_adapters(model, config)
         own_callbacks.append(

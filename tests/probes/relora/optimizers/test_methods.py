@@ -15,7 +15,7 @@ from probes.relora.training.run_directory import CONFIG_NAME, read_identity
 from tests.probes.relora.conftest import assert_equal_weights, random_data, tiny_config
 from tests.probes.relora.training.test_resuming import interrupted_at
 
-NEW = ("galore", "fira", "apollo", "muon", "cola")
+NEW = ("galore", "fira", "apollo", "muon", "cola", "sltrain")
 
 
 def config_of(method, **changes) -> TrainConfig:
@@ -52,7 +52,7 @@ def test_recordings_have_the_projectors_the_ranks_and_no_defect(run):
         step=slice(1, None)
     )
     full = np.minimum(update["rows"], update["cols"])
-    if config.method in ("muon", "cola"):
+    if config.method in ("muon", "cola", "sltrain"):
         assert not events
     else:
         assert [each.step for each in events] == [0, 4, 8, 12]
@@ -99,7 +99,7 @@ def test_a_run_that_was_started_before_there_were_these_fields_is_still_read(tmp
     config, data = tiny_config(method="full_rank", max_steps=2), random_data()
     train(config, data, tmp_path)
     stored = json.loads((tmp_path / CONFIG_NAME).read_text())
-    for new in ("other_learning_rate", "projection_scale"):
+    for new in ("other_learning_rate", "projection_scale", "sparsity"):
         del stored[new]
     (tmp_path / CONFIG_NAME).write_text(json.dumps(stored))
     with pytest.raises(DynamicsError, match="trained to its end"):

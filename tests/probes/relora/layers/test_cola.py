@@ -6,13 +6,14 @@ import torch
 import dynamics as dy
 from dynamics.errors import MissingError
 from probes.relora import build_model, micro, parameter_counts
-from probes.relora.cola import CoLALinear, factorise
+from probes.relora.layers.cola import CoLALinear
+from probes.relora.layers.of_method import with_layers_of
 from tests.probes.relora.conftest import tiny_config
 
 
 def model(**changes):
     config = tiny_config(method="cola", **changes)
-    return factorise(build_model(config), config), config
+    return with_layers_of(config, build_model(config)), config
 
 
 def test_only_the_targeted_layers_are_factors_and_all_else_is_that_of_the_twin():

@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from probes.relora.config import TrainConfig
-from probes.relora.seeding import ADAPTERS, own_random_stream
-
 
 class CoLALinear(nn.Module):
     """y = B·silu(A x).
@@ -44,17 +41,3 @@ class CoLALinear(nn.Module):
         """Of x (..., in_features): (..., out_features)."""
         y: torch.Tensor = self.cola_b(F.silu(self.cola_a(x)))
         return y
-
-
-def factorise(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Put a `CoLALinear` in the place of each linear layer of `target_modules`, in place.
-
-    The seed of the config decides the factors; everything else stays as it is.
-    """
-    with own_random_stream(config.seed, ADAPTERS, 0, module=model):
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if name in config.target_modules and isinstance(child, nn.Linear):
-                    layer = CoLALinear(child.in_features, child.out_features, config.lora_rank)
-                    setattr(module, name, layer.to(child.weight))
-    return model

@@ -1,0 +1,1 @@
+"""Layers that a method has in the place of dense linear ones."""
