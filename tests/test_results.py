@@ -13,7 +13,7 @@ CURVES = ROOT.parent / "shared" / "paper" / "curves.csv"
 
 @pytest.fixture(scope="module")
 def results():
-    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "relora_results.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -29,5 +29,5 @@ def test_the_tables_of_the_page_come_from_the_example(results):
 
 def test_the_figures_of_the_page_are_there(results):
     for name in results.FIGURE_NAMES:
-        assert f"results/{name}.png" in results.PAGE.read_text("utf-8")
+        assert f"relora_results/{name}.png" in results.PAGE.read_text("utf-8")
         assert (results.FIGURES / f"{name}.png").stat().st_size < 300_000

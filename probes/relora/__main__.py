@@ -125,7 +125,9 @@ def sweep(
     method: Annotated[
         str,
         typer.Option(
-            "--method", help="full_rank, relora, lora or relora:as_published; several as a,b."
+            "--methods",
+            "--method",
+            help="Methods, as in full_rank,relora,relora:as_published; or all.",
         ),
     ] = "relora",
     text: TextOption = None,
@@ -158,7 +160,7 @@ def sweep(
         raise DynamicsError(f"--seeds takes numbers, as in 0,1,2; found {seeds!r}.")
     runs = plan(
         preset,
-        methods=method.split(","),
+        methods=METHODS if method == "all" else method.split(","),
         words=settings or [],
         seeds=[int(seed) for seed in seeds.split(",")],
         given={"max_steps": steps, **_source(text, data)},

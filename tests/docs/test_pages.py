@@ -61,7 +61,7 @@ def given():
 def published():
     """The paper's curves: (kind, metric, component, scale, model, step) -> value, if they are here.
 
-    The paper's labels of full rank are kept, see docs/results.md.
+    The paper's labels of full rank are kept, see docs/relora_results.md.
     """
     if not CURVES.is_file():
         return {}

@@ -19,8 +19,8 @@ def load_example(name: str) -> xr.Dataset:
     """Load a comparison that comes with the package, into memory.
 
     Args:
-        name: "relora_micro", the reference experiment that docs/results.md reports: several seeds
-            of each method along `run`, with the coordinates `method`, `seed` and
+        name: "relora_micro", the reference experiment that docs/relora_results.md reports: three
+            seeds of each method along `run`, with the coordinates `method`, `seed` and
             `trainable_parameters`.
 
     Returns:

@@ -1,20 +1,18 @@
-"""Figures and tables of docs/results.md, from the example `relora_micro`.
+"""Figures and tables of docs/relora_results.md, from the example `relora_micro`.
 
-    python docs/results.py [CURVES.csv]
+    python docs/relora_results.py [CURVES.csv]
 
-writes docs/results/*.png and the tables in docs/results.md between its markers. CURVES.csv has the
-published values (columns metric, kind, component, scale, model, step, value); without it, the
-figures that show them are left as they are.
+writes docs/relora_results/*.png, and the tables in docs/relora_results.md between its markers.
+CURVES.csv has the published values (columns metric, kind, component, scale, model, step, value);
+without it, the figures that show them are left as they are.
 """
 
 import csv
 import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -24,9 +22,12 @@ from dynamics.plots.drawing.lines import Line, draw_lines, quiet
 from dynamics.plots.drawing.style import PALETTE, line_style
 from probes.relora.sweep import over_seeds
 
+sys.path.insert(0, str(Path(__file__).parent))
+from page_parts import interval, save_figure, table, with_tables
+
 DOCS = Path(__file__).parent
-PAGE = DOCS / "results.md"
-FIGURES = DOCS / "results"
+PAGE = DOCS / "relora_results.md"
+FIGURES = DOCS / "relora_results"
 FIGURE_NAMES = ("losses", "restart", "displacement", "weights", "updates")
 RESET_EVERY, LAST = 80, 560
 PAPER_STEPS = 20_000
@@ -253,35 +254,6 @@ PAPER_MIN_DIMENSION = {
 }
 
 
-def save_figure(name: str, rows: int, columns: int, draw: Callable[[np.ndarray], None]) -> None:
-    """Draw a figure of rows × columns panels into docs/results/NAME.png."""
-    plt.switch_backend("Agg")
-    with dy.figure_style("paper", width="page", height=0.3 + 1.9 * rows):
-        figure, axes = plt.subplots(rows, columns, squeeze=False)
-        draw(axes)
-        FIGURES.mkdir(exist_ok=True)
-        figure.savefig(FIGURES / f"{name}.png", dpi=130)
-        plt.close(figure)
-
-
-def interval(found: xr.Dataset, digits: int) -> str:
-    """Mean ± half of the 95 % interval over seeds."""
-    mean, half = float(found["mean"]), float(found["upper"] - found["mean"])
-    mean = round(mean, digits) + 0.0  # not -0.0
-    return (
-        f"{mean:.{digits}f} ± {half:.{digits}f}"
-        if round(half, digits) > 0
-        else f"{mean:.{digits}f}"
-    )
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *map(list, rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
 def final_table(data: xr.Dataset) -> str:
     """Losses, perplexities and BLiMP at the last step."""
     columns = {
@@ -418,22 +390,13 @@ def main(curves_path: Path | None) -> None:
     """Write the figures and the tables."""
     data = dy.load_example("relora_micro")
     curves = None if curves_path is None else published(curves_path)
-    save_figure("losses", 1, 2, lambda axes: draw_losses(data, axes[0]))
-    save_figure("restart", 1, 2, lambda axes: draw_restart(data, axes[0]))
-    save_figure("displacement", 1, 2, lambda axes: draw_displacement(data, axes[0]))
+    save_figure(FIGURES / "losses.png", 1, 2, lambda axes: draw_losses(data, axes[0]))
+    save_figure(FIGURES / "restart.png", 1, 2, lambda axes: draw_restart(data, axes[0]))
+    save_figure(FIGURES / "displacement.png", 1, 2, lambda axes: draw_displacement(data, axes[0]))
     if curves is not None:
-        save_figure("weights", 4, 2, lambda axes: draw_weights(data, curves, axes))
-        save_figure("updates", 3, 2, lambda axes: draw_updates(data, curves, axes))
+        save_figure(FIGURES / "weights.png", 4, 2, lambda axes: draw_weights(data, curves, axes))
+        save_figure(FIGURES / "updates.png", 3, 2, lambda axes: draw_updates(data, curves, axes))
     PAGE.write_text(with_tables(PAGE.read_text("utf-8"), tables(data, curves)), "utf-8")
-
-
-def with_tables(page: str, found: dict[str, str]) -> str:
-    """The page with each table between <!-- NAME --> and <!-- end -->."""
-    for name, text in found.items():
-        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert marked.search(page), f"{PAGE} has no place for the table {name}"
-        page = marked.sub(lambda place, text=text: f"{place[1]}{text}\n{place[2]}", page)
-    return page
 
 
 if __name__ == "__main__":

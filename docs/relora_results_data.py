@@ -1,9 +1,9 @@
-r"""What docs/results.md is made from: the example `relora_micro`, out of the study's runs.
+r"""What docs/relora_results.md is made from: the example `relora_micro`, out of the study's runs.
 
     python -m probes.relora sweep micro --method full_rank,relora,relora:as_published,lora \
         --steps 560 --seeds 0,1,2 --set save_every=80 --text TEXT --output RUNS
     python -m probes.relora evaluate RUNS/*/ --blimp BLIMP --text TEXTS --limit 100 --steps 560
-    python docs/results_data.py RUNS TEXT [SEEDS]
+    python docs/relora_results_data.py RUNS TEXT [SEEDS]
 
 TEXT is the folder of training texts, BLIMP BLiMP's data folder, TEXTS a .jsonl file with an article
 of WikiText-2's test set (split at top-level headings) as the `text` of each line. All methods of a
@@ -29,7 +29,7 @@ from probes.relora.sweep import compare_runs
 from probes.relora.sweep_plan import SweepRun, plan
 from probes.relora.training.run_directory import RECORDING_NAME
 
-EXAMPLE = Path(__file__).parents[1] / "dynamics" / "examples" / "relora_micro.zip"
+EXAMPLE = Path(__file__).parents[1] / "dynamics" / "analysis" / "examples" / "relora_micro.zip"
 METHODS = ("full_rank", "relora", "relora:as_published", "lora")
 SEEDS = (0, 1, 2)
 STEPS = 560
@@ -84,7 +84,7 @@ def collect(runs: list[SweepRun], folder: Path, text: Path) -> xr.Dataset:
     }
     return found.drop_attrs(deep=False).assign_attrs(
         kept,
-        source="the reference experiment at the size micro, docs/results.md",
+        source="the reference experiment at the size micro, docs/relora_results.md",
         audits=json.dumps(verdicts),
     )
 
