@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynamics.metrics import METRICS
+from dynamics.metrics import METRICS, STUDY_METRICS, study_spectrum
+from dynamics.runs.differences import Difference
 from dynamics.runs.run import Dense, Spectrum
 from dynamics.spectra.spectrum import spectrum
 
@@ -99,6 +100,38 @@ def initialisation(shape: tuple[int, int], runs: int = 2) -> tuple[float, float]
     return _value(found, "proportional_effective_rank"), _value(found, "condition_number")
 
 
+def study(share: float, size: int = 512, rank: int = RANK) -> dict[str, dict[str, float]]:
+    """What arXiv 2605.13652 counts of an update of low rank, and our numerical rank.
+
+    Args:
+        share: the update's Frobenius norm over that of the Gaussian weight it changes.
+        size: rows and columns.
+        rank: of the update.
+
+    Returns:
+        "float32" (its definitions without the rounding of its loader) and "bfloat16" (with it) ->
+        metric -> value.
+    """
+    rng = np.random.default_rng(0)
+    before = 0.02 * rng.standard_normal((size, size))
+    update = rng.standard_normal((size, rank)) @ rng.standard_normal((rank, size))
+    update *= share * np.linalg.norm(before) / np.linalg.norm(update)
+    terms = [torch.tensor(each).float() for each in (before + update, before)]
+    exact = Difference(*(Dense(each.numpy(), "float32") for each in terms))
+    rounded = Difference(*(Dense(each.bfloat16().float().numpy(), "bfloat16") for each in terms))
+    s = torch.linalg.svdvals(terms[0] - terms[1]).double().numpy()
+    theirs = {
+        "float32": Spectrum(s, size, size, size, 0.0, 0.0),
+        "bfloat16": study_spectrum(exact),
+    }
+    ours = {"float32": spectrum(exact), "bfloat16": spectrum(rounded)}
+    return {
+        dtype: {name: float(each.function(of)) for name, each in STUDY_METRICS.items()}
+        | {"numerical_rank": float(METRICS["numerical_rank"].function(ours[dtype]))}
+        for dtype, of in theirs.items()
+    }
+
+
 def _value(found: list[Spectrum], metric: str) -> float:
     function: Callable = METRICS[metric].function
     values = np.array([function(each) for each in found], dtype=np.float64)
@@ -127,6 +160,14 @@ def main(curves: Path | None) -> None:
         print(f"swiglu.w_2 {scale:6}", *(f"{value:.4f}" for value in initialisation(shape)))
     for row in initial(curves) if curves is not None else ():
         print("published", *row)
+    print("\nWhat arXiv 2605.13652 counts of an update of rank 16, 512 × 512: float32, bfloat16")
+    for share in (1, 0.1, 0.01, 0.001):
+        found_of = study(share)
+        columns = (
+            f"{name} " + ", ".join(f"{each[name]:.1f}" for each in found_of.values())
+            for name in found_of["float32"]
+        )
+        print(f"{share:6} |", " | ".join(columns))
 
 
 if __name__ == "__main__":

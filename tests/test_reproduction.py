@@ -41,3 +41,13 @@ def test_simulated_rounding_is_near_the_published_end_values(reproduction, compo
     tolerance = 10 if component == "attention.o_proj" else 1.5
     ratio = found.condition_number_stored / published["condition_number", component, scale]
     assert 1 / tolerance <= ratio <= tolerance
+
+
+def test_the_rank_of_another_study_is_full_where_ours_is_that_of_the_update(reproduction):
+    sizes = {share: reproduction.study(share, size=128, rank=4) for share in (1, 0.01)}
+    for found in sizes.values():
+        assert [each["study_rank"] for each in found.values()] == [128, 128]
+        assert [each["numerical_rank"] for each in found.values()] == [4, 4]
+        assert found["float32"]["study_effective_rank"] < 4.01
+    assert sizes[0.01]["bfloat16"]["study_effective_rank"] > 20
+    assert [found["bfloat16"]["study_count_above_0_1"] for found in sizes.values()] == [4, 0]

@@ -11,7 +11,7 @@ from typing import Unpack
 import xarray as xr
 from threadpoolctl import threadpool_limits
 
-from dynamics.analysis.cache import SpectrumCache
+from dynamics.analysis.cache import SpectrumCache, study_key
 from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
 from dynamics.analysis.results import ResultBuilder
 from dynamics.analysis.selection import Selection, Steps, selection_of
@@ -55,7 +55,7 @@ def analyze(
 
     Args:
         run: a Run, or the path of one.
-        metrics: names of `METRICS`; all by default.
+        metrics: names of `METRICS`, all of which are the default, or of `metrics.STUDY_METRICS`.
         components: names of `COMPONENTS`; `parameters` by default.
         kinds: names of `schema.KINDS`; all that the run has by default.
         steps: steps of the run, or a text of steps and ranges, "0,100,200:400"; all by default.
@@ -166,8 +166,9 @@ def measure(
                 for each in outcomes:
                     if execution.strict and each.problem is not None:
                         raise each.problem
-                    if known is not None and each.content is not None and each.spectrum is not None:
-                        known.put(each.content, each.spectrum)
+                    if known is not None and each.content is not None:
+                        for content, spectrum in each.contents.items():
+                            known.put(content, spectrum)
                         cell = chosen.run.cell_key(task.component, task.name, each.step, each.kind)
                         known.put_cell(cell, each.trace, each.content)
                     results.put(task.component, task.name, each)
@@ -193,7 +194,7 @@ def _tasks(chosen: Selection, *, largest_first: bool) -> Iterator[Task]:
         for first in range(0, len(chosen.steps), at_once):
             steps = chosen.steps[first : first + at_once]
             cells = tuple((step, kind) for step in steps for kind in chosen.kinds)
-            yield Task(each.component, each.info.name, cells)
+            yield Task(each.component, each.info.name, cells, study=chosen.of_study)
 
 
 def _flops(info: MatrixInfo) -> float:
@@ -219,13 +220,13 @@ def _new_tasks(
             cell = run.cell_key(task.component, task.name, step, kind)
             content, unchanged = known.of_cell(cell, run)
             spectrum = None if content is None else known.of_content(content)
-            if spectrum is not None and unchanged:
-                outcome = Outcome(step, kind, Status.MEASURED, spectrum)
+            study = known.of_content(study_key(content)) if content and task.study else None
+            outcome = Outcome(step, kind, Status.MEASURED, spectrum, content=content, study=study)
+            if spectrum is not None and unchanged and (study is not None or not task.study):
                 results.put(task.component, task.name, outcome)
                 continue
             new.append((step, kind))
-            if content is not None and spectrum is not None:
-                before[content] = spectrum  # it may hold the same numbers: a file was touched
+            before.update(outcome.contents)  # it may hold the same numbers: a file was touched
         if new:
             yield replace(task, cells=tuple(new), hashed=True, known=before)
         else:

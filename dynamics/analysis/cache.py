@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
     for part in parts:
         digest.update(backend.digest(part))
     return digest.digest()
+
+
+def study_key(content: bytes) -> bytes:
+    """The key of `study_spectrum` of the numbers with this key."""
+    computed_by = f"study torch {version('torch')}".encode()
+    return hashlib.blake2b(content + computed_by, digest_size=20).digest()
 
 
 def _errors(matrix: Dense) -> tuple[np.ndarray, ...]:

@@ -43,6 +43,7 @@ class ResultBuilder:
         self._singular = _array((*shape, width))
         self._numbers = {name: np.full(shape, np.nan) for name in _SPECTRUM}
         self._storage_noise = np.full(shape, np.nan)
+        self._values = {name: np.full(shape, np.nan) for name in chosen.metrics}
         self._status = np.zeros(shape, dtype=np.int8)
         self._problems: dict[tuple[int, int, int], str] = {}
         self._kind = {kind: k for k, kind in enumerate(chosen.kinds)}
@@ -68,6 +69,10 @@ class ResultBuilder:
                 self._numbers[each][k, t, m] = getattr(spectrum, each)
             storage = spectrum.storage_noise_floor
             self._storage_noise[k, t, m] = spectrum.noise_floor if storage is None else storage
+        if outcome.study is not None and outcome.study.s.size:
+            for each, metric in self._chosen.metrics.items():
+                if metric.of_study:
+                    self._values[each][k, t, m] = metric.function(outcome.study)
 
     @property
     def problems(self) -> list[str]:
@@ -144,7 +149,7 @@ class ResultBuilder:
 
     def _metrics(self) -> dict[str, np.ndarray]:
         """Of many cells of a matrix at once: for one at a time, a call costs more than its sums."""
-        values = {name: np.full(self._status.shape, np.nan) for name in self._chosen.metrics}
+        values = dict(self._values)
         for m in range(len(self._chosen.matrices)):
             numbers = {name: each[:, :, m] for name, each in self._numbers.items()}
             measured = self._status[:, :, m] == Status.MEASURED
@@ -159,7 +164,8 @@ class ResultBuilder:
                     others = (numbers[name][at] for name in _SPECTRUM[2:])
                     spectra = Spectrum(s, rows, cols, *others)
                     for name, metric in self._chosen.metrics.items():
-                        values[name][:, :, m][at] = metric.function(spectra)
+                        if not metric.of_study:
+                            values[name][:, :, m][at] = metric.function(spectra)
         return values
 
 

@@ -47,6 +47,11 @@ class Selection:
     matrices: list[ChosenMatrix]
     lag: int | None = None
 
+    @property
+    def of_study(self) -> bool:
+        """Whether a metric needs `study_spectrum`."""
+        return any(metric.of_study for metric in self.metrics.values())
+
 
 class SelectionOptions(TypedDict, total=False):
     """What to measure, as keyword arguments; see `analyze`."""

@@ -8,10 +8,11 @@ from itertools import pairwise
 
 from threadpoolctl import threadpool_limits
 
-from dynamics.analysis.cache import content_key
+from dynamics.analysis.cache import content_key, study_key
 from dynamics.components import COMPONENTS
 from dynamics.components.parameters import Measurable
 from dynamics.errors import DynamicsError, FormatError
+from dynamics.metrics import study_spectrum
 from dynamics.runs.dependencies import Dependency, TracedRun
 from dynamics.runs.differences import Difference, is_finite
 from dynamics.runs.run import Dense, Factored, Run, Spectrum
@@ -34,6 +35,7 @@ class Task:
         cells: (step, kind) of each.
         hashed: whether contents and origins are wanted, for a cache.
         known: content -> spectrum, of what the cells held before.
+        study: whether `study_spectrum` of each is wanted, too.
     """
 
     component: str
@@ -41,6 +43,7 @@ class Task:
     cells: tuple[tuple[int, str], ...]
     hashed: bool = False
     known: Mapping[bytes, Spectrum] = field(default_factory=dict)
+    study: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Outcome:
         listed: whether the problem belongs to this cell, and not to another cell that names it.
         content: the hash of the numbers, where `Task.hashed` asks for it.
         trace: what was read for the cell, each with its origin; where `Task.hashed` asks for it.
+        study: see `study_spectrum`; where `Task.study` asks for it and there is a matrix.
     """
 
     step: int
@@ -66,6 +70,15 @@ class Outcome:
     listed: bool = False
     content: bytes | None = None
     trace: Mapping[Dependency, str | None] = field(default_factory=dict)
+    study: Spectrum | None = None
+
+    @property
+    def contents(self) -> dict[bytes, Spectrum]:
+        """Content -> spectrum: what a cache keeps of it."""
+        if self.content is None or self.spectrum is None:
+            return {}
+        kept = {self.content: self.spectrum}
+        return kept if self.study is None else {**kept, study_key(self.content): self.study}
 
 
 def measure_cells(
@@ -112,12 +125,17 @@ def _measure_cell(
     backend: Backend,
     recall: Recall,
 ) -> Outcome:
-    if isinstance(matrix, Spectrum) or not task.hashed:
-        return Outcome(step, kind, Status.MEASURED, spectrum(matrix, backend=backend))
-    content = content_key(matrix, backend)
-    known = recall(content)
-    measured = spectrum(matrix, backend=backend) if known is None else known
-    return Outcome(step, kind, Status.MEASURED, measured, content=content, trace=dict(run.trace))
+    if isinstance(matrix, Spectrum):
+        return Outcome(step, kind, Status.MEASURED, matrix)
+    content = content_key(matrix, backend) if task.hashed else None
+    measured = None if content is None else recall(content)
+    measured = spectrum(matrix, backend=backend) if measured is None else measured
+    study = None
+    if task.study:
+        study = None if content is None else recall(study_key(content))
+        study = study_spectrum(matrix) if study is None else study
+    trace = dict(run.trace) if task.hashed else {}
+    return Outcome(step, kind, Status.MEASURED, measured, content=content, trace=trace, study=study)
 
 
 class Workplace:
@@ -151,7 +169,6 @@ class Workplace:
         outcomes = []
         read = here.readers[task.component][task.name]
         for each in measure_cells(task, here.run, read, here.backend, known.get):
-            if each.content is not None and each.spectrum is not None:
-                known[each.content] = each.spectrum
+            known.update(each.contents)
             outcomes.append(each)
         return outcomes

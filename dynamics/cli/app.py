@@ -79,14 +79,14 @@ def list_(what: Annotated[Listing, typer.Argument()] = Listing.metrics) -> None:
 
     from dynamics.cli.tables import Table
     from dynamics.formats import FORMATS
-    from dynamics.metrics import METRICS
+    from dynamics.metrics import METRICS, STUDY_METRICS
 
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(what.value.removesuffix("s"), no_wrap=True)
     table.add_column("meaning")
     if what is Listing.metrics:
         table.add_column("reference")
-        for name, metric in METRICS.items():
+        for name, metric in (METRICS | STUDY_METRICS).items():
             table.add_row(name, metric.long_name, metric.reference)
     elif what is Listing.formats:
         for format in FORMATS:

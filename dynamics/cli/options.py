@@ -57,7 +57,8 @@ BlocksOption = Annotated[
     ),
 ]
 MetricsOption = Annotated[
-    str | None, typer.Option("--metrics", help="Metrics, separated by commas; all by default.")
+    str | None,
+    typer.Option("--metrics", help="Metrics, separated by commas; by default all but study_*."),
 ]
 ComponentsOption = Annotated[
     str | None,

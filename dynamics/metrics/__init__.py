@@ -1,6 +1,6 @@
 """The table of metrics. To add one, write a function in `spectral.py` and a row in `METRICS`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from numpy.typing import ArrayLike
@@ -22,10 +22,19 @@ from dynamics.metrics.spectral import (
     stable_rank,
     top_k_energy,
 )
+from dynamics.metrics.study import (
+    study_count_above_0_1,
+    study_effective_rank,
+    study_rank,
+    study_spectral_gap,
+    study_spectrum,
+    study_stable_rank,
+)
 from dynamics.runs.run import Spectrum
 
 __all__ = [
     "METRICS",
+    "STUDY_METRICS",
     "Metric",
     "above",
     "condition_number",
@@ -41,6 +50,7 @@ __all__ = [
     "select_metrics",
     "spectral_norm",
     "stable_rank",
+    "study_spectrum",
     "top_k_energy",
 ]
 
@@ -55,6 +65,7 @@ class Metric:
         long_name: what plots and files call it.
         reference: the paper that defines it.
         units: "1" for a number without a unit.
+        of_study: whether the `Spectrum` is that of `study_spectrum`, and not of `spectrum`.
 
     Example:
         >>> norm = Metric(lambda x: np.sqrt((x.s**2).sum(-1)), "Frobenius norm", units="weight")
@@ -66,11 +77,13 @@ class Metric:
     long_name: str
     reference: str = ""
     units: str = "1"
+    of_study: bool = False
 
 
 _ROY = "Roy & Vetterli 2007, definition 1"
 _PER = "Diehl Martinez et al. 2024, arXiv 2410.11451"
 _OF_WEIGHT = "units of the matrix"
+_STUDY = "arXiv 2605.13652, its code; measured only when asked for"
 
 METRICS: dict[str, Metric] = {
     "effective_rank": Metric(lambda x: effective_rank(x.s), "effective rank", _ROY),
@@ -127,12 +140,40 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
+# Another study's definitions, beside ours. Each needs a decomposition of its own.
+STUDY_METRICS: dict[str, Metric] = {
+    "study_rank": Metric(
+        lambda x: study_rank(x.s), "singular values above 1e-12", _STUDY, of_study=True
+    ),
+    "study_effective_rank": Metric(
+        lambda x: study_effective_rank(x.s),
+        "effective rank of what exceeds 1e-12",
+        _STUDY,
+        of_study=True,
+    ),
+    "study_stable_rank": Metric(
+        lambda x: study_stable_rank(x.s), "stable rank in bfloat16", _STUDY, of_study=True
+    ),
+    "study_spectral_gap": Metric(
+        lambda x: study_spectral_gap(x.s), "(s₁ - s₂) / s₁ in bfloat16", _STUDY, of_study=True
+    ),
+    "study_count_above_0_1": Metric(
+        lambda x: study_count_above_0_1(x.s), "singular values above 0.1", _STUDY, of_study=True
+    ),
+}
 
-def select_metrics(names: Iterable[str] | None) -> dict[str, Metric]:
-    """The rows of the table with these names, in the order of the names; all rows for None.
+
+def select_metrics(
+    names: Iterable[str] | None, among: Mapping[str, Metric] | None = None
+) -> dict[str, Metric]:
+    """The rows of the tables with these names, in the order of the names; `METRICS` for None.
+
+    Args:
+        names: of metrics.
+        among: the metrics to take them from; those of both tables by default.
 
     Raises:
-        MissingError: a name is not in the table.
+        MissingError: a name is not in a table.
 
     Example:
         >>> list(select_metrics(["stable_rank", "effective_rank"]))
@@ -141,9 +182,8 @@ def select_metrics(names: Iterable[str] | None) -> dict[str, Metric]:
     if names is None:
         return dict(METRICS)
     names = list(names)
+    table = {**METRICS, **STUDY_METRICS} if among is None else among
     for name in names:
-        if name not in METRICS:
-            raise MissingError(
-                f"No metric {name!r}{near(name, METRICS)}; known: {', '.join(METRICS)}."
-            )
-    return {name: METRICS[name] for name in names}
+        if name not in table:
+            raise MissingError(f"No metric {name!r}{near(name, table)}; known: {', '.join(table)}.")
+    return {name: table[name] for name in names}

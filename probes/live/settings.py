@@ -6,7 +6,7 @@ from typing import Any
 
 from dynamics import schema
 from dynamics.errors import DynamicsError
-from dynamics.metrics import select_metrics
+from dynamics.metrics import METRICS, select_metrics
 from dynamics.metrics.modules import labels_of
 from dynamics.runs.run import MatrixInfo
 from probes.schedule import Schedule
@@ -86,7 +86,7 @@ class Live:
         for name in ("metrics", "kinds"):
             if isinstance(getattr(self, name), str):
                 raise DynamicsError(f"Live takes {name} as a list; found {getattr(self, name)!r}.")
-        select_metrics(self.metrics)
+        select_metrics(self.metrics, among=METRICS)
         if not self.metrics:
             raise DynamicsError("Live takes one metric or more; found metrics=().")
         unknown = [kind for kind in self.kinds or () if kind not in _KINDS]
