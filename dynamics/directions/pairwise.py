@@ -26,6 +26,10 @@ class Subspaces(NamedTuple):
     s: np.ndarray
     right: np.ndarray
 
+    def leading(self, k: int) -> "Subspaces":
+        """The first k directions."""
+        return Subspaces(self.left[:, :k], self.s[:k], self.right[:, :k])
+
 
 def leading_subspaces(matrix: Dense | Factored | Difference, k: int) -> Subspaces:
     """The k leading singular triplets of a matrix, in float64.
@@ -44,6 +48,29 @@ def leading_subspaces(matrix: Dense | Factored | Difference, k: int) -> Subspace
         >>> leading_subspaces(matrix, k=3).s  # float32 cannot hold 1e-9 beside 5
         array([5., 3.])
     """
+    every = all_subspaces(matrix)
+    return every.leading(min(k, count_above(every.s, matrix, noise_of(matrix))))
+
+
+def count_above(s: np.ndarray, matrix: Dense | Factored | Difference, noise: float) -> int:
+    """How many singular values of a matrix exceed its noise and the error of their computation."""
+    return int(np.count_nonzero(s > max(noise, max(matrix.shape) * EPS * s[0])))
+
+
+def all_subspaces(matrix: Dense | Factored | Difference) -> Subspaces:
+    """All singular triplets of a matrix, those of rounding among them, in float64.
+
+    Args:
+        matrix: (m, n), finite.
+
+    Returns:
+        Of min(m, n) directions; for a product of factors, of the r that it can have.
+
+    Example:
+        >>> from dynamics.runs.run import Dense
+        >>> all_subspaces(Dense(np.diag([5.0, 0.0]), "float32")).s
+        array([5., 0.])
+    """
     if isinstance(matrix, Factored):
         q1, r1 = np.linalg.qr(matrix.scale * matrix.left.astype(np.float64))
         q2, r2 = np.linalg.qr(matrix.right.astype(np.float64).T)
@@ -52,9 +79,7 @@ def leading_subspaces(matrix: Dense | Factored | Difference, k: int) -> Subspace
     else:
         left, s, vt = np.linalg.svd(matrix.values.astype(np.float64), full_matrices=False)
         right = vt.T
-    floor = max(noise_of(matrix), max(matrix.shape) * EPS * s[0])
-    count = min(k, int(np.count_nonzero(s > floor)))
-    return Subspaces(left[:, :count], s[:count], right[:, :count])
+    return Subspaces(left, s, right)
 
 
 def principal_angle_cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Overlaps of subspaces over training, of the left and of the right directions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,12 +28,14 @@ class _Show:
         meaning: of the y axis.
         what: the same for captions, with {k} directions.
         reference: a variable with what random directions have.
+        also: more lines, where the result has them.
     """
 
     lines: dict[str, str]
     meaning: str
     what: str
     reference: str = ""
+    also: dict[str, str] = field(default_factory=dict)
 
 
 _OVERLAP = "of {k} leading directions above the noise floor"
@@ -64,6 +66,7 @@ _SHOWS = {
         "share within {k} directions",
         "its own, those of the record before, and those of the first record",
         "chance",
+        {"projector": "energy_in_projector"},
     ),
     "turning": _Show(
         {"record before": "overlap_with_last", "first record": "overlap_with_first"},
@@ -99,7 +102,8 @@ def plot_overlaps(
         show: "weight" (an update with the weight that it changes), "last_cycle" (an adapter with
             the one that was merged last), "energy" (share of an update in the weight's leading
             subspaces), "runs" (one run with another), "alignment" (the cosine between two runs),
-            "gradients" (share of a gradient within its own and earlier leading directions),
+            "gradients" (share of a gradient within its own and earlier leading directions, and
+            within the projector in use where that is known),
             "turning" (overlap of these directions) or "intruders". By default, the first of these
             that it has.
         kind: one of its kinds; by default the first one that has values.
@@ -133,7 +137,8 @@ def plot_overlaps(
         raise MissingError(f"No {show!r}{near(show, has)} in this result; it has "
                            f"{', '.join(has)}.")  # fmt: skip
     k = int(overlaps.attrs["directions"])
-    names, meaning = _SHOWS[show].lines, _SHOWS[show].meaning.format(k=k)
+    also = {name: each for name, each in _SHOWS[show].also.items() if each in overlaps}
+    names, meaning = _SHOWS[show].lines | also, _SHOWS[show].meaning.format(k=k)
     if kind is None:
         kind = _first_kind(overlaps[list(names.values())])
     drawn = {

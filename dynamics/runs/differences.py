@@ -200,19 +200,24 @@ def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: boo
     return rank * merges if merged_there else rank * (merges + 1) + earlier
 
 
-def _projections_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
-    taken = [
-        (event.step, event.attrs["rank"])
+def projectors(run: Run, name: str) -> dict[int, int]:
+    """Step -> rank of each projector within whose directions alone the next steps move a weight.
+
+    It is in use from the step after until the step at which the next one is taken.
+    """
+    return {  # a run that was resumed may have told one twice
+        event.step: event.attrs["rank"]
         for event in run.events
         if event.kind == schema.PROJECTION
-        and event.step < now
         and event.attrs.get("bounded") is True
         and isinstance(event.attrs.get("rank"), int)
         and isinstance(event.attrs.get("matrices"), list)
         and name in event.attrs["matrices"]
-    ]
-    # A run that was resumed may have told one twice.
-    ranks = dict(taken)
+    }
+
+
+def _projections_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
+    ranks = {step: rank for step, rank in projectors(run, name).items() if step < now}
     used = [rank for step, rank in ranks.items() if step >= before]
     if before not in ranks:  # the projector before goes on
         earlier = [step for step in ranks if step < before]

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 import dynamics as dy
 from dynamics.errors import MissingError
 from dynamics.recordings import GRADIENT, RecordingWriter, matrix_path
+from probes import Recorder
+from probes.relora.optimizers.projected import ProjectedAdamW
 from tests.dynamics.conftest import SHAPES
 
 K = 3
@@ -84,3 +87,58 @@ def test_a_run_without_gradients_is_refused(tmp_path):
     writer.append(0, {matrix_path("weight", "w.weight"): np.ones((2, 2), np.float32)})
     with pytest.raises(MissingError, match=r"no gradients; it has weight"):
         dy.gradient_subspaces(tmp_path / "run.zarr")
+
+
+def trained_with_galore(store, every, bounded=True, **options):
+    """Step -> name -> (projector, gradient) of a training by GaLore, which is recorded."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 12))
+    weights = {name: each for name, each in model.named_parameters() if each.ndim == 2}
+    biases = [each for each in model.parameters() if each.ndim == 1]
+    group = {"projection": "galore", "rank": K, "gap": 4, "scale": 1.0, "seed": 0}
+    optimizer = ProjectedAdamW(
+        [{"params": [*weights.values()], **group}, {"params": biases}], lr=1e-2, **options
+    )
+    facts = {"rank": K, "bounded": bounded, "matrices": list(weights)}
+    used = {}
+    with Recorder(model, optimizer, store, every=every) as recorder:
+        for step in range(1, 13):
+            x = torch.randn(16, 20)
+            optimizer.zero_grad()
+            (model(x) - x[:, :12].sin()).square().mean().backward()
+            gradients = {name: each.grad.double().numpy() for name, each in weights.items()}
+            optimizer.step()
+            if optimizer.refreshed():
+                recorder.event("projection", at=step - 1, **facts)
+            used[step] = {
+                name: (optimizer.state[each]["projector"].double().numpy(), gradients[name])
+                for name, each in weights.items()
+            }
+    return used
+
+
+@pytest.mark.parametrize(
+    ("every", "unknown"),
+    [(2, []), (3, [6])],  # 3: of steps 5 to 8, the only record is that of step 6
+)
+def test_the_energy_in_the_projector_is_that_in_the_true_one(tmp_path, every, unknown):
+    used = trained_with_galore(tmp_path / "run.zarr", every)
+    found = dy.gradient_subspaces(tmp_path / "run.zarr", k=K)
+    for step in found["step"].values[1:].tolist():
+        for name, (projector, gradient) in used[step].items():
+            here = found.sel(kind="gradient", step=step, matrix=name)
+            tall = gradient.T if len(gradient) < gradient.shape[1] else gradient
+            inside = np.linalg.norm(tall @ projector.T) ** 2 / np.linalg.norm(tall) ** 2
+            share = float(here["energy_in_projector"])
+            if step in unknown:
+                assert np.isnan(share)
+            else:
+                assert share == pytest.approx(inside, abs=1e-6)
+                assert share <= float(here["energy"]) + 1e-6  # K directions, as the projector has
+
+
+def test_a_projector_is_not_known_where_the_update_has_another_rank_than_it(tmp_path):
+    for bounded in (True, False):  # weight decay ends the bound, whatever the event says
+        store = tmp_path / f"{bounded}.zarr"
+        trained_with_galore(store, 2, bounded=bounded, weight_decay=0.1)
+        assert "energy_in_projector" not in dy.gradient_subspaces(store, k=K)

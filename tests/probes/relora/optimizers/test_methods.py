@@ -68,6 +68,9 @@ def test_recordings_have_the_projectors_the_ranks_and_no_defect(run):
     expected = [2, 2, 4, 4, 6, 6, 8, 8]
     assert bound.sel(kind="displacement").isel(matrix=0).values.tolist() == expected
     assert (update["numerical_rank"] == bound).all()
+    inside = dy.gradient_subspaces(recording, k=2, select="*.layers.*").isel(step=slice(1, None))
+    assert np.isfinite(inside["energy_in_projector"]).all()
+    assert (inside["energy_in_projector"] < inside["energy"]).all()
 
 
 @pytest.mark.slow
