@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dynamics import schema
+from dynamics.auditing.bounds import judge_ranks, judge_sparse_supports
 from dynamics.auditing.events import (
     judge_learning_rate,
     judge_live_merges,
@@ -22,7 +23,6 @@ from dynamics.auditing.weights import (
     judge_dead_adapters,
     judge_finite,
     judge_frozen_layers,
-    judge_ranks,
     judge_readable,
     judge_zero_gradients,
 )
@@ -96,6 +96,7 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
             *judge_optimizer_resets(events),
             *judge_frozen_bases(histories),
             *judge_ranks(histories),
+            *judge_sparse_supports(histories),
             *judge_dead_adapters(histories),
             *judge_zero_gradients(histories),
             *judge_frozen_layers(histories),

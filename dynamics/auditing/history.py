@@ -18,10 +18,13 @@ from dynamics.auditing.record_pairs import (
     base_change,
     displacement_beyond_bound,
     merge_between,
+    product_beyond_bound,
     restart_between,
+    update_beyond_bound,
     weight_moved,
 )
 from dynamics.errors import FormatError
+from dynamics.runs.differences import difference_rank_bound
 from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
 
 
@@ -33,6 +36,7 @@ class Snapshot:
     weight: Dense | None
     adapter: Factored | None
     gradient: Dense | None
+    base: Dense | None = None  # where it is sparse and trains
 
     @property
     def adapted(self) -> AdaptedWeight | None:
@@ -65,16 +69,26 @@ class MatrixHistory:
     # (step, step of one of the next two records) -> squared Frobenius norm of the difference
     distances: dict[tuple[int, int], float] = field(default_factory=dict)
     rank: tuple[int, int, float, float] | None = None  # see `displacement_beyond_bound`
+    # (step, bound, σ beyond it, noise) of the update or the product that exceeds its bound most
+    of_projectors: tuple[int, int, float, float] | None = None  # see `update_beyond_bound`
+    of_product: tuple[int, int, float, float] | None = None  # see `product_beyond_bound`
+    sparse_entries: int | None = None  # see `Run.sparse_entries`
+    places: dict[int, int] = field(default_factory=dict)  # step -> places of S used until then
 
 
 def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixHistory:
     """Read every record of a matrix; `merges` are the steps of the run's merge events."""
-    history = MatrixHistory(info, trains=run.trains(info.name))
+    history = MatrixHistory(
+        info, trains=run.trains(info.name), sparse_entries=run.sparse_entries(info.name)
+    )
+    used: np.ndarray | None = None
     first: AdaptedWeight | None = None
     before: Snapshot | None = None
     earlier: Snapshot | None = None
     for now in _snapshots(run, history):
         _add_record(now, history)
+        if now.base is not None:
+            used = _add_base(now, now.base, used, history)
         for each in (earlier, before):
             _add_distance(each, now, history)
         if before is not None and _changes_shape(before, now):  # an embedding that was resized
@@ -83,10 +97,12 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
         elif before is not None:
             crossed = [step for step in merges if before.step <= step < now.step]
             _add_pair(run, before, now, crossed, bool(merges), history)
+            _add_projected(run, before, now, history)
         first = first or now.adapted
         earlier, before = before, now
     last = before.adapted if before is not None else None
-    if first is not None and last is not None and last.step > first.step and merges:
+    is_frozen = history.sparse_entries is None
+    if is_frozen and first is not None and last is not None and last.step > first.step and merges:
         history.rank = displacement_beyond_bound(first, last, merges)
     return history
 
@@ -118,8 +134,8 @@ def _snapshots(run: Run, history: MatrixHistory) -> Iterator[Snapshot]:
             continue  # the whole checkpoint is unreadable; `judge_readable` reports it once
         matrices: dict[str, Dense | Factored | None] = {}
         try:
-            for kind in (schema.WEIGHT, schema.ADAPTER, schema.GRADIENT):
-                if kind in run.stored_kinds:
+            for kind in (schema.WEIGHT, schema.ADAPTER, schema.GRADIENT, schema.BASE):
+                if kind in run.stored_kinds and (kind != schema.BASE or history.sparse_entries):
                     matrices[kind] = run.read(history.info.name, step, kind)
         except FormatError as problem:
             history.unreadable.setdefault(str(problem), step)
@@ -128,13 +144,15 @@ def _snapshots(run: Run, history: MatrixHistory) -> Iterator[Snapshot]:
             if matrix is not None and not _is_finite(matrix):
                 history.non_finite.append((step, kind))
                 matrices[kind] = None
-        weight, adapter, gradient = (
-            matrices.get(kind) for kind in (schema.WEIGHT, schema.ADAPTER, schema.GRADIENT)
+        weight, adapter, gradient, base = (
+            matrices.get(kind)
+            for kind in (schema.WEIGHT, schema.ADAPTER, schema.GRADIENT, schema.BASE)
         )
+        assert not isinstance(base, Factored)
         assert not isinstance(weight, Factored)
         assert not isinstance(adapter, Dense)
         assert not isinstance(gradient, Factored)
-        yield Snapshot(step, weight, adapter, gradient)
+        yield Snapshot(step, weight, adapter, gradient, base)
 
 
 def digest(values: np.ndarray) -> str:
@@ -177,8 +195,8 @@ def _add_pair(
     if before.weight is not None and now.weight is not None:
         pair = before.step, now.step
         history.moved[pair] = weight_moved(before.weight, now.weight, merged=bool(crossed))
-    if before.adapter is None or now.adapter is None:
-        return
+    if before.adapter is None or now.adapter is None or history.sparse_entries is not None:
+        return  # a base that trains is never merged into
     merged = bool(crossed)
     old, new = before.adapted, now.adapted
     if old is not None and new is not None:
@@ -197,6 +215,40 @@ def _add_pair(
         _add_merge(old, new, crossed, has_events, history)
     if before.adapter.left.shape == now.adapter.left.shape:
         history.restarts.append(restart_between(before.step, before.adapter, now.adapter))
+
+
+def _add_base(
+    now: Snapshot, base: Dense, used: np.ndarray | None, history: MatrixHistory
+) -> np.ndarray:
+    """Count the places of a sparse base that any record up to this one uses."""
+    places = base.values != 0
+    used = places if used is None or used.shape != places.shape else used | places
+    history.places[now.step] = int(np.count_nonzero(used))
+    if now.adapted is not None and now.adapted.weight.shape == base.shape:
+        found = product_beyond_bound(now.adapted.weight, base, now.adapted.adapter)
+        if found is not None:
+            fact = (now.step, now.adapted.adapter.rank_bound, *found)
+            history.of_product = _worse(history.of_product, fact)
+    return used
+
+
+def _add_projected(run: Run, before: Snapshot, now: Snapshot, history: MatrixHistory) -> None:
+    if before.weight is None or now.weight is None or schema.ADAPTER in run.stored_kinds:
+        return
+    bound = difference_rank_bound(run, history.info.name, before.step, now.step)
+    if bound is not None:
+        steps = now.step - before.step
+        found = update_beyond_bound(before.weight, now.weight, bound, steps)
+        if found is not None:
+            history.of_projectors = _worse(history.of_projectors, (now.step, bound, *found))
+
+
+def _worse(
+    known: tuple[int, int, float, float] | None, found: tuple[int, int, float, float]
+) -> tuple[int, int, float, float]:
+    if known is None or found[2] - found[3] > known[2] - known[3]:
+        return found
+    return known
 
 
 def _add_merge(

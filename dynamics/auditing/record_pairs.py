@@ -171,6 +171,48 @@ def displacement_beyond_bound(
     return last.step, bound, float(spectrum[bound]), noise
 
 
+def update_beyond_bound(
+    before: Dense, now: Dense, bound: int, steps: int
+) -> tuple[float, float] | None:
+    """The first singular value of an update that its projectors cannot explain.
+
+    Args:
+        before: the earlier weight.
+        now: the later one.
+        bound: the rank that the projectors between the two allow.
+        steps: the optimizer steps between them; each rounds the weight, and its own product.
+
+    Returns:
+        (σ at index bound + 1, the largest that rounding can make it), or None where the bound is
+        not below full rank.
+    """
+    if bound >= min(now.shape):
+        return None
+    update = _float64(now) - _float64(before)
+    largest = np.maximum(np.abs(_float64(now)), np.abs(_float64(before)))
+    stored = (steps + 1) * frobenius_norm(ulp(largest, now.dtype))
+    products = bound * steps**0.5 * 2.0**-24 * frobenius_norm(update)
+    return float(singular_values(update)[bound]), stored + products
+
+
+def product_beyond_bound(
+    weight: Dense, base: Dense, adapter: Factored
+) -> tuple[float, float] | None:
+    """The first singular value of W - base that s·B·A cannot explain.
+
+    Returns:
+        (At most σ at index r + 1, the largest that rounding can make it), or None where r is full
+        rank.
+    """
+    if adapter.rank_bound >= min(weight.shape):
+        return None
+    left = _float64(weight) - _float64(base)
+    noise = frobenius_norm(ulp(_float64(weight), weight.dtype) + product_error(adapter, tf32=True))
+    # σ at r + 1 is the distance to the nearest matrix of rank r, and s·B·A is one.
+    beyond = frobenius_norm(left - adapter.product())
+    return (beyond if beyond <= noise else float(singular_values(left)[adapter.rank_bound])), noise
+
+
 def _cosine(one: np.ndarray, other: np.ndarray) -> float:
     norms = frobenius_norm(one) * frobenius_norm(other)
     return float(np.vdot(one, other)) / norms if norms > 0 else 0.0

@@ -1,4 +1,4 @@
-"""Verdicts on weights and gradients: dead adapters, frozen layers, ranks above bounds, NaN."""
+"""Verdicts on weights and gradients: dead adapters, frozen layers, NaN, damaged records."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,6 @@ from dynamics.runs.run import Run
 DEAD_ADAPTER = "dead_adapter"
 ZERO_GRADIENT = "zero_gradient"
 FROZEN_LAYER = "frozen_layer"
-RANK_BOUND = "rank_bound"
 FINITE = "finite"
 READABLE = "readable"
 
@@ -173,38 +172,6 @@ def _frozen_layer(
         measured=share,
         threshold=0.0,
     )
-
-
-def judge_ranks(histories: Sequence[MatrixHistory]) -> list[Verdict]:
-    """Whether the displacement of adapted weights stays within the rank that its cycles allow.
-
-    The rank of an adapter itself needs no check: it is measured from the factors and cannot
-    exceed r.
-    """
-    verdicts = []
-    for history in histories:
-        if history.rank is None:
-            continue
-        step, bound, beyond, noise = history.rank
-        exceeded = beyond > noise
-        verdicts.append(
-            Verdict(
-                check=RANK_BOUND,
-                severity=Severity.FAIL if exceeded else Severity.PASS,
-                meaning=(
-                    f"The displacement has more than cycles · r = {bound} directions: not only "
-                    "the adapters changed the weight; freeze the base."
-                    if exceeded
-                    else f"The displacement has at most cycles · r = {bound} directions."
-                ),
-                matrix=history.info.name,
-                step=step,
-                measured=beyond,
-                threshold=noise,
-            )
-        )
-    reason = "needs adapted weights, merge events and cycles · r below full rank"
-    return verdicts or [not_checked(RANK_BOUND, reason)]
 
 
 def judge_finite(run: Run, histories: Sequence[MatrixHistory]) -> list[Verdict]:

@@ -16,6 +16,7 @@ from dynamics.recordings import (
     ADAPTER,
     BASE,
     GRADIENT,
+    SPARSE_ENTRIES,
     WEIGHT,
     Recording,
     SpectraReader,
@@ -155,10 +156,21 @@ class RecordingRun(Run):
 
     def trains(self, name: str) -> bool | None:
         """Whether the recorded gradient is one that an optimizer took; see `Run.trains`."""
+        if self.sparse_entries(name) is not None:
+            return True
         path = matrix_path(GRADIENT, name)
         if schema.GRADIENT not in self.stored_kinds or path not in self._gradients:
             return None
         return self._recording.array(path).attrs.get("probed") is not True
+
+    def sparse_entries(self, name: str) -> int | None:
+        """What the recorder counted; see `Run.sparse_entries`."""
+        if name not in self._with_base:
+            return None
+        path = matrix_path(BASE, name)
+        if SPARSE_ENTRIES not in self._recording.array(path).attrs:
+            return None
+        return int(self._recording.attr(path, SPARSE_ENTRIES, int))
 
     def _dense(self, group: str, name: str, index: int) -> Dense | None:
         path = matrix_path(group, name)

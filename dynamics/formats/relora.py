@@ -20,11 +20,16 @@ from dynamics.formats.format import OpenOptions
 from dynamics.formats.quantised.dequantise import dequantised
 from dynamics.formats.shared.checkpoints import Checkpoint, CheckpointsRun
 from dynamics.formats.shared.found import CheckpointsFormat, Found, OpenedBy, found_in_series
-from dynamics.formats.shared.full_checkpoints import with_clean_names, without_tied_names
+from dynamics.formats.shared.full_checkpoints import (
+    FullCheckpoint,
+    with_clean_names,
+    without_tied_names,
+)
 from dynamics.formats.shared.look import Look, Series
 from dynamics.formats.shared.lora_factors import adapters_of, check_fits, pair_factors
 from dynamics.formats.shared.model_config import model_attrs
 from dynamics.formats.shared.series import find_series
+from dynamics.formats.shared.sparse_low_rank import with_sparse_weights
 from dynamics.formats.storage.files import contained, read_json, root_of
 from dynamics.formats.storage.model_files import has_model, model_tensors
 
@@ -59,6 +64,7 @@ class ReLoRAFormat(CheckpointsFormat):
     name = "relora"
     description = "model_N/ with relora_config.json or training_state.json (Guitaricet/relora)"
     run_class = ReLoRARun
+    options = ("lora_alpha",)
 
     def recognises(self, path: Path) -> bool:
         """Whether a checkpoint below (or at) `path` has what its trainer saves beside a model."""
@@ -74,14 +80,31 @@ class ReLoRAFormat(CheckpointsFormat):
         if series is None:
             raise FormatError(f"{path} holds no directory model_N/ of the original ReLoRA.")
         root = root_of(path)
-        return found_in_series(series, lambda _, at: OpenedBy(at, partial(_open, at, root)))
+        return found_in_series(
+            series, lambda _, at: OpenedBy(at, partial(_open, at, root, options))
+        )
+
+    def run_of(self, path: Path, found: Found, options: OpenOptions) -> CheckpointsRun:
+        """See `CheckpointsFormat.run_of`. Full-rank runs have no alpha."""
+        run = super().run_of(path, found, options)
+        if options.lora_alpha is not None and not run.has_adapters:
+            raise self.takes_no("lora_alpha", path)
+        return run
 
 
-def _open(directory: Path, root: Path) -> Checkpoint:
+def _open(directory: Path, root: Path, options: OpenOptions) -> Checkpoint:
     if not has_model(directory):
         raise FormatError(f"{directory} holds no model.safetensors or pytorch_model.bin.")
     attrs = model_attrs(directory, root)
-    stored, left_out = dequantised(model_tensors(directory, root), attrs.get("config"))
+    found = model_tensors(directory, root)
+    if with_sparse_weights(found, directory) is not found:  # the same script for SLTrain
+        return FullCheckpoint(
+            directory,
+            lambda: found,
+            lambda: attrs,
+            partial(_scalars, directory / _STATE, root),
+        ).open(root, options)
+    stored, left_out = dequantised(found, attrs.get("config"))
     tensors = with_clean_names(stored, directory)
     parts, weights, no_pairs = pair_factors(tensors, _PART, directory)
     path = directory / _CONFIG
@@ -91,6 +114,8 @@ def _open(directory: Path, root: Path) -> Checkpoint:
             f"{directory} holds weights quantised to {config['quantize']!r}, which cannot be read; "
             "save them dequantised."
         )
+    if options.lora_alpha is not None:
+        config = {**config, "lora_alpha": options.lora_alpha}
     if parts and not config:
         raise FormatError(
             f"{directory} holds LoRA factors but no {_CONFIG} with their lora_alpha; copy it there."

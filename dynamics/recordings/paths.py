@@ -44,6 +44,8 @@ from dynamics.errors import FormatError
 
 WEIGHT, GRADIENT, BASE, ADAPTER, SPECTRA = "weight", "gradient", "base", "adapter", "spectra"
 SINGULAR_VALUE, BOUNDS, STORAGE_NOISE = "singular_value", "bounds", "storage_noise_floor"
+# Attribute of a base that trains beside its adapter: how many places of it are not zero by design.
+SPARSE_ENTRIES = "sparse_entries"
 STEP, TOKENS, CHECKSUM = "step", "tokens", "checksum"
 SCALARS, EVENTS = "scalars", "events"
 ROOT, WRITER = "zarr.json", "writer/zarr.json"

@@ -196,6 +196,10 @@ class SplitRun(RunView):
         """Whether the optimizer held the weight, or the one that it is a part of."""
         return self.inner.trains(self._stored(name))
 
+    def sparse_entries(self, name: str) -> int | None:
+        """Those of the weight, or of the one that it is a part of."""
+        return self.inner.sparse_entries(self._stored(name))
+
     def _stored(self, name: str) -> str:
         info = self._matrices.get(name)
         return info.fused if isinstance(info, Part) else name

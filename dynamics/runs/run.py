@@ -312,6 +312,13 @@ class Run(ABC):
         """
         return None
 
+    def sparse_entries(self, name: str) -> int | None:
+        """How many entries the base of a weight has by design, where it is sparse and trains.
+
+        Such a weight is s·B·A + S (SLTrain). None for any other weight.
+        """
+        return None
+
     def require_matrices(self, purpose: str) -> None:
         """Refuse what needs the matrices themselves where only their spectra were recorded.
 

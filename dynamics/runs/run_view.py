@@ -43,6 +43,7 @@ class RunView(Run):
     merges_between = _forwarded("merges_between")
     update_reference = _forwarded("update_reference")
     trains = _forwarded("trains")
+    sparse_entries = _forwarded("sparse_entries")
     require_matrices = _forwarded("require_matrices")
     check_step = _forwarded("check_step")
 

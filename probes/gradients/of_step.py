@@ -10,6 +10,7 @@ from dynamics.errors import DynamicsError
 from dynamics.recordings import GRADIENT
 from probes.contexts import in_backward
 from probes.gradients.absent import AbsentGradients
+from probes.gradients.of_layers import DEFINITION as OF_LAYERS
 from probes.gradients.probed import DEFINITION, ProbedGradients, frozen_weights
 from probes.gradients.stand_ins import is_frozen
 from probes.gradients.unclipped import BEFORE_CLIPPING, UnclippedGradients
@@ -62,6 +63,8 @@ class StepGradients:
         keep: Callable[..., Any],
     ):
         self._model = model
+        # Weights that no parameter holds, but whose layers form them in each call.
+        self._formed = [each for each in tracked if each.weight.base_trains]
         tracked = [each for each in tracked if each.has_gradient]
         self._tracked = tracked
         self._optimizers = optimizers
@@ -77,7 +80,7 @@ class StepGradients:
         self._probed: ProbedGradients | None = None
         self._unclipped: UnclippedGradients | None = None
         probed, unclipped = PROBED_GRADIENT in record, GRADIENT_BEFORE_CLIPPING in record
-        averaged = frozen_weights(tracked) if probed else []
+        averaged = frozen_weights(tracked) + self._formed if probed else []
         if unclipped:
             averaged = averaged + [
                 each
@@ -86,7 +89,7 @@ class StepGradients:
             ]
         group = data_parallel_group(model, averaged, process_group) if probed or unclipped else None
         if probed:
-            self._probed = ProbedGradients(model, tracked, self._trained, group)
+            self._probed = ProbedGradients(model, tracked, self._formed, self._trained, group)
         if unclipped:
             self._unclipped = UnclippedGradients(tracked, group)
         self.needed_ranks = needed_ranks(tracked, group if averaged else None)
@@ -131,7 +134,8 @@ class StepGradients:
         self._take({id(each.parameter) for each in self._tracked} - stepped, *self._scales)
         if self._probed is not None:
             probed = self._probed.take(self._scales[0])
-            self._add(probed, {"probed": True, "definition": DEFINITION})
+            self._add(self._tracked, probed, {"probed": True, "definition": DEFINITION})
+            self._add(self._formed, probed, {"probed": True, "definition": OF_LAYERS})
         self.disarm()
         self._absent.note(self._expected(), self._found)
 
@@ -147,7 +151,7 @@ class StepGradients:
                     self._keep_parts(each, gradient, {}, owned=scale is not None)
         if self._unclipped is not None:
             unclipped = self._unclipped.take(taken, loss_scale)
-            self._add(unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
+            self._add(taken, unclipped, {"clipped": False, "definition": BEFORE_CLIPPING})
 
     def _expected(self) -> set[str]:
         trained = self._consumed or self._unclipped is not None
@@ -156,10 +160,15 @@ class StepGradients:
             for each in self._tracked
             if (trained and each.parameter.requires_grad)
             or (self._probed is not None and is_frozen(each.parameter))
-        }
+        } | {each.name for each in self._formed if self._probed is not None}
 
-    def _add(self, gradients: dict[str, torch.Tensor], attrs: dict[str, Any]) -> None:
-        for each in self._tracked:
+    def _add(
+        self,
+        tracked: Sequence[Tracked],
+        gradients: dict[str, torch.Tensor],
+        attrs: dict[str, Any],
+    ) -> None:
+        for each in tracked:
             if each.name in gradients:
                 self._found.add(each.name)
                 values = gather(gradients[each.name], keep=self._writes)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dynamics.errors import DynamicsError
+from probes.gradients.of_layers import LayerGradients
 from probes.gradients.stand_ins import StandIns, is_frozen
 from probes.model.parameters import Tracked
 from probes.model.sharding import is_sharded, means_over_ranks
@@ -25,12 +26,14 @@ DEFINITION = (
 
 
 class ProbedGradients:
-    """Collects dL/dW of frozen weights for single optimizer steps, without changing the training.
+    """Collects dL/dW of weights that no optimizer holds, without changing the training.
 
-    Between `arm` and `take`, the model computes with stand-ins of its frozen weights, see
-    `StandIns`: clipping, gradient scalers, optimizers, DDP and the user see the same gradients and
-    the same flags as without it. In between, each weight costs one more matrix product per backward
-    pass, and a buffer of its size on its device. At other steps it costs nothing.
+    Between `arm` and `take`, for single optimizer steps, the model computes with stand-ins of its
+    frozen weights, see `StandIns`: clipping, gradient scalers, optimizers, DDP and the user see the
+    same gradients and the same flags as without it. Weights that a layer forms of several
+    parameters have hooks instead, see `LayerGradients`. In between, each weight costs one more
+    matrix product per backward pass, and a buffer of its size on its device. At other steps it
+    costs nothing.
 
     Two kinds of weights are skipped: those that cannot have a gradient (quantised ones), and frozen
     ones that already hold a gradient, because it belongs to the user.
@@ -38,6 +41,7 @@ class ProbedGradients:
     Args:
         model: the model that is trained.
         tracked: the weights; those that are frozen when the model is called are probed.
+        formed: the weights that their layers form.
         trained: gives the parameters that the optimizers step, whenever gradients arrive.
         process_group: the ranks to average over; each must arm and take at the same steps.
     """
@@ -46,6 +50,7 @@ class ProbedGradients:
         self,
         model: nn.Module,
         tracked: Sequence[Tracked],
+        formed: Sequence[Tracked],
         trained: Callable[[], Iterator[nn.Parameter]],
         process_group: Any = None,
     ):
@@ -54,6 +59,9 @@ class ProbedGradients:
         self._trained = trained
         self._process_group = process_group
         self._stand_ins = StandIns(self._collect)
+        self._formed = {each.name: each.weight for each in formed}
+        layers = {name: weight.module for name, weight in self._formed.items()}
+        self._layers = LayerGradients(layers, self._collect)
         self._sums: dict[str, torch.Tensor] = {}
         self._last_seen = 0
 
@@ -61,6 +69,7 @@ class ProbedGradients:
         """Collect gradients from now on, until `take` or `disarm`."""
         self.disarm()
         self._stand_ins.arm(self._model, self._parameters)
+        self._layers.arm()
 
     def take(self, loss_scale: float = 1.0) -> dict[str, torch.Tensor]:
         """Name -> gradient since `arm`, divided by `loss_scale`, where the weight is frozen now.
@@ -68,15 +77,18 @@ class ProbedGradients:
         A weight that no backward pass reached on any rank is left out.
         """
         frozen = {name: each for name, each in self._parameters.items() if is_frozen(each)}
-        sums = {name: self._sums[name] for name in frozen if name in self._sums}
+        probed = {*frozen, *self._formed}
+        sums = {name: each for name, each in self._sums.items() if name in probed}
         self.disarm()
-        if self._process_group is not None and frozen:
-            sums = means_over_ranks(frozen, sums, self._process_group)
+        if self._process_group is not None and probed:
+            like = frozen | {name: weight.base() for name, weight in self._formed.items()}
+            sums = means_over_ranks(like, sums, self._process_group)
         return sums if loss_scale == 1 else {name: each / loss_scale for name, each in sums.items()}
 
     def disarm(self) -> None:
         """Leave the model alone and forget the collected gradients. Safe to call twice."""
         self._stand_ins.disarm()
+        self._layers.disarm()
         self._sums, self._last_seen = {}, 0
 
     def stepped(self) -> None:

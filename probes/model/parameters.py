@@ -81,6 +81,7 @@ def track(model: nn.Module, select: Selection = None) -> tuple[tuple[Tracked, ..
         is_convolution = True if isinstance(each.module, _ConvNd) else None
         parts = parts_of(each.name, each.shape, config, convolution=is_convolution)
         trains = each.trains
+        stored_name, stored_shape = each.stored_as or (name, each.shape)
         if isinstance(parts, str):
             left_out.append(LeftOut(name, each.shape, parts, trains))
             continue
@@ -93,7 +94,7 @@ def track(model: nn.Module, select: Selection = None) -> tuple[tuple[Tracked, ..
         if not each.readable:  # only its factors are recorded; the packed weight is not read
             continue
         if not chosen:
-            left_out.append(LeftOut(name, each.shape, NOT_SELECTED, trains, chosen=True))
+            left_out.append(LeftOut(stored_name, stored_shape, NOT_SELECTED, trains, chosen=True))
         elif len(chosen) < len(parts):
             left_out += [
                 LeftOut(part.name, (part.rows, part.cols), NOT_SELECTED, trains, chosen=True)
@@ -124,7 +125,9 @@ def _account(
         whole = sum(part.rows * part.cols for part in each.parts) == prod(each.weight.shape)
         shapes = (
             {each.name: each.weight.shape}
-            if whole
+            if whole and each.weight.stored_as is None
+            else dict([each.weight.stored_as])
+            if each.weight.stored_as is not None
             else {part.name: (part.rows, part.cols) for part in each.parts}
         )
         measured |= shapes

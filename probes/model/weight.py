@@ -25,7 +25,8 @@ class Factors(NamedTuple):
 class Source(Protocol):
     """Where a weight is read from.
 
-    One with an attribute `is_adapted` may have an adapter between the base and the weight.
+    One with an attribute `is_adapted` may have an adapter between the base and the weight; one with
+    `base_trains` has a base that trains beside it.
     """
 
     def read(self) -> torch.Tensor:
@@ -74,6 +75,7 @@ class Weight:
         module: the module that computes with it, e.g. the `nn.Linear` inside of a LoRA layer.
         source: where it is read from.
         parts: the parameters that it is made of, besides those of an adapter.
+        stored_as: (name, shape) of the tensor that has its numbers, where there are fewer of them.
         readable: False for packed weights that nothing here can unpack, but whose adapter has
             factors. They cannot be read, and a `NotRead` of the same name stands for them.
     """
@@ -85,6 +87,7 @@ class Weight:
     module: nn.Module
     source: Source = field(repr=False)
     parts: tuple[nn.Parameter, ...] = field(default=(), repr=False)
+    stored_as: tuple[str, tuple[int, ...]] | None = None
     readable: bool = True
 
     @property
@@ -96,6 +99,11 @@ class Weight:
     def trains(self) -> bool:
         """Whether a parameter that it is made of requires a gradient now."""
         return any(each.requires_grad for each in self.parts)
+
+    @property
+    def base_trains(self) -> bool:
+        """Whether its base trains by construction, beside the factors of its adapter (SLTrain)."""
+        return getattr(self.source, "base_trains", False)
 
     @torch.no_grad()
     def read(self) -> torch.Tensor:
@@ -114,9 +122,12 @@ class Weight:
     def own_base(self) -> torch.Tensor | None:
         """The base weight where it does not follow from weight and factors; None elsewhere.
 
-        This is so for adapters that are more than s·B·A (DoRA) and for `modules_to_save`.
+        This is so for adapters that are more than s·B·A (DoRA), for `modules_to_save`, and for a
+        base that trains, whose zeros a difference would not give.
         """
-        if not getattr(self.source, "is_adapted", False) or self.factors() is not None:
+        if not getattr(self.source, "is_adapted", False):
+            return None
+        if self.factors() is not None and not self.base_trains:
             return None
         return self.source.base()
 

@@ -15,6 +15,7 @@ from probes.model.quantised import (
     weight_of_parameter,
     weights_of_packed_module,
 )
+from probes.model.sparse_low_rank import is_sparse_low_rank, weights_of_sparse_low_rank
 from probes.model.weight import Factors, NotRead, Weight, not_read, plain_weight
 
 __all__ = ["Factors", "NotRead", "Weight", "find_weights", "weight_wrappers"]
@@ -100,6 +101,9 @@ class _Walk:
             yield from wrapper(module, path, self)
         elif is_packed_module(module):
             yield from weights_of_packed_module(module, path)
+        elif is_sparse_low_rank(module):
+            yield from weights_of_sparse_low_rank(module, path)
+            yield from self._children(module, path)
         else:
             yield from self._plain(module, path)
 
@@ -129,8 +133,11 @@ class _Walk:
                 continue
             found = weight_of_parameter(module, name, parameter, path)
             yield found or plain_weight(path + name, parameter, module)
+        yield from self._children(module, path, *["parametrizations"] * bool(computed))
+
+    def _children(self, module: nn.Module, path: str, *without: str) -> Iterator[Weight | NotRead]:
         for name, child in module._modules.items():
-            if child is not None and not (computed and name == "parametrizations"):
+            if child is not None and name not in without:
                 yield from self(child, f"{path}{name}.")
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from dynamics.recordings import ADAPTER, BASE, GRADIENT, WEIGHT, factor_path, matrix_path
+from dynamics.recordings import (
+    ADAPTER,
+    BASE,
+    GRADIENT,
+    SPARSE_ENTRIES,
+    WEIGHT,
+    factor_path,
+    matrix_path,
+)
 from dynamics.runs.stacks import Part
 from probes.gradients.of_step import Gradients
 from probes.model.parameters import Tracked
@@ -47,7 +55,8 @@ class MatrixContents(Contents):
             return
         state = base.data_ptr(), base._version
         values = gather(base, keep=self._writes)
-        if values is not None and self._bases.get(each.name) != state:
+        changed = each.weight.base_trains or self._bases.get(each.name) != state
+        if values is not None and changed:
             self._bases[each.name] = state
             yield from each.matrices(values)
 
@@ -59,7 +68,10 @@ class MatrixContents(Contents):
                 for part, matrix in each.matrices(weight):
                     yield matrix_path(WEIGHT, part.name), matrix, dict(part.attrs)
             for part, base in self._changed_base(each):
-                yield matrix_path(BASE, part.name), base, dict(part.attrs)
+                attrs = dict(part.attrs)
+                if each.weight.base_trains:
+                    attrs[SPARSE_ENTRIES] = each.weight.parts[0].numel()
+                yield matrix_path(BASE, part.name), base, attrs
         if ADAPTER in self._record:
             for part, factors in gathered_factors(each, keep=self._writes):
                 attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}

@@ -20,6 +20,7 @@ from dynamics.formats.quantised.tensor import QuantisedTensor
 from dynamics.formats.shared.evaluations import EVALUATIONS, with_evaluations
 from dynamics.formats.shared.lora_factors import Adapter, joined_origin
 from dynamics.formats.shared.matrices import as_matrices
+from dynamics.formats.shared.sparse_low_rank import SparseTensor
 from dynamics.formats.storage.files import root_of
 from dynamics.formats.storage.hub.path import HubPath
 from dynamics.formats.storage.tensors import Tensor
@@ -252,12 +253,22 @@ class CheckpointsRun(Run):
         return self._scalars
 
     def trains(self, name: str) -> bool | None:
-        """True for `modules_to_save` of PEFT, which train as a whole; see `Run.trains`."""
+        """True for `modules_to_save` of PEFT, which train as a whole, and for SLTrain's weights.
+
+        See `Run.trains`.
+        """
+        if self.sparse_entries(name) is not None:
+            return True
         config = self.attrs.get("adapter_config")
         saved = config.get("modules_to_save") if isinstance(config, Mapping) else None
         if isinstance(saved, list) and any(f".{each}." in f".{name}" for each in saved):
             return True
         return None
+
+    def sparse_entries(self, name: str) -> int | None:
+        """How many places the first checkpoint stores; see `Run.sparse_entries`."""
+        bases = ((each.weights or {}).get(name) for each in self._checkpoints.values())
+        return next((each.entries for each in bases if isinstance(each, SparseTensor)), None)
 
     def merges_between(self, name: str, before: int, now: int) -> int:
         """How often the frozen base of a weight with an adapter changed between checkpoints.
@@ -265,7 +276,7 @@ class CheckpointsRun(Run):
         Each change is one merge or more; several merges between two neighbouring checkpoints count
         as one. Checkpoints that cannot be read are skipped.
         """
-        if name not in self._with_adapter:
+        if name not in self._with_adapter or self.sparse_entries(name) is not None:
             return 0
         readable = [
             int(s) for s in self.steps if before <= s <= now and int(s) in self._checkpoints

@@ -33,6 +33,7 @@ from dynamics.formats.shared.found import (
 from dynamics.formats.shared.look import Look, Series
 from dynamics.formats.shared.model_config import ConfigBeside
 from dynamics.formats.shared.series import find_series
+from dynamics.formats.shared.sparse_low_rank import with_sparse_weights
 from dynamics.formats.shared.steps import step_in_name
 from dynamics.formats.storage.files import is_directory, reporting_unreadable, root_of
 from dynamics.formats.storage.tensors import Tensor
@@ -72,7 +73,9 @@ class FullCheckpoint:
         """
         with reporting_unreadable(self.where):
             attrs = self.attrs()
-            stored, not_read = dequantised(self.tensors(), attrs.get("config"))
+            stored, not_read = dequantised(
+                with_sparse_weights(self.tensors(), self.where), attrs.get("config")
+            )
             scalars = self.scalars()
             if may_hold_adapters(stored):
                 inside = adapters_inside(

@@ -110,6 +110,16 @@ def runs(tmp_path_factory, tiny_llama, write_recording):
     )
     inside.peft_config["default"].save_pretrained(folder / "inside")
     (folder / "inside/hyperparameters.yaml").write_text("lora_alpha: 8\nlora_query: true\n")
+    (folder / "sparse/model_1").mkdir(parents=True)
+    path = "model.layers.0.mlp.up_proj"
+    sparse = {"lora_A": torch.ones(2, 8), "lora_B": torch.ones(12, 2)}
+    sparse |= {"sparse_index": torch.arange(9), "sparse_value": torch.ones(9)}
+    save_file(
+        {f"{path}.{part}": each for part, each in sparse.items()},
+        folder / "sparse/model_1/model.safetensors",
+    )
+    (folder / "sparse/model_1/training_state.json").write_text("{}")
+    (folder / "sparse/model_1/splora_config.json").write_text('{"r": 2, "lora_alpha": 4}')
     name = "model.layers.0.self_attn.q_proj.weight"
     write_recording(folder / "recording", steps=(0, 10), shapes={name: (4, 3)})
     return folder
@@ -133,6 +143,7 @@ def test_the_undamaged_runs_are_read_without_problems(runs):
         "adapter",
         "recording",
         "inside",
+        "sparse",
         *adapters(),
     ):
         assert read_all(runs / name) == []
@@ -149,6 +160,7 @@ def test_the_undamaged_runs_are_read_without_problems(runs):
         ("legacy", "checkpoint-1/pytorch_model.bin"),
         ("adapter", "checkpoint-1/adapter_model.safetensors"),
         ("inside", "step1.safetensors"),
+        ("sparse", "model_1/model.safetensors"),
         ("inside", "hyperparameters.yaml"),
         ("sharded", "checkpoint-1/model.safetensors.index.json"),
         ("adapter", "checkpoint-1/adapter_config.json"),
@@ -174,6 +186,7 @@ def test_damaged_bytes(runs, data, name, file):
         ("adapter", "checkpoint-1/adapter_config.json"),
         *((method, "checkpoint-1/adapter_config.json") for method in adapters()),
         ("inside", "adapter_config.json"),
+        ("sparse", "model_1/splora_config.json"),
         ("single", "checkpoint-1/trainer_state.json"),
         ("single", "checkpoint-1/config.json"),
         ("recording", "zarr.json"),
@@ -194,6 +207,7 @@ def test_damaged_json(runs, data, name, file):
         ("adapter", "checkpoint-1/adapter_model.safetensors"),
         *((method, "checkpoint-1/adapter_model.safetensors") for method in adapters()),
         ("inside", "step1.safetensors"),
+        ("sparse", "model_1/model.safetensors"),
     ],
 )
 def test_damaged_safetensors_header(runs, data, name, file):

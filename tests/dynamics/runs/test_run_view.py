@@ -31,6 +31,7 @@ ARGUMENTS = {
     "group_of": (PLAIN,),
     "merges_between": (PLAIN, 0, 20),
     "trains": (PLAIN,),
+    "sparse_entries": (PLAIN,),
     "update_reference": (10,),
     "require_matrices": ("A test",),
     "check_step": (10,),
@@ -69,6 +70,9 @@ class Distinct(RecordingRun):
 
     def trains(self, name):
         return name == PLAIN
+
+    def sparse_entries(self, name):
+        return 9 if name == PLAIN else None
 
     def update_reference(self, step):
         return step - 7

@@ -11,6 +11,8 @@ from dynamics.formats.storage.files import contained, one_line, read_json, read_
 
 # Written by litgpt, and by Lightning's loggers.
 _YAML = ("hyperparameters.yaml", "hparams.yaml")
+# Written by the authors' code of SLTrain.
+SPLORA_CONFIG = "splora_config.json"
 _LONGEST_YAML = 2**20
 _DEEPEST = 4
 
@@ -32,8 +34,9 @@ def adapter_config(
             if not settings and (directory / file).is_file():
                 settings = _yaml(contained(directory / file, root))
         for at in (directory, directory / adapter) if adapter else (directory,):
-            if (at / CONFIG).is_file():
-                return read_json(contained(at / CONFIG, root)), settings
+            for file in (CONFIG, SPLORA_CONFIG):
+                if (at / file).is_file():
+                    return read_json(contained(at / file, root)), settings
     config = attrs.get("config")
     for given in (config, settings):
         if isinstance(given, Mapping) and (found := _alpha(given, adapter)):

@@ -13,6 +13,7 @@ from dynamics.formats.shared.adapters.methods import METHODS, NotComputed, Place
 from dynamics.formats.shared.adapters.orientation import Orientations, out_in_of
 from dynamics.formats.shared.adapters.stored import AdapterLayer
 from dynamics.formats.shared.lora_factors import Adapter
+from dynamics.formats.shared.sparse_low_rank import SparseTensor
 from dynamics.formats.storage.tensors import Tensor
 
 ORIENTATION = (
@@ -64,6 +65,8 @@ def apply_layer(
             return LayerResult(shown, unknown=MISFIT)
         if is_embedding:
             in_out = True
+        elif isinstance(base, SparseTensor):
+            in_out = False
         elif len(a.shape) == 2:
             in_out = orientations.is_in_out(
                 layer.path, out_in, None if base is None else base.shape

@@ -5,6 +5,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
+from transformers import TrainerCallback
 
 import dynamics as dy
 from dynamics.errors import DynamicsError
@@ -71,6 +73,35 @@ def test_recordings_have_the_projectors_the_ranks_and_no_defect(run):
     inside = dy.gradient_subspaces(recording, k=2, select="*.layers.*").isel(step=slice(1, None))
     assert np.isfinite(inside["energy_in_projector"]).all()
     assert (inside["energy_in_projector"] < inside["energy"]).all()
+
+
+class Mover(TrainerCallback):
+    """Moves one weight out of its directions, within a gap."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            with torch.no_grad():
+                weight = model.model.layers[1].mlp.up_proj.weight
+                weight += 1e-3 * torch.eye(*weight.shape)
+
+
+@pytest.mark.slow
+def test_a_weight_that_leaves_its_projector_is_named_by_the_audit(tmp_path):
+    recorder = RecorderCallback(tmp_path / "run.zarr", every=2)
+    config = config_of("galore", lora_rank=2, max_steps=6)
+    train(
+        config,
+        random_data(),
+        tmp_path,
+        callbacks=[Mover(), recorder],
+        on_event=recorder.event,
+    )
+    report = dy.audit(tmp_path / "run.zarr")
+    assert len(report.of("rank_bound")) == 14
+    (failed,) = [each for each in report.verdicts if each.severity == "fail"]
+    assert (failed.check, failed.step) == ("rank_bound", 4)
+    assert failed.matrix == "model.layers.1.mlp.up_proj.weight"
+    assert "more than the 2 directions of its projectors" in failed.meaning
 
 
 @pytest.mark.slow
