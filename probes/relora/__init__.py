@@ -20,7 +20,8 @@ try:
     from probes.relora.presets import PRESETS, as_published, micro, small, tiny
     from probes.relora.training.base_checkpoint import load_base, save_base
     from probes.relora.training.optimizer_reset import reset_optimizer
-    from probes.relora.training.restart import ReLoRACallback, merge_and_reset
+    from probes.relora.training.own_trainer import add_relora
+    from probes.relora.training.restart import ReLoRACallback, merge_and_reset, restart
     from probes.relora.training.run_directory import newest_checkpoint
     from probes.relora.training.schedule import jagged_cosine, linear_warmup_decay
     from probes.relora.training.trainer import train
@@ -44,6 +45,7 @@ __all__ = [
     "TokenStream",
     "TrainConfig",
     "add_adapters",
+    "add_relora",
     "as_published",
     "build_model",
     "folder_text",
@@ -57,6 +59,7 @@ __all__ = [
     "parameter_counts",
     "prepare_data",
     "reset_optimizer",
+    "restart",
     "save_base",
     "small",
     "standard_library_text",

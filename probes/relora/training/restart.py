@@ -91,21 +91,31 @@ def merge_and_reset(model: nn.Module, *, seed: int, step: int, with_scaling: boo
     return len(layers)
 
 
-class ReLoRACallback(TrainerCallback):
-    """Restarts at every multiple of `reset_every`, and saves the base weights in checkpoints.
+OnEvent = Callable[[str, int, dict[str, Any]], None]
 
-    The merge of step N happens when step N + 1 begins, not when step N ends. So everything that is
-    recorded or saved after step N, `checkpoint-N` included, holds the state before the merge. A
-    run that resumes from it merges first, as the uninterrupted run did. There is no merge at step
-    0, and none after the last step.
 
-    Every merge and reset is checked when it happens; a check that fails gives a
-    `FailedCheckWarning`. This needs one copy of the adapted weights and factors on the CPU, for the
-    duration of the merge.
+def restart(
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    step: int,
+    seed: int,
+    optimizer_reset: str = "drop",
+    prune_ratio: float = 0.99,
+    shared_prune_mask: bool = True,
+    merge_with_scaling: bool = True,
+    on_event: OnEvent | None = None,
+) -> None:
+    """Merge the adapters, begin new ones and reset their optimizer state, checked and recorded.
+
+    Call it at the beginning of step N + 1. A check that fails gives a `FailedCheckWarning`. This
+    needs one copy of the adapted weights and factors on the CPU, for the duration of the merge.
 
     Args:
-        reset_every: optimizer steps between merges; None never merges, which is plain LoRA.
-        seed: the run's seed, for the new adapters.
+        model: a model with LoRA layers.
+        optimizer: trains its adapters.
+        step: N, optimizer steps done.
+        seed: see `merge_and_reset`.
         optimizer_reset: the mode; see `reset_optimizer`.
         prune_ratio: for the modes that prune; see `reset_optimizer`.
         shared_prune_mask: for the modes that prune; see `reset_optimizer`.
@@ -114,6 +124,61 @@ class ReLoRACallback(TrainerCallback):
             `merge_facts`, and on_event("optimizer_reset", N, {"tensors", "mode", "reset_share",
             "learning_rate", ...}) with `optimizer_state_facts`; the learning rate is that of
             step N + 1.
+
+    Raises:
+        DynamicsError: see `merge_and_reset`, which changes nothing then.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from probes.relora import restart
+        >>> config = LoraConfig(r=2, target_modules=["0"])
+        >>> model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 4)), config)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> told = lambda kind, step, facts: print(kind, step)
+        >>> restart(model, optimizer, step=100, seed=0, on_event=told)
+        merge 100
+        optimizer_reset 100
+    """
+    scalings = sorted({_scaling(layer) for layer in lora_layers(model).values()})
+    before = weights_before_merge(model)
+    merged = merge_and_reset(model, seed=seed, step=step, with_scaling=merge_with_scaling)
+    scaling = scalings[0] if len(scalings) == 1 else scalings
+    merge = {"merged_layers": merged, "scaling": scaling, **merge_facts(before)}
+
+    parameters = named_adapter_parameters(model)
+    tensors = reset_optimizer(
+        optimizer,
+        parameters.values(),
+        mode=optimizer_reset,
+        ratio=prune_ratio,
+        shared_mask=shared_prune_mask,
+        generator=torch.Generator().manual_seed(stream_seed(seed, OPTIMIZER_RESET, step)),
+    )
+    reset = {
+        "tensors": tensors,
+        "mode": optimizer_reset,
+        events.RESET_SHARE: prune_ratio if "prune" in optimizer_reset else 1.0,
+        events.RATE: float(optimizer.param_groups[0]["lr"]),
+        **optimizer_state_facts(optimizer, parameters),
+    }
+    if on_event is not None:
+        on_event(schema.MERGE, step, merge)
+        on_event(schema.OPTIMIZER_RESET, step, reset)
+    warn_about([events.merge_verdict(step, merge), *events.optimizer_verdicts(step, reset)])
+
+
+class ReLoRACallback(TrainerCallback):
+    """Restarts at every multiple of `reset_every`, and saves the base weights in checkpoints.
+
+    The merge of step N happens when step N + 1 begins, not when step N ends. So everything that is
+    recorded or saved after step N, `checkpoint-N` included, holds the state before the merge. A
+    run that resumes from it merges first, as the uninterrupted run did. There is no merge at step
+    0, and none after the last step.
+
+    Args:
+        reset_every: optimizer steps between merges; None never merges, which is plain LoRA.
+        seed: the run's seed, for the new adapters.
+        optimizer_reset, prune_ratio, shared_prune_mask, merge_with_scaling, on_event: of `restart`.
 
     Example:
         >>> from probes.frameworks.hf_trainer import RecorderCallback
@@ -132,7 +197,7 @@ class ReLoRACallback(TrainerCallback):
         prune_ratio: float = 0.99,
         shared_prune_mask: bool = True,
         merge_with_scaling: bool = True,
-        on_event: Callable[[str, int, dict[str, Any]], None] | None = None,
+        on_event: OnEvent | None = None,
     ) -> None:
         self.reset_every = reset_every
         self.seed = seed
@@ -155,41 +220,18 @@ class ReLoRACallback(TrainerCallback):
         if step >= state.max_steps or step == self._merged_at:
             return
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        merge = self._merge(model, step)
-        reset = self._reset(model, optimizer, step)
-        self._merged_at = step
-        if self.on_event is not None:
-            self.on_event(schema.MERGE, step, merge)
-            self.on_event(schema.OPTIMIZER_RESET, step, reset)
-        warn_about([events.merge_verdict(step, merge), *events.optimizer_verdicts(step, reset)])
-
-    def _merge(self, model: nn.Module, step: int) -> dict[str, Any]:
-        scalings = sorted({_scaling(layer) for layer in lora_layers(model).values()})
-        before = weights_before_merge(model)
-        merged = merge_and_reset(
-            model, seed=self.seed, step=step, with_scaling=self.merge_with_scaling
-        )
-        scaling = scalings[0] if len(scalings) == 1 else scalings
-        return {"merged_layers": merged, "scaling": scaling, **merge_facts(before)}
-
-    def _reset(self, model: nn.Module, optimizer: Any, step: int) -> dict[str, Any]:
-        parameters = named_adapter_parameters(model)
-        generator = torch.Generator().manual_seed(stream_seed(self.seed, OPTIMIZER_RESET, step))
-        tensors = reset_optimizer(
+        restart(
+            model,
             optimizer,
-            parameters.values(),
-            mode=self.optimizer_reset,
-            ratio=self.prune_ratio,
-            shared_mask=self.shared_prune_mask,
-            generator=generator,
+            step=step,
+            seed=self.seed,
+            optimizer_reset=self.optimizer_reset,
+            prune_ratio=self.prune_ratio,
+            shared_prune_mask=self.shared_prune_mask,
+            merge_with_scaling=self.merge_with_scaling,
+            on_event=self.on_event,
         )
-        return {
-            "tensors": tensors,
-            "mode": self.optimizer_reset,
-            events.RESET_SHARE: self.prune_ratio if "prune" in self.optimizer_reset else 1.0,
-            events.RATE: float(optimizer.param_groups[0]["lr"]),
-            **optimizer_state_facts(optimizer, parameters),
-        }
+        self._merged_at = step
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the base weights into the checkpoint that the trainer has just written."""
