@@ -64,12 +64,20 @@ def test_recordings_have_the_projectors_the_ranks_and_no_defect(run):
         assert 0 < events[1].attrs["overlap_with_last"] < 1
     if config.method != "galore":
         assert (update["rank_bound"] == full).all()
+        if config.method in ("fira", "apollo", "muon"):
+            last = update["numerical_rank"].sel(kind="displacement").isel(step=-1)
+            assert (last == full).all()
         return
     bound = update["rank_bound"]
     assert (bound.sel(kind="update") == 2).all()
     expected = [2, 2, 4, 4, 6, 6, 8, 8]
     assert bound.sel(kind="displacement").isel(matrix=0).values.tolist() == expected
     assert (update["numerical_rank"] == bound).all()
+    # Four steps as the gap is, but from the middle of one: two projectors.
+    middle = dy.analyze(recording, kinds=["update"], select="*.layers.*", lag=4).isel(kind=0)
+    assert middle["rank_bound"].isel(matrix=0).sel(step=[4, 6, 8]).values.tolist() == [2, 4, 2]
+    halves = middle.sel(step=[4, 6, 8])
+    assert (halves["numerical_rank"] == halves["rank_bound"]).all()
     inside = dy.gradient_subspaces(recording, k=2, select="*.layers.*").isel(step=slice(1, None))
     assert np.isfinite(inside["energy_in_projector"]).all()
     assert (inside["energy_in_projector"] < inside["energy"]).all()
@@ -88,7 +96,7 @@ class Mover(TrainerCallback):
 @pytest.mark.slow
 def test_a_weight_that_leaves_its_projector_is_named_by_the_audit(tmp_path):
     recorder = RecorderCallback(tmp_path / "run.zarr", every=2)
-    config = config_of("galore", lora_rank=2, max_steps=6)
+    config = config_of("galore", lora_rank=2, max_steps=4)
     train(
         config,
         random_data(),
