@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dynamics import schema
+from dynamics.auditing.beginning import judge_step_zero
 from dynamics.auditing.bounds import judge_ranks, judge_sparse_supports
 from dynamics.auditing.events import (
     judge_learning_rate,
@@ -37,7 +38,7 @@ __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
 def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
     """Check a run for the defects that its files can show; docs/audit.md lists the checks.
 
-    Each matrix is read once. Three of its records are in memory at a time, and up to 512 MiB of
+    Each matrix is read once. Four of its records are in memory at a time, and up to 512 MiB of
     what was read lately. Where a check compares stored numbers, its threshold comes from the
     rounding of their dtypes.
 
@@ -59,8 +60,8 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
         >>> report = dy.audit("run.zarr")
         >>> report.failed
         False
-        >>> [summary.check for summary in report.summaries][:4]
-        ['readable', 'finite', 'distinct_checkpoints', 'ordered_history']
+        >>> [summary.check for summary in report.summaries][2:5]
+        ['distinct_checkpoints', 'ordered_history', 'step_zero']
         >>> print(report.of("finite")[0].severity, report.of("finite")[0].meaning)
         pass All numbers are finite.
     """
@@ -83,13 +84,18 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
     events = run.events
     merges = tuple(sorted({event.step for event in events if event.kind == schema.MERGE}))
     histories = [read_history(run, info, merges) for info in run.matrices.values()]
+    order = judge_order(run, histories)
+    wrong = {
+        each.step for each in order if each.severity is Severity.FAIL and each.step is not None
+    }
     return Report(
         run.path,
         (
             *judge_readable(run, histories),
             *judge_finite(run, histories),
             *judge_distinct(steps, contents_read(histories)),
-            *judge_order(run, histories),
+            *order,
+            *judge_step_zero(run, histories, wrong),
             *judge_merges(histories),
             *judge_live_merges(events),
             *judge_adapter_resets(histories),

@@ -1,6 +1,6 @@
 """What happened to one matrix over the records of a run, as the few numbers that the checks need.
 
-Each matrix is read once, record by record, with three records in memory. The judges (`merges.py`,
+Each matrix is read once, record by record, with four records in memory. The judges (`merges.py`,
 `weights.py`) look at these numbers only.
 """
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse.linalg import svds
 
 from dynamics import schema
 from dynamics.auditing.record_pairs import (
@@ -26,6 +27,9 @@ from dynamics.auditing.record_pairs import (
 from dynamics.errors import FormatError
 from dynamics.runs.differences import difference_rank_bound
 from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
+from dynamics.spectra.random_matrices import TRACY_WIDOM_999, largest_singular_value
+
+_FEWEST_DIRECTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class MatrixHistory:
     digests: dict[int, str] = field(default_factory=dict)  # step -> hash of its numbers
     # (step, step of one of the next two records) -> squared Frobenius norm of the difference
     distances: dict[tuple[int, int], float] = field(default_factory=dict)
+    squares: dict[int, float] = field(default_factory=dict)  # step -> squared norm of the weight
+    # step -> squared norm of its difference from the first record
+    from_first: dict[int, float] = field(default_factory=dict)
+    beyond_chance: float | None = None  # of the first record; see `beyond_chance`
     rank: tuple[int, int, float, float] | None = None  # see `displacement_beyond_bound`
     # (step, bound, σ beyond it, noise) of the update or the product that exceeds its bound most
     of_projectors: tuple[int, int, float, float] | None = None  # see `update_beyond_bound`
@@ -85,12 +93,17 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
     first: AdaptedWeight | None = None
     before: Snapshot | None = None
     earlier: Snapshot | None = None
+    origin: Snapshot | None = None
     for now in _snapshots(run, history):
         _add_record(now, history)
         if now.base is not None:
             used = _add_base(now, now.base, used, history)
         for each in (earlier, before):
-            _add_distance(each, now, history)
+            if (square := _distance(each, now)) is not None and each is not None:
+                history.distances[each.step, now.step] = square
+        origin = origin or now
+        if (square := _distance(origin, now)) is not None:
+            history.from_first[now.step] = square
         if before is not None and _changes_shape(before, now):  # an embedding that was resized
             history.moved[before.step, now.step] = True
             first = None
@@ -107,13 +120,16 @@ def read_history(run: Run, info: MatrixInfo, merges: tuple[int, ...]) -> MatrixH
     return history
 
 
-def _add_distance(before: Snapshot | None, now: Snapshot, history: MatrixHistory) -> None:
+def _distance(before: Snapshot | None, now: Snapshot) -> float | None:
+    """The squared norm of the difference; None where there is none."""
     if before is None or before.weight is None or now.weight is None:
-        return
-    if before.weight.shape == now.weight.shape:
-        change = np.subtract(now.weight.values, before.weight.values, dtype=_wide(now.weight))
-        square = float(np.vdot(change, change))
-        history.distances[before.step, now.step] = square
+        return None
+    if before.weight.shape != now.weight.shape:
+        return None
+    if before is now:
+        return 0.0
+    change = np.subtract(now.weight.values, before.weight.values, dtype=_wide(now.weight))
+    return float(np.vdot(change, change))
 
 
 def _wide(weight: Dense) -> np.dtype:
@@ -160,6 +176,20 @@ def digest(values: np.ndarray) -> str:
     return hashlib.blake2b(np.ascontiguousarray(values + 0.0).tobytes(), digest_size=12).hexdigest()
 
 
+def beyond_chance(values: np.ndarray) -> float | None:
+    """The largest singular value over that of independent entries of the same mean square.
+
+    The latter is the 99.9 % point of its distribution (Johnstone 2001; `largest_singular_value`).
+    None for a matrix that has hardly a spectrum, or is zero.
+    """
+    rows, cols = values.shape
+    size = float(np.linalg.norm(values)) / (rows * cols) ** 0.5
+    if min(rows, cols) < _FEWEST_DIRECTIONS or size == 0:
+        return None
+    (largest,) = svds(values, k=1, return_singular_vectors=False, tol=0.01, rng=0)
+    return float(largest) / (size * largest_singular_value(rows, cols, TRACY_WIDOM_999))
+
+
 def _is_finite(matrix: Dense | Factored) -> bool:
     parts = (matrix.values,) if isinstance(matrix, Dense) else (matrix.left, matrix.right)
     return all(bool(np.isfinite(part).all()) for part in parts)
@@ -167,6 +197,10 @@ def _is_finite(matrix: Dense | Factored) -> bool:
 
 def _add_record(now: Snapshot, history: MatrixHistory) -> None:
     if now.weight is not None:
+        values = now.weight.values.astype(_wide(now.weight), copy=False)
+        history.squares[now.step] = float(np.vdot(values, values))
+        if not history.digests:
+            history.beyond_chance = beyond_chance(values)
         history.digests[now.step] = digest(now.weight.values)
     elif now.adapter is not None:
         parts = (now.adapter.left, now.adapter.right)

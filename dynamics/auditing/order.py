@@ -14,11 +14,14 @@ DISTINCT = "distinct_checkpoints"
 ORDERED = "ordered_history"
 
 # A vector of few numbers, or a matrix of a few, may return by chance in bfloat16.
-_FEWEST_NUMBERS = 1024
-# The learning rate of the first steps may be 0: step 1 of Pythia is step 0.
+FEWEST_NUMBERS = 1024
+# The learning rate of the first steps may be 0: step 1 of Pythia is step 0. Steps of full batches
+# at the edge of stability alternate, so that records a few steps apart need not lie in order.
 _FIRST_STEPS = 10
 _LONG_REST = 0.01  # of the run's steps
 _FAR, _VERY_FAR = 1.5, 2.0
+_DENSE = 2.0  # so many times farther, where records are few steps apart
+_EXCHANGED = 1.05
 Contents = Mapping[str, Mapping[int, str]]  # matrix -> step -> what stands for its numbers
 
 
@@ -27,7 +30,7 @@ def contents_read(histories: Sequence[MatrixHistory]) -> Contents:
     return {
         each.info.name: each.digests
         for each in histories
-        if each.info.rows * each.info.cols >= _FEWEST_NUMBERS
+        if each.info.rows * each.info.cols >= FEWEST_NUMBERS
     }
 
 
@@ -36,7 +39,7 @@ def contents_stated(run: Run) -> Contents:
     kind = schema.WEIGHT if schema.WEIGHT in run.stored_kinds else schema.ADAPTER
     contents: dict[str, dict[int, str]] = {}
     for name, info in run.matrices.items():
-        if info.rows * info.cols >= _FEWEST_NUMBERS:
+        if info.rows * info.cols >= FEWEST_NUMBERS:
             origins = {step: run.origin(name, step, kind) for step in run.steps.tolist()}
             contents[name] = {step: each for step, each in origins.items() if each is not None}
     return contents
@@ -126,12 +129,13 @@ def _of_rest(before: int, now: int, share: float) -> Verdict:
 
 
 def judge_order(run: Run, histories: Iterable[MatrixHistory]) -> list[Verdict]:
-    """A step that lies far from both its neighbours, while these are near each other.
+    """A step that lies far from both its neighbours, or two neighbours that are exchanged.
 
-    With U_j = W_{j+1} − W_j, pooled over the matrices, it is the smaller of two ratios: that of
-    min(‖U_{j−1}‖, ‖U_j‖) to ‖W_{j+1} − W_{j−1}‖, and to the updates around, scaled by the steps
-    that they take. A foreign checkpoint has both large; training at the edge of stability has
-    only the first.
+    With U_j = W_{j+1} − W_j, pooled over the matrices, a step lies far off by the smaller of two
+    ratios: that of min(‖U_{j−1}‖, ‖U_j‖) to ‖W_{j+1} − W_{j−1}‖, and to the updates around, scaled
+    by the steps that they take. A foreign checkpoint has both large; training at the edge of
+    stability has only the first. Two neighbours are exchanged where the path through four records
+    is longer than with the middle two the other way round.
     """
     squares: dict[tuple[int, int], float] = {}
     for history in histories:
@@ -145,30 +149,77 @@ def judge_order(run: Run, histories: Iterable[MatrixHistory]) -> list[Verdict]:
     }
     if not found:
         return [not_checked(ORDERED, "it takes five records, and weights that are read")]
-    verdicts = []
+    scale = {step: _DENSE if _is_dense(step, steps) else 1.0 for step in found}
+    wrong = {step for step, far in found.items() if far > _VERY_FAR * scale[step]}
+    verdicts, exchanged = _exchanges(steps, squares, wrong)
     for step, far in found.items():
-        if far > _FAR:
+        if far > _FAR * scale[step] and step not in exchanged:
             meaning = (
                 f"The weights at step {step} are {far:.1f} times as far from both neighbours as "
                 "these from each other, or as updates around it: they may be of another step, or "
                 "of another run."
             )
-            severity = Severity.FAIL if far > _VERY_FAR else Severity.WARN
-            verdicts.append(_of_order(severity, meaning, step, far))
-    worst = max(found, key=lambda step: found[step])
+            severity = Severity.FAIL if step in wrong else Severity.WARN
+            verdicts.append(_of_order(severity, meaning, step, far, _VERY_FAR * scale[step]))
+    worst = max(found, key=lambda step: found[step] / scale[step])
     fine = "Each record lies between its neighbours."
-    return verdicts or [_of_order(Severity.PASS, fine, worst, found[worst])]
+    verdicts.sort(key=lambda each: each.step or 0)
+    return verdicts or [
+        _of_order(Severity.PASS, fine, worst, found[worst], _VERY_FAR * scale[worst])
+    ]
 
 
-def _of_order(severity: Severity, meaning: str, step: int, far: float) -> Verdict:
+def _of_order(
+    severity: Severity, meaning: str, step: int, measured: float, threshold: float = _VERY_FAR
+) -> Verdict:
     return Verdict(
         check=ORDERED,
         severity=severity,
         meaning=meaning,
         step=step,
-        measured=far,
-        threshold=_VERY_FAR,
+        measured=measured,
+        threshold=threshold,
     )
+
+
+def _is_dense(step: int, steps: Sequence[int]) -> bool:
+    """Whether the records around are so few steps apart that they need not lie in order."""
+    at = steps.index(step)
+    return steps[at + 1] - step < _FIRST_STEPS or step - steps[at - 1] < _FIRST_STEPS
+
+
+def _exchanges(
+    steps: Sequence[int], squares: Mapping[tuple[int, int], float], wrong: set[int]
+) -> tuple[list[Verdict], set[int]]:
+    """Each two neighbours that are exchanged, and the steps around them."""
+    found = {
+        j: detour
+        for j in range(1, len(steps) - 2)
+        if not wrong & set(steps[j - 1 : j + 3]) and (detour := _detour(j, steps, squares))
+    }
+    verdicts, around = [], set[int]()
+    for j, detour in found.items():
+        clearest = max(found.get(i, 0.0) for i in range(j - 2, j + 3))
+        if detour > _EXCHANGED and detour == clearest:
+            around |= set(steps[j - 1 : j + 3])
+            meaning = (
+                f"The way through the steps {abridged(steps[j - 1 : j + 3])} is {detour:.2f} times "
+                f"as long as with {steps[j]} and {steps[j + 1]} exchanged: they may be mixed up."
+            )
+            verdict = _of_order(Severity.FAIL, meaning, steps[j], detour, _EXCHANGED)
+            verdicts.append(verdict)
+    return verdicts, around
+
+
+def _detour(j: int, steps: Sequence[int], squares: Mapping[tuple[int, int], float]) -> float | None:
+    """The path through four records over that with the middle two, j and j + 1, exchanged."""
+    a, b, c, d = steps[j - 1 : j + 3]
+    pairs = ((a, b), (b, c), (c, d), (a, c), (b, d))
+    if min(b - a, c - b, d - c) < _FIRST_STEPS or not all(pair in squares for pair in pairs):
+        return None
+    first, middle, last, over, under = (squares[pair] ** 0.5 for pair in pairs)
+    other = over + middle + under
+    return (first + middle + last) / other if other else None
 
 
 def _how_far(

@@ -19,7 +19,7 @@ def test_an_audit_takes_a_path_or_a_run(tmp_path, opened):
     report = dy.audit(opened(path))
     assert report == dy.audit(path)
     assert report.run == str(path)
-    assert len(report.summaries) == 17
+    assert len(report.summaries) == 18
 
 
 def test_a_path_without_a_run_is_an_error(tmp_path):

@@ -25,7 +25,9 @@ def saved(tmp_path, weights, dtype=np.float32):
     folder = tmp_path / "run"
     folder.mkdir()
     for step, weight in weights.items():
-        tensors = {f"layers.{i}.up_proj.weight": (weight + i).astype(dtype) for i in range(2)}
+        tensors = {
+            f"layers.{i}.up_proj.weight": (weight * (1 - 2 * i)).astype(dtype) for i in range(2)
+        }
         tensors["layers.0.frozen.weight"] = np.ones(SHAPE, dtype)
         tensors["layers.0.small.weight"] = np.full((3, 3), step % 2, dtype)  # returns
         np.savez(folder / f"step_{step}.npz", **tensors)
@@ -98,6 +100,30 @@ def test_a_checkpoint_of_another_step_or_run_lies_far_off(tmp_path, place):
     weights[place] = trained(list(STEPS), seed=9)[place]
     _, ordered = verdicts(saved(tmp_path, weights))
     assert [(each.step, each.severity) for each in ordered] == [(place, Severity.FAIL)]
+
+
+@pytest.mark.parametrize("place", [300, 900, 1500])
+def test_two_neighbours_that_are_exchanged_are_named(tmp_path, place):
+    weights = trained(list(STEPS))
+    weights[place], weights[place + 100] = weights[place + 100], weights[place]
+    _, ordered = verdicts(saved(tmp_path, weights))
+    assert [(each.step, each.severity) for each in ordered] == [(place, Severity.FAIL)]
+    assert f"{place} and {place + 100} exchanged" in ordered[0].meaning
+    a, b, c, d = (weights[place + each].astype(float) for each in (-100, 0, 100, 200))
+    way = [np.linalg.norm(x - y) for x, y in ((a, b), (b, c), (c, d), (a, c), (b, d))]
+    expected = sum(way[:3]) / (way[3] + way[1] + way[4])
+    assert ordered[0].measured == pytest.approx(expected, rel=1e-5)
+    assert ordered[0].threshold == 1.05
+
+
+def test_steps_that_alternate_are_no_disorder(tmp_path):
+    """Full batches at the edge of stability: each step goes back along the last one."""
+    weights = trained(list(range(0, 60, 3)))
+    across = 0.2 * np.random.default_rng(3).standard_normal(SHAPE)
+    for step in weights:
+        weights[step] = (weights[step] + across * (-1) ** step).astype(np.float32)
+    distinct, ordered = verdicts(saved(tmp_path, weights))
+    assert [each.severity for each in (*distinct, *ordered)] == [Severity.PASS] * 2
 
 
 def test_a_short_history_is_not_checked(tmp_path):

@@ -20,7 +20,7 @@ def checks(report, severity=Severity.FAIL):
 def test_a_healthy_run_passes(audited_run, seed):
     run = audited_run(f"healthy-{seed}", seed=seed)
     assert {each.severity for each in run.recording.summaries} == {Severity.PASS}
-    assert len(run.recording.summaries) == 17
+    assert len(run.recording.summaries) == 18
     assert {each.severity for each in run.checkpoints.summaries} == {
         Severity.PASS,
         Severity.NOT_CHECKED,
