@@ -17,6 +17,7 @@ from dynamics.analysis.results import ResultBuilder
 from dynamics.analysis.selection import Selection, Steps, selection_of
 from dynamics.analysis.tasks import Outcome, Recall, Task, measure_cells
 from dynamics.analysis.workers import TaskOutcomes, measure_by_workers
+from dynamics.components import made_of
 from dynamics.errors import LeftOutWarning, UnmeasuredWarning
 from dynamics.formats import open_run
 from dynamics.formats.hub.cost import Cost, expect
@@ -26,6 +27,7 @@ from dynamics.spectra.backend import Backend, NumpyBackend
 from dynamics.spectra.gpu_backend import backend_for, backend_version
 
 Progress = Callable[[int, int, str], None]
+Agree = Callable[[Cost], object]
 
 # A task should take some seconds. Then little is lost with a worker that dies, and all workers end
 # at about the same time. But each task reads the matrices before its own steps and at the first
@@ -48,6 +50,7 @@ def analyze(
     select: str | Sequence[str] | None = None,
     lag: int | None = None,
     progress: Progress | None = None,
+    agree: Agree | None = None,
     execution: Execution | None = None,
     **options: Unpack[ExecutionOptions],
 ) -> xr.Dataset:
@@ -66,6 +69,8 @@ def analyze(
             the previous record by default, so that updates depend on how often a run was recorded.
         progress: called as progress(done, total, matrix name) while it works; done and total count
             matrices at a step, in a kind.
+        agree: called with the `Cost` of a run on the hub, before its first tensor is fetched; may
+            raise.
         execution: how it is carried out, see `Execution`.
         options: fields of `Execution`: cache, strict, workers, scheduler, device.
 
@@ -103,7 +108,7 @@ def analyze(
         select=select,
         lag=lag,
     )
-    return measure(chosen, execution_with(execution, options), progress=progress)
+    return measure(chosen, execution_with(execution, options), progress=progress, agree=agree)
 
 
 def measure(
@@ -112,7 +117,7 @@ def measure(
     *,
     progress: Progress | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    agree: Callable[[Cost], object] = lambda cost: None,
+    agree: Agree | None = None,
 ) -> xr.Dataset:
     """What `analyze` returns for a selection.
 
@@ -122,7 +127,7 @@ def measure(
         progress: see `analyze`.
         stopped: asked again and again whether to give up: before every matrix at every step and
             kind, or with workers before every few.
-        agree: called with what will be fetched of a run on the hub, before that; may raise.
+        agree: see `analyze`.
 
     Raises:
         StoppedError: `stopped` said so; what was measured is in the cache.
@@ -151,9 +156,9 @@ def measure(
             tasks = _new_tasks(tasks, chosen, known, results, report)
         else:
             tasks = iter(new := list(_new_tasks(tasks, chosen, known, results, lambda _: None)))
-            cells = ((each.name, *cell) for each in new for cell in each.cells)
             ending.callback(expect, chosen.run, ())  # whatever happens, nothing more is fetched
-            if (cost := expect(chosen.run, cells)) is not None:
+            cost = _cost(chosen.run, new)
+            if cost is not None and agree is not None:
                 agree(cost)
         outcomes_of_tasks = (
             _in_this_process(tasks, chosen, backend, known, stopped)
@@ -181,6 +186,30 @@ def measure(
     if account is not None and (warning := account.warning()):
         warnings.warn(f"{chosen.run.path}: {warning}", LeftOutWarning, stacklevel=3)
     return results.dataset()
+
+
+def cost_of(chosen: Selection, execution: Execution) -> Cost | None:
+    """What measuring a selection will fetch; None for a run that does not lie on the hub."""
+    if chosen.run.source is None:
+        return None
+    version = backend_version(execution.device)
+    cache = execution.cache
+    with nullcontext() if cache is None else SpectrumCache(cache, version) as known:
+        tasks, results = _tasks(chosen, largest_first=False), ResultBuilder(chosen, version)
+        return _cost(chosen.run, _new_tasks(tasks, chosen, known, results, lambda _: None))
+
+
+def _cost(run: Run, tasks: Iterable[Task]) -> Cost | None:
+    names = made_of(run)
+    return expect(
+        run,
+        (
+            (name, step, kind)
+            for task in tasks
+            for step, kind in task.cells
+            for name in names(task.component, task.name, kind)
+        ),
+    )
 
 
 def _tasks(chosen: Selection, *, largest_first: bool) -> Iterator[Task]:

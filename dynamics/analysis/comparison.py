@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis.analyze import Progress, measure
+from dynamics.analysis.analyze import Agree, Progress, cost_of, measure
 from dynamics.analysis.execution import Execution, ExecutionOptions, execution_with
 from dynamics.analysis.selection import Selection, SelectionOptions, Steps, selection_of
 from dynamics.analysis.settings import with_settings
@@ -38,6 +38,7 @@ def compare(
     runs: Mapping[str, xr.Dataset | Run | str | Path],
     *,
     progress: Progress | None = None,
+    agree: Agree | None = None,
     execution: Execution | None = None,
     metrics: Iterable[str] | None = None,
     components: Iterable[str] | None = None,
@@ -56,6 +57,7 @@ def compare(
     Args:
         runs: label -> an analysis, or a run, or the path of one of the two. Runs are measured.
         progress: see `analyze`; the label of the run stands before the matrix's name.
+        agree: see `analyze`; called for each run before the first one is measured.
         execution: how runs are measured, see `analyze`. They share one cache.
         metrics: see `analyze`; this and the following hold for the runs that are measured.
         components: see `analyze`.
@@ -105,6 +107,11 @@ def compare(
         label: each if isinstance(each, xr.Dataset) else selection_of(each, **choice)
         for label, each in opened.items()
     }
+    for each in planned.values():
+        if isinstance(each, Selection) and agree is not None:
+            cost = cost_of(each, execution)
+            if cost is not None:
+                agree(cost)
     analyses = {
         label: each
         if isinstance(each, xr.Dataset)

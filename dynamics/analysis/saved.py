@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis.analyze import Progress, measure
+from dynamics.analysis.analyze import Agree, Progress, measure
 from dynamics.analysis.comparison import compare
 from dynamics.analysis.execution import Execution
 from dynamics.analysis.following import follow
@@ -18,7 +18,6 @@ from dynamics.analysis.selection import Selection, SelectionOptions, selection_o
 from dynamics.analysis.statistics import difference
 from dynamics.analysis.storage import check_output, is_analysis, load, save
 from dynamics.errors import DynamicsError, FormatError, MissingError, OutputExistsError, near
-from dynamics.formats.hub.cost import Cost
 from dynamics.runs.run import Run
 from dynamics.schema import Status
 
@@ -30,7 +29,7 @@ def analyze_and_save(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    agree: Callable[[Cost], object] = lambda cost: None,
+    agree: Agree | None = None,
     command: str | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> xr.Dataset:
@@ -43,7 +42,7 @@ def analyze_and_save(
         execution: how the run is measured.
         overwrite: whether the result may take the place of any other analysis, too.
         progress: see `analyze`.
-        agree: see `measure`.
+        agree: see `analyze`.
         command: the command line, which the result keeps as an attribute.
         choice: what to measure, see `analyze`.
 
@@ -134,6 +133,7 @@ def compare_and_save(
     pair: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    agree: Agree | None = None,
     command: str | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> xr.Dataset:
@@ -148,6 +148,7 @@ def compare_and_save(
             `difference`.
         overwrite: whether the result may replace another one.
         progress: see `analyze`.
+        agree: see `compare`.
         command: see `analyze_and_save`.
         choice: what to measure, see `analyze`.
 
@@ -169,7 +170,9 @@ def compare_and_save(
         raise MissingError(
             f"The baseline {baseline!r}{near(baseline, runs)} is none of {', '.join(runs)}."
         )
-    both = _made_by(command, compare(runs, progress=progress, execution=execution, **choice))
+    both = _made_by(
+        command, compare(runs, progress=progress, agree=agree, execution=execution, **choice)
+    )
     result = both if baseline is None else difference(both, baseline=baseline, pair=pair)
     save(result, output, overwrite=overwrite)
     return both

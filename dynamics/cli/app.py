@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from dynamics import schema
+from dynamics.cli.of_checks import audit, inspect
 from dynamics.cli.of_report import report
 from dynamics.cli.of_results import export, plot, show
-from dynamics.cli.of_runs import analyze, audit, compare, inspect
+from dynamics.cli.of_runs import analyze, compare
 from dynamics.cli.options import Listing
 from dynamics.cli.output import print_table
 from dynamics.cli.running import Commands, run_app

@@ -19,14 +19,16 @@ from dynamics.cli.options import (
     KindsOption,
     NoCacheOption,
     OverwriteOption,
+    RefPatternOption,
     RevisionsOption,
     SchedulerOption,
     SelectOption,
     StepsOption,
     StrictOption,
     WorkersOption,
+    YesOption,
 )
-from dynamics.cli.output import print_line, progress_bar, report_problems
+from dynamics.cli.output import agree_to, print_line, progress_bar, report_problems
 from dynamics.cli.running import command_line, goes_on
 from dynamics.cli.values import (
     choice_of,
@@ -69,6 +71,7 @@ def report(
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
     revisions: RevisionsOption = None,
+    ref_pattern: RefPatternOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -100,6 +103,7 @@ def report(
     workers: WorkersOption = 1,
     scheduler: SchedulerOption = None,
     device: DeviceOption = "cpu",
+    yes: YesOption = False,
 ) -> None:
     """Write one HTML file that shows what happened, whether to trust it, and what is broken."""
     from dynamics.analysis.storage import is_analysis
@@ -112,7 +116,9 @@ def report(
                 raise DynamicsError(
                     f"{name} has no effect without --follow; leave one out, or add the other."
                 )
-    opened = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
+    opened = opener_of(
+        format, base, adapter, lora_alpha, expert_blocks, revisions, ref_pattern, keep_fused
+    )
     paths = [text for text in runs if not _has_name(text)]
     labels = dict(zip(names_of(paths), paths, strict=True)) if paths else {}
     named = labels | named_paths([text for text in runs if _has_name(text)])
@@ -163,6 +169,7 @@ def report(
             audit=not no_audit,
             overwrite=overwrite,
             progress=progress,
+            agree=partial(agree_to, yes=yes),
             execution=execution,
             command=command_line(),
             **choice,

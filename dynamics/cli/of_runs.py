@@ -1,8 +1,7 @@
-"""The verbs that read runs: analyze, compare, inspect, audit."""
+"""The verbs that measure runs: analyze, compare."""
 
 import json
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +21,7 @@ from dynamics.cli.options import (
     MetricsOption,
     NoCacheOption,
     OverwriteOption,
+    RefPatternOption,
     RevisionsOption,
     RunPaths,
     SchedulerOption,
@@ -36,7 +36,6 @@ from dynamics.cli.output import (
     print_accounts,
     print_line,
     print_table,
-    print_warning,
     progress_bar,
     report_problems,
 )
@@ -77,6 +76,7 @@ def analyze(
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
     revisions: RevisionsOption = None,
+    ref_pattern: RefPatternOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -110,7 +110,9 @@ def analyze(
     execution = execution_of(output, no_cache, strict, workers, scheduler, device)
     goes_on(interrupted(execution.cache))
     choice = choice_of(metrics, components, kinds, steps, select, lag)
-    opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
+    opener = opener_of(
+        format, base, adapter, lora_alpha, expert_blocks, revisions, ref_pattern, keep_fused
+    )
     opened = partial(opener, run_of(run))
     if follow:
         from dynamics.cli.following import until_signalled
@@ -180,6 +182,7 @@ def compare(
     lora_alpha: AlphaOption = None,
     expert_blocks: BlocksOption = False,
     revisions: RevisionsOption = None,
+    ref_pattern: RefPatternOption = None,
     keep_fused: FusedOption = False,
     overwrite: OverwriteOption = False,
     strict: StrictOption = False,
@@ -187,13 +190,16 @@ def compare(
     workers: WorkersOption = 1,
     scheduler: SchedulerOption = None,
     device: DeviceOption = "cpu",
+    yes: YesOption = False,
 ) -> None:
     """Measure runs, or take saved analyses, and align them side by side."""
     from dynamics.analysis.saved import compare_and_save
     from dynamics.analysis.storage import is_analysis
     from dynamics.cli.tables import summary_table
 
-    opened = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
+    opened = opener_of(
+        format, base, adapter, lora_alpha, expert_blocks, revisions, ref_pattern, keep_fused
+    )
     given: dict[str, Path | Run] = {
         name: Path(path) if is_analysis(path) else opened(path)
         for name, path in named_paths(runs).items()
@@ -212,6 +218,7 @@ def compare(
             pair=pair,
             overwrite=overwrite,
             progress=progress,
+            agree=partial(agree_to, yes=yes),
             command=command_line(),
             **choice,
         )
@@ -222,91 +229,3 @@ def compare(
     measured = [name for name, each in given.items() if not isinstance(each, Path)]
     problems = json.loads(both.attrs["problems"])
     report_problems([f"{name}: {each}" for name in measured for each in problems[name]])
-
-
-def inspect(
-    run: RunPaths,
-    format: FormatOption = None,
-    base: BaseOption = None,
-    adapter: AdapterOption = None,
-    lora_alpha: AlphaOption = None,
-    expert_blocks: BlocksOption = False,
-    revisions: RevisionsOption = None,
-    keep_fused: FusedOption = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify", help="Read every number of a recording. Exit code 1: it is damaged."
-        ),
-    ] = False,
-) -> None:
-    """Show what a run holds: its format, steps, kinds, matrices, scalars and events."""
-    from dynamics.cli.tables import (
-        contents_table,
-        matrices_table,
-        passed_over_lines,
-        verification_lines,
-    )
-    from dynamics.formats.recording import RecordingRun
-
-    keep_fused = keep_fused or verify
-    opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, keep_fused)
-    opened = opener(run_of(run))
-    print_table(contents_table(opened))
-    for line in passed_over_lines(opened.passed_over):
-        print_line(line)
-    print_table(matrices_table(opened))
-    problems = [*opened.problems.values(), *dict.fromkeys(opened.absent_kinds.values())]
-    if verify:
-        if not isinstance(opened, RecordingRun):
-            raise DynamicsError(
-                f"{opened.path} is not a recording (its format is {opened.format!r}). Only "
-                "recordings have checksums to verify; leave --verify out."
-            )
-        verification = opened.verify()
-        for line in verification_lines(verification, len(opened.steps)):
-            print_line(line)
-        problems = [*verification.damaged, *problems]
-    if opened.account is not None and (warning := opened.account.warning()):
-        print_warning(warning)
-    report_problems(problems)
-
-
-def audit(
-    run: RunPaths,
-    format: FormatOption = None,
-    base: BaseOption = None,
-    adapter: AdapterOption = None,
-    lora_alpha: AlphaOption = None,
-    expert_blocks: BlocksOption = False,
-    revisions: RevisionsOption = None,
-    hashes: Annotated[
-        bool,
-        typer.Option(
-            "--hashes", help="Of a model on the hub: compare stated hashes, and read nothing."
-        ),
-    ] = False,
-    yes: YesOption = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
-    ] = False,
-) -> None:
-    """Check a run for defects, such as wrong merges, dead layers, NaN. Exit code 1: one failed."""
-    from dynamics.auditing import audit as audit_run
-    from dynamics.cli.tables import audit_table
-    from dynamics.formats.hub.cost import expect
-
-    opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions)
-    opened = opener(run_of(run))
-    if not hashes:
-        cells = product(opened.matrices, opened.steps.tolist(), opened.stored_kinds)
-        if (cost := expect(opened, cells)) is not None:
-            agree_to(cost, yes)
-    report = audit_run(opened, hashes_only=hashes)
-    if as_json:
-        print(report.to_json())
-    else:
-        print_table(audit_table(report))
-        print_line(report.line)
-    if report.failed:
-        raise typer.Exit(1)

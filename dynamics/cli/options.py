@@ -26,6 +26,15 @@ RevisionsOption = Annotated[
         help='Of a model on the hub, the branches and tags that are the steps: "stage1-*".',
     ),
 ]
+RefPatternOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ref-pattern",
+        metavar="REGEX",
+        help="Of a model on the hub: what finds the step in names of branches and tags, in its "
+        'group "step" or its first group: "run-a_([0-9]+)k".',
+    ),
+]
 YesOption = Annotated[
     bool, typer.Option("--yes", help="Fetch from the hub without asking, however much it is.")
 ]

@@ -41,6 +41,7 @@ def opener_of(
     lora_alpha: float | None,
     expert_blocks: bool,
     revisions: str | None,
+    ref_pattern: str | None,
     keep_fused: bool = False,
 ) -> "partial[Run]":
     """How a run is opened: `open_run` with what the command line says of runs."""
@@ -54,6 +55,7 @@ def opener_of(
         lora_alpha=lora_alpha,
         expert_blocks=expert_blocks,
         revisions=revisions,
+        ref_pattern=ref_pattern,
         split_fused=not keep_fused,
     )
 

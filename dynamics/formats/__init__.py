@@ -74,6 +74,7 @@ def open_run(
     expert_blocks: bool | None = None,
     split_fused: bool = True,
     revisions: str | None = None,
+    ref_pattern: str | None = None,
 ) -> Run:
     """Open a training run for analysis. No tensor is read before it is measured.
 
@@ -92,6 +93,9 @@ def open_run(
             other tools than PEFT have packed them; files do not say so.
         split_fused: read fused matrices (GPT-2's c_attn) as their parts, see `dynamics.runs.fused`.
         revisions: of a model on the hub, a glob of the branches and tags to take: "stage1-*".
+        ref_pattern: of a model on the hub, a regular expression that finds the step in the names
+            of its branches and tags, where they are not read otherwise. Its group `step`, or else
+            its first group, is the step: "run-a_([0-9]+)k". Names without it are no steps.
 
     Returns:
         A `Run`: its `steps`, `kinds`, `matrices`, `scalars`, `events`, and `read` for one matrix.
@@ -129,7 +133,7 @@ def open_run(
                 lora_alpha=_checked_alpha(lora_alpha),
                 expert_blocks=expert_blocks or None,
             )
-            on_hub = _on_hub(paths, revisions)
+            on_hub = _on_hub(paths, revisions, ref_pattern)
             if isinstance(on_hub, History):
                 return _opened(_open_history(on_hub, format, options), split_fused)
             paths = on_hub
@@ -147,7 +151,9 @@ def _opened(run: Run, split_fused: bool) -> Run:
     return fused.split_fused(run) if split_fused else run
 
 
-def _on_hub(paths: list[Path], revisions: str | None) -> History | list[Path]:
+def _on_hub(
+    paths: list[Path], revisions: str | None, ref_pattern: str | None
+) -> History | list[Path]:
     """The history that a path is, or the paths as they are to be opened."""
     path = paths[0]
     named = hub_name(path) if len(paths) == 1 else None
@@ -160,16 +166,17 @@ def _on_hub(paths: list[Path], revisions: str | None) -> History | list[Path]:
             raise FormatError(f"{path} does not exist here, and {problem}") from problem
         path = cast(Path, on_hub)
     if len(paths) > 1 or not isinstance(path, HubPath):
-        if revisions is not None:
+        given = {"revisions": revisions, "ref_pattern": ref_pattern}
+        for name in (name for name, value in given.items() if value is not None):
             raise DynamicsError(
-                f"revisions= (--revisions) has no effect on {path}, which is not one model on the "
-                "hub (hf://org/name); leave it out."
+                f"{name}= (--{name.replace('_', '-')}) has no effect on {path}, which is not one "
+                "model on the hub (hf://org/name); leave it out."
             )
         return paths
     cached = cached_model(path)
-    if cached is not None and revisions is None:
+    if cached is not None and revisions is None and ref_pattern is None:
         return [cached]
-    found = history_of(path, revisions)
+    found = history_of(path, revisions, ref_pattern)
     return found if isinstance(found, History) else [cast(Path, found)]
 
 

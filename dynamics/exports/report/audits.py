@@ -48,11 +48,12 @@ class Check:
 def checks_of_run(run: Run) -> dict[str, Any]:
     """The audit of a run as JSON-like values, for the attribute `audits` of its result.
 
+    Of a run on the hub, only the stated hashes are compared: the rest would fetch all weights.
     A run that cannot be audited (one that holds spectra and no matrices) has one check that says
     so.
     """
     try:
-        return _as_json(audit(run))
+        return _as_json(audit(run, hashes_only=run.source is not None))
     except (MissingError, FormatError) as reason:
         return {"audit": {"severity": Severity.NOT_CHECKED, "meaning": str(reason)}}
 

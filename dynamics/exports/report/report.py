@@ -5,7 +5,7 @@ from typing import Unpack
 
 import xarray as xr
 
-from dynamics.analysis.analyze import Progress
+from dynamics.analysis.analyze import Agree, Progress
 from dynamics.analysis.execution import Execution
 from dynamics.analysis.selection import SelectionOptions
 from dynamics.exports.files import check_file, write_file
@@ -39,7 +39,7 @@ def report(
         output: the file.
         title: the heading; by default it names the runs.
         audit: whether runs that are measured are audited, too. Saved results do not hold the
-            matrices that this takes.
+            matrices that this takes. Of a run on the hub, only the stated hashes are.
         overwrite: whether the file may replace another one.
         progress: see `analyze`.
         execution: how runs are measured.
@@ -79,12 +79,15 @@ def report_and_problems(
     overwrite: bool,
     progress: Progress | None,
     execution: Execution | None,
+    agree: Agree | None = None,
     command: str | None,
     **choice: Unpack[SelectionOptions],
 ) -> tuple[Path, list[str]]:
     """`report`, and what could not be measured, run by run."""
     path = check_file(output, overwrite=overwrite)
-    result = result_of(runs, audit=audit, progress=progress, execution=execution, **choice)
+    result = result_of(
+        runs, audit=audit, progress=progress, agree=agree, execution=execution, **choice
+    )
     problems = [
         f"{run}: {text}" for run, each in by_run(result, "problems").items() for text in each or ()
     ]

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import xarray as xr
 
 from dynamics import schema
-from dynamics.analysis.analyze import Progress, analyze
+from dynamics.analysis.analyze import Agree, Progress, analyze
 from dynamics.analysis.comparison import compare
 from dynamics.analysis.execution import Execution
 from dynamics.analysis.selection import SelectionOptions
@@ -30,6 +30,7 @@ def result_of(
     *,
     audit: bool = True,
     progress: Progress | None = None,
+    agree: Agree | None = None,
     execution: Execution | None = None,
     **choice: Unpack[SelectionOptions],
 ) -> xr.Dataset:
@@ -39,6 +40,7 @@ def result_of(
         sources: see `report`.
         audit: whether runs that are measured are audited.
         progress: see `analyze`.
+        agree: see `analyze`.
         execution: how runs are measured.
         choice: what is measured of runs, see `analyze`.
     """
@@ -46,10 +48,10 @@ def result_of(
     if len(opened) == 1:
         ((label, each),) = opened.items()
         if isinstance(each, Run):
-            each = analyze(each, progress=progress, execution=execution, **choice)
+            each = analyze(each, progress=progress, agree=agree, execution=execution, **choice)
         found = comparison_of(each, label)
     else:
-        found = compare(opened, progress=progress, execution=execution, **choice)
+        found = compare(opened, progress=progress, agree=agree, execution=execution, **choice)
     if not audit:
         return found
     done = {label: checks_of_run(each) for label, each in opened.items() if isinstance(each, Run)}

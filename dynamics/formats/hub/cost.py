@@ -55,8 +55,7 @@ class Cost:
 def expect(run: Run, cells: Iterable[Cell]) -> Cost | None:
     """Tell the hub which cells of a run will be measured, in which order; what that costs.
 
-    None for a run that does not lie on the hub. Matrices that are computed of several, such as
-    circuits, are not counted, and not fetched ahead.
+    None for a run that does not lie on the hub.
     """
     repository = run.source
     if not isinstance(repository, Repository):

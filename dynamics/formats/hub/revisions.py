@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
-from dynamics.errors import FormatError, MissingError, near
-from dynamics.formats.shared.steps import named_step
+from dynamics.errors import DynamicsError, FormatError, MissingError, near
+from dynamics.formats.shared.steps import named_step, step_in_name
 from dynamics.formats.storage.hub.path import HubPath
 from dynamics.formats.storage.hub.repository import MAIN, WEIGHTS, Repository
 
@@ -54,33 +54,47 @@ def hub_name(path: Path) -> str | None:
     return f"hf://{text}"
 
 
-def history_of(path: HubPath, revisions: str | None = None) -> History | HubPath:
+def history_of(
+    path: HubPath, revisions: str | None = None, pattern: str | None = None
+) -> History | HubPath:
     """The history in a repository; one path where one revision is asked for, or is all there is.
 
     Args:
         path: hf://org/name; with a revision that is a glob, as with `revisions`, those that match.
         revisions: a glob of the names of branches and tags: "stage1-*".
+        pattern: a regular expression that is found in the names of the steps only. Its group
+            `step`, or else its first group, is the step: "run-a_([0-9]+)k".
 
     Raises:
+        DynamicsError: `pattern` is no regular expression, or has no group.
         FormatError: several revisions are of one step, or a count begins anew.
         MissingError: no branch or tag matches.
     """
+    search = None if pattern is None else _search_of(pattern)
     glob = revisions
-    if glob is None and path.revision is not None and set(_MAGIC) & set(path.revision):
+    if glob is None and path.revision is not None and (search or set(_MAGIC) & set(path.revision)):
         glob = path.revision
-    if glob is None and (path.revision is not None or path.inner):
+    if glob is None and search is None and (path.revision is not None or path.inner):
         return path
     repository = path.repository
     refs = repository.refs
-    if glob is None:
+    if glob is None and search is None:
         history = _of_refs(repository, refs, path.inner)
         return history or _of_commits(path) or path
-    chosen = {name: each for name, each in refs.items() if fnmatchcase(name, glob)}
-    if not chosen:
+    chosen = {name: each for name, each in refs.items() if fnmatchcase(name, glob or "*")}
+    if not chosen and glob is not None:
         raise MissingError(
             f"hf://{repository.name} has no branch or tag {glob!r}{near(glob, list(refs))}; it has "
             f"{_abridged(list(refs))}."
         )
+    if search is not None:
+        steps = {name: step for name in chosen if (step := search(name)) is not None}
+        if not steps:
+            raise MissingError(
+                f"hf://{repository.name}: --ref-pattern (ref_pattern=) {pattern!r} finds no step "
+                f"in the names {_abridged(list(chosen))}."
+            )
+        return _of_steps(repository, chosen, steps, path.inner)
     history = _of_refs(repository, chosen, path.inner)
     if history is None and len(chosen) > 1:
         raise FormatError(
@@ -99,17 +113,47 @@ def _of_refs(repository: Repository, refs: Mapping[str, str], inner: str) -> His
     for name, step in named.items():
         stages.setdefault(_stage(name), []).append((step.step, name))
     _check_one_count(repository.name, stages)
+    return _of_steps(repository, refs, {name: each.step for name, each in named.items()}, inner)
+
+
+def _of_steps(
+    repository: Repository, refs: Mapping[str, str], named: Mapping[str, int], inner: str
+) -> History:
+    """The history of the revisions whose steps are known; two of one step are one revision."""
     steps: dict[int, str] = {}
-    for number, name in sorted(each for stage in stages.values() for each in stage):
+    for number, name in sorted((number, name) for name, number in named.items()):
         other = steps.setdefault(number, name)
         if refs[other] != refs[name]:
             raise FormatError(
                 f"hf://{repository.name} has {other} and {name}, both of step {number}; choose "
                 f"with --revisions GLOB (revisions=), such as {other!r}."
             )
-    paths = {step: HubPath(repository, name, inner) for step, name in steps.items()}
+    paths = {
+        step: HubPath(repository, name, inner, label=f"step{step}" * (step_in_name(name) != step))
+        for step, name in steps.items()
+    }
     others = {name: "its name tells no step" for name in refs if name not in named}
     return History(paths, others)
+
+
+def _search_of(pattern: str) -> Callable[[str], int | None]:
+    """What reads the step in a name by a regular expression; None where there is none."""
+    option = f"--ref-pattern (ref_pattern=) is {pattern!r}"
+    try:
+        compiled = re.compile(pattern)
+    except re.error as problem:
+        raise DynamicsError(f"{option}: that is no regular expression ({problem}).") from None
+    if compiled.groups == 0:
+        raise DynamicsError(f"{option}: it has no group; put the step in one: (?P<step>[0-9]+).")
+    group = "step" if "step" in compiled.groupindex else 1
+
+    def step(name: str) -> int | None:
+        match = compiled.search(name)
+        text = (match and match[group]) or ""
+        named = named_step(f"step{text}") if text[:1].isdecimal() else None  # "10k" is 10000
+        return None if named is None else named.step
+
+    return step
 
 
 def _stage(name: str) -> str:

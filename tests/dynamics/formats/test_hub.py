@@ -17,7 +17,7 @@ import xarray as xr
 import dynamics as dy
 from dynamics.errors import DynamicsError, FormatError, MissingError
 from dynamics.formats.hub.cost import Cost
-from tests.dynamics.formats.hub_server import TOKEN, serving
+from tests.dynamics.formats.hub_server import TOKEN
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="needs the extra remote")
 torch = pytest.importorskip("torch")
@@ -26,20 +26,6 @@ safetensors = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.slow
 STEPS = (0, 1, 1000, 143000)
 NAMES = [f"gpt_neox.layers.{i}.attention.dense.weight" for i in range(3)]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    with serving() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)  # for other processes
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        yield server
 
 
 def state(step, size=300):
@@ -171,6 +157,42 @@ def test_stages_that_count_on_are_one_run(hub, tmp_path):
     for name in ("stage1-step0", "stage1-step100", "stage2-step200"):
         repo.push(write(tmp_path / name, state(hash_of(name), 20), "safetensors"), name)
     assert dy.open_run("hf://org/counts-on").steps.tolist() == [0, 100, 200]
+
+
+NAMED = ("alpha_2k", "alpha_10k", "beta_2k", "beta_10k")
+
+
+@pytest.mark.parametrize(
+    ("revisions", "pattern"),
+    [(None, r"beta_(\d+k)"), ("beta*", r"_(\d+k)$"), (None, r"(?P<run>beta)_(?P<step>.*)")],
+)
+def test_a_pattern_finds_the_steps_that_are_not_read_otherwise(hub, tmp_path, revisions, pattern):
+    repo = hub.repo("org/named")
+    for name in NAMED:
+        run, _, step = name.partition("_")
+        folder = write(tmp_path / run / f"step{step}", state(hash_of(name), 20), "safetensors")
+        repo.push(folder, name)
+    run = dy.open_run("hf://org/named", revisions=revisions, ref_pattern=pattern)
+    assert run.steps.tolist() == [2000, 10000]
+    same(dy.analyze(run), dy.analyze(tmp_path / "beta"))
+
+
+def test_a_pattern_that_does_not_fit_is_one_line(hub, tmp_path):
+    repo = hub.repo("org/named")
+    for name in NAMED:
+        repo.push(write(tmp_path / name, state(hash_of(name), 20), "safetensors"), name)
+    for pattern, error, said in (
+        ("(", DynamicsError, "that is no regular expression"),
+        ("alpha", DynamicsError, "it has no group; put the step in one"),
+        (r"gamma_(\d+)", MissingError, "finds no step in the names alpha_2k, alpha_10k"),
+        ("(alpha)", MissingError, "finds no step in the names alpha_2k, alpha_10k"),
+        (r"_(\d+k)", FormatError, "alpha_2k and beta_2k, both of step 2000; choose"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            dy.open_run("hf://org/named", ref_pattern=pattern)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DynamicsError, match="--ref-pattern"):
+        dy.open_run(tmp_path, ref_pattern="(1)")
 
 
 def test_two_revisions_of_one_step_are_both_named(hub, tmp_path):
@@ -480,12 +502,14 @@ def test_the_commands_of_the_page_run(hub, tmp_path, monkeypatch):
         for stage in ("stage1", "stage2-ingredient1"):
             name = f"{stage}-step{step}-tokens1B"
             hub.repo("allenai/OLMo-2-1124-7B").push(tmp_path / f"olmo/{step}", name)
+    for name in ("run-a_1k", "run-a_10k", "run-b_1k"):
+        hub.repo("ORG/OTHER").push(tmp_path / f"olmo/{1000 * name.endswith('10k')}", name)
     hub.repo("ORG/NAME").push(local, inside="runs/a/")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[3] / "docs/hub.md").read_text("utf-8")
     blocks = re.findall(r"^```sh\n(.*?)```", page, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if "pip" not in line]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         program, *words = shlex.split(command)
         done = CliRunner().invoke(app, words)
