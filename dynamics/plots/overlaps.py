@@ -164,6 +164,7 @@ def plot_overlaps(
                 (
                     f"{meaning} of the {kind.replace('_', ' ')}",
                     _SHOWS[show].what.format(k=k),
+                    "and those of the projector in use" if "projector" in also else "",
                     "along optimizer steps",
                 ),
             )

@@ -46,6 +46,9 @@ def plot_spectrum(
     Pastur, and the dotted line is the expected spectrum. Open circles are outliers of the last
     step, above the 99.9 % point of the largest singular value of such a matrix.
 
+    A vertical line stands behind the last singular value that the rank bound of a step allows,
+    where that is less than the size of the matrix (and `rank_bound` was measured).
+
     Args:
         dataset: a result of `analyze`.
         matrix: the name of a parameter.
@@ -108,6 +111,9 @@ def plot_spectrum(
     if len(steps) > 1:
         _step_bar(ax, ranks)
     _draw_floors(ax, table, floor, spread(len(steps)))
+    if "rank_bound" in dataset:
+        bounds = dataset["rank_bound"].sel({schema.KIND: kind, schema.MATRIX: matrix})
+        _draw_bounds(ax, bounds.sel({schema.STEP: steps}).values, min(rows, cols))
     ax.set_xlabel("index of the singular value")
     finish(ax, f"singular value, {kind}", log=True)
     title(ax, matrix)
@@ -198,6 +204,20 @@ def _draw_floors(
     describe(
         ax, "Dashed, in the colour of each step: its noise floor; values below it are drawn thin"
     )
+
+
+def _draw_bounds(ax: "Axes", bounds: np.ndarray, size: int) -> None:
+    """A vertical line behind the last index that each step's rank bound allows."""
+    colours = spread(len(bounds)) if len(set(bounds)) > 1 else [GREY] * len(bounds)
+    drawn = {bound: colour for bound, colour in zip(bounds, colours, strict=True) if bound < size}
+    for bound, colour in drawn.items():
+        ax.axvline(bound + 0.5, color=colour, linewidth=thickness(0.8), linestyle="-.", zorder=1,
+                   label="_bound")  # fmt: skip
+    if len(drawn) == 1:
+        describe(ax, f"Dash-dotted: the rank bound of {next(iter(drawn)):g}")
+    elif drawn:
+        low, high = min(drawn), max(drawn)
+        describe(ax, f"Dash-dotted: the rank bounds of the steps, {low:g} to {high:g}")
 
 
 def _step_bar(ax: "Axes", ranks: Mapping[int, int]) -> None:

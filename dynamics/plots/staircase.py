@@ -36,9 +36,10 @@ def plot_staircase(
     """Draw the numerical rank of how far the weights have moved, as stairs below its bound.
 
     After K merges of adapters of rank r, a weight has moved in (K + 1)·r directions at most. This
-    bound is the broad pale band; that of a run without adapters is the size of its matrices. The
-    rank of a record holds for the interval before it, so stairs rise where merges are. The
-    effective rank is dashed: how many of the directions carry weight.
+    bound is the broad pale band. GaLore's is r for each projector that it has used, and that of
+    other runs without adapters is the size of their matrices. The rank of a record holds for the
+    interval before it, so stairs rise where merges are. The effective rank is dashed: how many of
+    the directions carry weight.
 
     Args:
         dataset: a result of `analyze` or `compare`, with the metrics numerical_rank and rank_bound.
@@ -98,10 +99,11 @@ def plot_staircase(
     )
     if "effective_rank" in drawn and len(ranks.lines) <= len(PALETTE):
         _draw_effective(ax, drawn["effective_rank"].lines)
+    projected = ", r for each projector" if any(ranks.axis.projectors.values()) else ""
     describe(
         ax,
-        "Broad band: the rank bound, (merges + 1)·r for adapters of rank r, and at most the size "
-        "of the matrix",
+        f"Broad band: the rank bound, (merges + 1)·r for adapters of rank r{projected}, and at "
+        "most the size of the matrix",
     )
     mark_merges(ax, ranks.axis)
     ranks.axis.label(ax)
@@ -155,16 +157,20 @@ def _with_first(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_bound(ax: "Axes", line: Line, axis: TimeAxis, several: bool) -> None:
-    """The bound of a run as a broad pale band; it rises at merges, not at the record before."""
+    """The bound of a run as a broad pale band; it rises at merges, not at the record before.
+
+    Those of projectors rise where a new one is taken.
+    """
     if not line.x.size:
         return
     stairs = _stairs(line, axis)
-    merges = axis.at(axis.merges.get(line.name, []), line.name)
+    rises = sorted([*axis.merges.get(line.name, []), *axis.projectors.get(line.name, [])])
+    at_rises = axis.at(rises, line.name)
     x, y = [stairs.x[0]], [stairs.y[0]]
     for start, end, before, after in zip(
         stairs.x[:-1], stairs.x[1:], stairs.y[:-1], stairs.y[1:], strict=True
     ):
-        within = merges[(merges >= start) & (merges < end)]
+        within = at_rises[(at_rises >= start) & (at_rises < end)]
         at = float(within[0]) if within.size and after != before else start
         x += [at, at, end]
         y += [before, after, after]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -36,11 +36,13 @@ class TimeAxis:
         name: "step", "tokens" or "epoch".
         known: run -> the steps of its records and their positions, NaN where unknown.
         merges: run -> the steps of its merges.
+        projectors: run -> the steps after which a new projector bounds its updates.
     """
 
     name: str
     known: Mapping[Run, tuple[np.ndarray, np.ndarray]]
     merges: Mapping[Run, list[int]]
+    projectors: Mapping[Run, list[int]]
 
     @property
     def plural(self) -> str:
@@ -82,6 +84,7 @@ class TimeAxis:
         """
         known: dict[Run, tuple[np.ndarray, np.ndarray]] = {}
         merges: dict[Run, list[int]] = {}
+        projectors: dict[Run, list[int]] = {}
         for group, runs in groups.items():
             for run in runs if self.name != schema.STEP else ():
                 first, other = self.known[runs[0]], self.known[run]
@@ -92,7 +95,8 @@ class TimeAxis:
                     )
             known[group] = self.known[runs[0]]
             merges[group] = sorted({step for run in runs for step in self.merges[run]})
-        return TimeAxis(self.name, known, merges)
+            projectors[group] = sorted({step for run in runs for step in self.projectors[run]})
+        return TimeAxis(self.name, known, merges, projectors)
 
 
 def _ticks(most: int, whole: bool) -> "Locator":
@@ -117,10 +121,10 @@ def time_axis(dataset: xr.Dataset, x: str) -> TimeAxis:
         raise MissingError(
             f"No {x!r}{near(x, has)} to draw along in this result; it has {', '.join(has)}."
         )
-    merges = _merges(dataset)
+    events = _events(dataset)
     steps = dataset[schema.STEP].values
     known: dict[Run, tuple[np.ndarray, np.ndarray]] = {}
-    for run in merges:
+    for run in events:
         if x == schema.STEP:
             known[run] = steps, steps.astype(np.float64)
             continue
@@ -131,7 +135,13 @@ def time_axis(dataset: xr.Dataset, x: str) -> TimeAxis:
         known[run] = steps[there], positions[there]
         if not there.any():
             known[run] = steps[:1], np.array([np.nan])
-    return TimeAxis(x, known, merges)
+    merges = {run: _steps_of(each, schema.MERGE) for run, each in events.items()}
+    bounding = {
+        run: [event for event in each if event["attrs"].get("bounded") is True]
+        for run, each in events.items()
+    }
+    projectors = {run: _steps_of(each, schema.PROJECTION) for run, each in bounding.items()}
+    return TimeAxis(x, known, merges, projectors)
 
 
 def _is_logged(dataset: xr.Dataset, name: str) -> bool:
@@ -143,8 +153,8 @@ def _is_logged(dataset: xr.Dataset, name: str) -> bool:
     )
 
 
-def _merges(dataset: xr.Dataset) -> dict[Run, list[int]]:
-    """Run -> the steps of its merges; one run is called None."""
+def _events(dataset: xr.Dataset) -> dict[Run, list[dict[str, Any]]]:
+    """Run -> its events, as in the attributes of a result; one run is called None."""
     events = json.loads(dataset.attrs.get("events", "[]"))
     if schema.RUN in dataset.dims:
         runs: list[Run] = dataset[schema.RUN].values.tolist()
@@ -156,10 +166,11 @@ def _merges(dataset: xr.Dataset) -> dict[Run, list[int]]:
             label = str(dataset.coords[schema.RUN].item()) if schema.RUN in dataset.coords else ""
             events = events.get(label, [])
         by_run = {None: events}
-    return {
-        run: sorted({e["step"] for e in by_run.get(run, []) if e["kind"] == schema.MERGE})
-        for run in runs
-    }
+    return {run: by_run.get(run, []) for run in runs}
+
+
+def _steps_of(events: Sequence[Mapping[str, Any]], kind: str) -> list[int]:
+    return sorted({event["step"] for event in events if event["kind"] == kind})
 
 
 def mark_merges(ax: "Axes", axis: TimeAxis) -> None:

@@ -150,6 +150,7 @@ def test_shares_of_gradients_and_intruders(write_recording):
     assert chance == pytest.approx(2 / 8)
     with_projector = dy.plot_overlaps(found.assign(energy_in_projector=found["energy"]))
     assert "projector" in labelled_lines(with_projector)
+    assert "and those of the projector in use" in dy.caption(with_projector)
     assert dy.plot_overlaps(found, "turning").get_ylabel().startswith("overlap with earlier")
     new = dy.intruders(run, since=0, k=3)
     ax = dy.plot_overlaps(new)

@@ -5,6 +5,9 @@ import pytest
 
 import dynamics as dy
 from dynamics.errors import DynamicsError, MissingError
+from dynamics.recordings import RecordingWriter
+from dynamics.runs.run import Event
+from tests.dynamics.conftest import SHAPES
 from tests.dynamics.plots.drawn import labelled_lines, names_at_ends, points
 
 RUNS = ("full_rank", "relora", "relora-as_published", "lora")
@@ -56,6 +59,20 @@ def test_the_bound_is_r_for_each_cycle_and_rises_at_merges(study):
     )
     smallest = float(np.minimum(sizes["rows"], sizes["cols"]).mean())
     np.testing.assert_allclose(bound_of(ax, "full_rank")[1], smallest, rtol=1e-12)
+
+
+def test_the_bound_of_projectors_rises_where_one_is_taken(write_recording, tmp_path):
+    path = write_recording(tmp_path / "run.zarr", steps=(0, 10, 20, 30))
+    writer = RecordingWriter(path, {}, resume=True)
+    for step, bounded in ((0, True), (15, True), (25, False)):
+        facts = {"rank": 3, "bounded": bounded, "matrices": list(SHAPES)}
+        writer.event(Event(step, "projection", facts))
+    writer.close()
+    ax = dy.plot_staircase(dy.analyze(path, kinds=["displacement"]))
+    bound = bound_of(ax, "numerical rank")
+    assert bound[0].tolist() == [0, 0, 0, 10, 15, 15, 20, 20, 20, 30]
+    assert bound[1].tolist() == [3, 3, 3, 3, 3, 6, 6, 6, 6, 6]
+    assert "r for each projector, and at most" in dy.caption(ax)
 
 
 def test_the_bound_rises_at_a_merge_between_two_records(study):

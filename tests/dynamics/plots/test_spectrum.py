@@ -125,3 +125,17 @@ def test_matrices_of_low_rank_have_no_bulk(adapter_analysis, cycles):
 def test_the_bulk_can_be_left_out(analysis):
     assert lines_called(plot_spectrum(analysis, UP_0), "_random")
     assert not lines_called(plot_spectrum(analysis, UP_0, bulk=False), "_random")
+
+
+def test_the_rank_bound_stands_behind_the_last_value_that_it_allows(adapter_analysis, cycles):
+    ax = plot_spectrum(adapter_analysis, UP_0, kind="adapter")
+    [bound] = {float(b) for b in adapter_analysis["rank_bound"].sel(kind="adapter", matrix=UP_0)}
+    [line] = lines_called(ax, "_bound")
+    assert line.get_xdata()[0] == bound + 0.5 < 8
+    assert f"Dash-dotted: the rank bound of {bound:g}" in dy.caption(ax)
+    assert not lines_called(plot_spectrum(cycles, UP_0, kind="displacement"), "_bound")
+    raised = cycles.copy(deep=True)
+    raised["rank_bound"].loc[{"kind": "displacement"}] = np.arange(0, 14, 2)[:, None]
+    ax = plot_spectrum(raised, UP_0, kind="displacement", steps=[1, 3])
+    assert [line.get_xdata()[0] for line in lines_called(ax, "_bound")] == [2.5, 6.5]
+    assert "the rank bounds of the steps, 2 to 6" in dy.caption(ax)
