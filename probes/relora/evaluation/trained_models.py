@@ -4,19 +4,24 @@ import hashlib
 import json
 import os
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from dynamics.errors import FormatError, MissingError, one_line
+from dynamics.errors import DynamicsError, FormatError, MissingError, one_line
+from probes.relora.config import TrainConfig
 from probes.relora.data.text import END_OF_TEXT
+from probes.relora.layers.of_method import with_layers_of
+from probes.relora.model import build_model
 from probes.relora.training.base_checkpoint import FOLDER
 from probes.relora.training.progress import no_file_progress
-from probes.relora.training.run_directory import TOKENIZER_NAME
+from probes.relora.training.run_directory import CONFIG_NAME, TOKENIZER_NAME, read_identity
 
 ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -37,7 +42,7 @@ def load_model(
 
     Raises:
         MissingError: an adapter whose base is not on this machine.
-        FormatError: the libraries cannot load it.
+        FormatError: the libraries cannot load it, or it does not hold the whole model.
     """
     folder = Path(checkpoint)
     adapted = (folder / ADAPTER_CONFIG).is_file()
@@ -46,9 +51,7 @@ def load_model(
         with no_file_progress(), warnings.catch_warnings():
             # PEFT reads a property that transformers has renamed; users can do nothing about it.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32, local_files_only=True
-            )
+            model, loading = _loaded(Path(source or ""), source)
             if adapted:
                 model = PeftModel.from_pretrained(model, str(folder))
     # The libraries raise all kinds of errors for a damaged file.
@@ -62,7 +65,37 @@ def load_model(
             f"Cannot load the model of {folder}: {one_line(error)}; remove that checkpoint, or "
             "train it again."
         ) from error
+    if absent := sorted(loading["missing_keys"]):
+        raise FormatError(
+            f"{source} lacks {len(absent)} weights of {type(model).__name__}, such as {absent[0]}, "
+            "which transformers would draw at random; give a checkpoint of the whole model, as "
+            "transformers knows it."
+        )
     return model.to(device)
+
+
+def _loaded(folder: Path, source: str | Path | None) -> tuple[Any, dict[str, Any]]:
+    """(The model, what is absent); transformers does not know the layers of CoLA and SLTrain."""
+    config = _own_config(folder.parent / CONFIG_NAME)
+    if config is None or not config.factored:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+        return model, loading
+    model = with_layers_of(config, build_model(config)).eval()
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model, {"missing_keys": ()}
+
+
+def _own_config(path: Path) -> TrainConfig | None:
+    """The config of a run of the experiment; None where the file is none."""
+    if not path.is_file():
+        return None
+    stored = read_identity(path)
+    try:
+        return TrainConfig(**{each.name: stored[each.name] for each in fields(TrainConfig)})
+    except (KeyError, TypeError, DynamicsError):
+        return None
 
 
 def _base_of(folder: Path, base: str | None) -> str | Path:

@@ -6,8 +6,10 @@ import torch
 from transformers import TrainerCallback
 
 import dynamics as dy
+from dynamics.errors import FormatError
 from probes.frameworks.hf_trainer import RecorderCallback
 from probes.relora import train
+from probes.relora.evaluation.trained_models import load_model
 from probes.relora.layers.sltrain import SLTrainLinear
 from tests.probes.relora.conftest import random_data, tiny_config
 
@@ -35,6 +37,18 @@ def trained(folder, seed=3, *callbacks):
     recorder = RecorderCallback(folder / "run.zarr", every=2)
     train(config, random_data(), folder, callbacks=[*callbacks, recorder])
     return config
+
+
+@pytest.mark.parametrize("method", ["sltrain", "cola"])
+def test_a_checkpoint_of_other_layers_is_evaluated_as_what_it_is(tmp_path, method):
+    config = tiny_config(method=method, max_steps=2, save_every=2)
+    model = train(config, random_data(), tmp_path).model.eval()
+    loaded = load_model(tmp_path / "checkpoint-2")
+    tokens = random_data().validation.blocks
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    moved = (tmp_path / "checkpoint-2").rename(tmp_path.parent / f"{tmp_path.name}-alone")
+    with pytest.raises(FormatError, match=r"lacks 14 weights of LlamaForCausalLM, such as .*proj"):
+        load_model(moved)
 
 
 @pytest.mark.parametrize("seed", range(3))
