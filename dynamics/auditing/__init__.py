@@ -1,8 +1,10 @@
 """audit(): verdicts on merges, resets, dead and frozen layers, and NaN in a run."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dynamics import schema
+from dynamics.auditing.against import contents_of, judge_distinct_runs
 from dynamics.auditing.beginning import judge_step_zero
 from dynamics.auditing.bounds import judge_ranks, judge_sparse_supports
 from dynamics.auditing.events import (
@@ -14,6 +16,7 @@ from dynamics.auditing.events import (
 from dynamics.auditing.history import read_history
 from dynamics.auditing.merges import judge_adapter_resets, judge_frozen_bases, judge_merges
 from dynamics.auditing.order import (
+    Contents,
     contents_read,
     contents_stated,
     judge_distinct,
@@ -27,7 +30,7 @@ from dynamics.auditing.weights import (
     judge_readable,
     judge_zero_gradients,
 )
-from dynamics.errors import DynamicsError, MissingError
+from dynamics.errors import MissingError
 from dynamics.formats import open_run
 from dynamics.runs.matrix_cache import CachedRun
 from dynamics.runs.run import Run
@@ -35,7 +38,12 @@ from dynamics.runs.run import Run
 __all__ = ["Report", "Severity", "Summary", "Verdict", "audit"]
 
 
-def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
+def audit(
+    run: Run | str | Path,
+    *,
+    hashes_only: bool = False,
+    against: Iterable[Run | str | Path] = (),
+) -> Report:
     """Check a run for the defects that its files can show; docs/audit.md lists the checks.
 
     Each matrix is read once. Four of its records are in memory at a time, and up to 512 MiB of
@@ -46,6 +54,8 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
         run: a Run, or the path of one.
         hashes_only: check only what the hub states of the files of a run there, and read nothing:
             `readable` and `distinct_checkpoints`.
+        against: other runs. `distinct_runs` names records that hold the numbers of theirs; each of
+            their matrices is read once, or its hash is, as that of `run`.
 
     Returns:
         One verdict per check and matrix (and merge), with the measured number and its threshold.
@@ -74,16 +84,14 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
     run.require_matrices("An audit")
     steps = run.steps.tolist()
     if hashes_only:
-        if run.source is None:
-            raise DynamicsError(
-                f"{run.path} does not lie on the hub, so no hashes are stated; leave hashes_only "
-                "(--hashes) out."
-            )
-        stated = judge_distinct(steps, contents_stated(run))
-        return Report(run.path, (*judge_readable(run, []), *stated))
+        contents = contents_stated(run)
+        apart = _against(contents, against, contents_stated)
+        stated = judge_distinct(steps, contents)
+        return Report(run.path, (*judge_readable(run, []), *stated, *apart))
     events = run.events
     merges = tuple(sorted({event.step for event in events if event.kind == schema.MERGE}))
     histories = [read_history(run, info, merges) for info in run.matrices.values()]
+    contents = contents_read(histories)
     order = judge_order(run, histories)
     wrong = {
         each.step for each in order if each.severity is Severity.FAIL and each.step is not None
@@ -93,7 +101,8 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
         (
             *judge_readable(run, histories),
             *judge_finite(run, histories),
-            *judge_distinct(steps, contents_read(histories)),
+            *judge_distinct(steps, contents),
+            *_against(contents, against, contents_of),
             *order,
             *judge_step_zero(run, histories, wrong),
             *judge_merges(histories),
@@ -110,3 +119,13 @@ def audit(run: Run | str | Path, *, hashes_only: bool = False) -> Report:
             *judge_loss(run),
         ),
     )
+
+
+def _against(
+    contents: Contents, others: Iterable[Run | str | Path], contents_of: Callable[[Run], Contents]
+) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+    for each in others:
+        other = each if isinstance(each, Run) else open_run(each)
+        verdicts += judge_distinct_runs(contents, other.path, contents_of(other))
+    return verdicts

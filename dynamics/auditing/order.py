@@ -8,6 +8,7 @@ import numpy as np
 from dynamics import schema
 from dynamics.auditing.history import MatrixHistory
 from dynamics.auditing.report import Severity, Verdict, not_checked
+from dynamics.errors import DynamicsError
 from dynamics.runs.run import Run, abridged
 
 DISTINCT = "distinct_checkpoints"
@@ -17,7 +18,7 @@ ORDERED = "ordered_history"
 FEWEST_NUMBERS = 1024
 # The learning rate of the first steps may be 0: step 1 of Pythia is step 0. Steps of full batches
 # at the edge of stability alternate, so that records a few steps apart need not lie in order.
-_FIRST_STEPS = 10
+FIRST_STEPS = 10
 _LONG_REST = 0.01  # of the run's steps
 _FAR, _VERY_FAR = 1.5, 2.0
 _DENSE = 2.0  # so many times farther, where records are few steps apart
@@ -35,7 +36,16 @@ def contents_read(histories: Sequence[MatrixHistory]) -> Contents:
 
 
 def contents_stated(run: Run) -> Contents:
-    """What stands for the numbers of each matrix, by the origins, without reading any."""
+    """What stands for the numbers of each matrix, by the origins, without reading any.
+
+    Raises:
+        DynamicsError: the run does not lie on the hub.
+    """
+    if run.source is None:
+        raise DynamicsError(
+            f"{run.path} does not lie on the hub, so no hashes are stated; leave hashes_only "
+            "(--hashes) out."
+        )
     kind = schema.WEIGHT if schema.WEIGHT in run.stored_kinds else schema.ADAPTER
     contents: dict[str, dict[int, str]] = {}
     for name, info in run.matrices.items():
@@ -111,7 +121,7 @@ def _of_return(group: tuple[int, ...], names: list[str], of: int) -> Verdict:
 
 
 def _of_rest(before: int, now: int, share: float) -> Verdict:
-    harmless = now <= _FIRST_STEPS or now - before <= _FIRST_STEPS
+    harmless = now <= FIRST_STEPS or now - before <= FIRST_STEPS
     severity = Severity.WARN if share <= _LONG_REST else Severity.FAIL
     why = (
         "the learning rate was 0 there, as it often is at first"
@@ -185,7 +195,7 @@ def _of_order(
 def _is_dense(step: int, steps: Sequence[int]) -> bool:
     """Whether the records around are so few steps apart that they need not lie in order."""
     at = steps.index(step)
-    return steps[at + 1] - step < _FIRST_STEPS or step - steps[at - 1] < _FIRST_STEPS
+    return steps[at + 1] - step < FIRST_STEPS or step - steps[at - 1] < FIRST_STEPS
 
 
 def _exchanges(
@@ -215,7 +225,7 @@ def _detour(j: int, steps: Sequence[int], squares: Mapping[tuple[int, int], floa
     """The path through four records over that with the middle two, j and j + 1, exchanged."""
     a, b, c, d = steps[j - 1 : j + 3]
     pairs = ((a, b), (b, c), (c, d), (a, c), (b, d))
-    if min(b - a, c - b, d - c) < _FIRST_STEPS or not all(pair in squares for pair in pairs):
+    if min(b - a, c - b, d - c) < FIRST_STEPS or not all(pair in squares for pair in pairs):
         return None
     first, middle, last, over, under = (squares[pair] ** 0.5 for pair in pairs)
     other = over + middle + under

@@ -94,6 +94,14 @@ def audit(
             "--hashes", help="Of a model on the hub: compare stated hashes, and read nothing."
         ),
     ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="OTHER",
+            help="Another run, whose records this one must not hold. May be repeated.",
+        ),
+    ] = None,
     yes: YesOption = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print every verdict as JSON instead of a table.")
@@ -102,15 +110,17 @@ def audit(
     """Check a run for defects, such as wrong merges, dead layers, NaN. Exit code 1: one failed."""
     from dynamics.auditing import audit as audit_run
     from dynamics.cli.tables import audit_table
+    from dynamics.formats import open_run
     from dynamics.formats.hub.cost import expect
 
     opener = opener_of(format, base, adapter, lora_alpha, expert_blocks, revisions, ref_pattern)
     opened = opener(run_of(run))
-    if not hashes:
-        cells = product(opened.matrices, opened.steps.tolist(), opened.stored_kinds)
-        if (cost := expect(opened, cells)) is not None:
+    others = [open_run(each) for each in against or ()]
+    for each in () if hashes else (opened, *others):
+        cells = product(each.matrices, each.steps.tolist(), each.stored_kinds)
+        if (cost := expect(each, cells)) is not None:
             agree_to(cost, yes)
-    report = audit_run(opened, hashes_only=hashes)
+    report = audit_run(opened, hashes_only=hashes, against=others)
     if as_json:
         print(report.to_json())
     else:

@@ -505,11 +505,14 @@ def test_the_commands_of_the_page_run(hub, tmp_path, monkeypatch):
     for name in ("run-a_1k", "run-a_10k", "run-b_1k"):
         hub.repo("ORG/OTHER").push(tmp_path / f"olmo/{1000 * name.endswith('10k')}", name)
     hub.repo("ORG/NAME").push(local, inside="runs/a/")
+    for step in (0, 1, 1000):
+        folder = write(tmp_path / f"seed2/{step}", state(step + 5), "safetensors")
+        hub.repo("ORG/SEED2").push(folder, f"step{step}")
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[3] / "docs/hub.md").read_text("utf-8")
     blocks = re.findall(r"^```sh\n(.*?)```", page, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines() if "pip" not in line]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         program, *words = shlex.split(command)
         done = CliRunner().invoke(app, words)
