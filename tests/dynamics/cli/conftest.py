@@ -1,10 +1,14 @@
-"""The command line, called in this process."""
+"""The command line, called in this process, and what it is called with."""
 
 import sys
 
+import numpy as np
 import pytest
 
+import dynamics as dy
 from dynamics.cli import app
+
+UP1 = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
@@ -49,3 +53,42 @@ def refused(command):
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def recording(write_recording, tmp_path):
+    return write_recording(tmp_path / "run.zarr", merges=(10,))
+
+
+@pytest.fixture
+def other(write_recording, tmp_path):
+    return write_recording(tmp_path / "other.zarr", seed=1, steps=(0, 20))
+
+
+@pytest.fixture
+def with_nan(write_recording, tmp_path):
+    def spoil(step, name, weight):
+        if step == 10 and name == UP1:
+            weight[0, 0] = np.nan
+
+    return write_recording(tmp_path / "nan.zarr", spoil=spoil)
+
+
+@pytest.fixture(scope="module")
+def saved(write_recording, tmp_path_factory):
+    """(an analysis, a comparison), saved."""
+    directory = tmp_path_factory.mktemp("saved")
+    a = dy.analyze(write_recording(directory / "a.zarr", merges=(10,)))
+    b = dy.analyze(write_recording(directory / "b.zarr", seed=1))
+    return (
+        dy.save(a, directory / "a.analysis.zarr"),
+        dy.save(dy.compare({"a": a, "b": b}), directory / "both.zarr"),
+    )
+
+
+def made_by_command(dataset):
+    """A saved result without the command line in it, which must be there."""
+    assert dataset.attrs["command"].startswith("dynamics ")
+    return dataset.drop_attrs(deep=False).assign_attrs(
+        {name: each for name, each in dataset.attrs.items() if name not in ("command", "made")}
+    )
