@@ -18,8 +18,10 @@ from dynamics.formats.hub.revisions import (
     cached_model,
     history_of,
     hub_name,
+    one_of_many,
     prepare,
     prepare_alike,
+    prepare_folders,
 )
 from dynamics.formats.hub_cache import HubCacheFormat
 from dynamics.formats.hugging_face import HuggingFaceFormat
@@ -137,6 +139,8 @@ def open_run(
             if isinstance(on_hub, History):
                 return _opened(_open_history(on_hub, format, options), split_fused)
             paths = on_hub
+            if isinstance(paths[0], HubPath):
+                _prepare_folders(paths[0], format, options)
             matches = [expanded(each) for each in paths]
             if len(paths) == 1 and matches[0] is None:
                 run = _open(paths[0], format, options)
@@ -191,6 +195,15 @@ def _open_history(history: History, format_name: str | None, options: OpenOption
     run.places = history.places
     run.passed_over = {**history.passed_over, **run.passed_over}
     return run
+
+
+def _prepare_folders(path: HubPath, format_name: str | None, options: OpenOptions) -> None:
+    """Fetch the small parts of checkpoints in folders at once, where there are several."""
+    with suppress(FormatError):  # is told where all are opened
+        folder = one_of_many(path)
+        if folder is not None:
+            _open(cast(Path, folder), format_name, options)
+            prepare_folders(folder)
 
 
 def _open(path: Path, format_name: str | None, options: OpenOptions) -> Run:

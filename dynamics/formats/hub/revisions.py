@@ -203,6 +203,28 @@ def _has_steps_inside(path: HubPath) -> bool:
     return len(steps) > 1
 
 
+def one_of_many(path: HubPath) -> HubPath | None:
+    """One of the folders of weights whose names carry steps; None where there are not several."""
+    alike: dict[tuple[str, int], list[str]] = {}
+    for file in path.repository.tree(path.commit):
+        folder, _, name = file.rpartition("/")
+        inside = not path.inner or file.startswith(f"{path.inner}/")
+        if inside and file.endswith(WEIGHTS) and any(map(_is_step, folder.split("/"))):
+            alike.setdefault((name, file.count("/")), []).append(folder)
+    most = max(alike.values(), key=len, default=[])
+    return HubPath(path.repository, path.revision, most[-1]) if len(most) > 1 else None
+
+
+def _is_step(name: str) -> bool:
+    named = named_step(name)
+    return named is not None and named.level == 0
+
+
+def prepare_folders(folder: HubPath) -> None:
+    """Fetch of all folders of a commit what was fetched of the one that was opened."""
+    folder.repository.prepare_alike([folder.commit], folders=True)
+
+
 def prepare(history: History) -> None:
     """Ask for the files of all steps at once."""
     some = next(iter(history.paths.values()))

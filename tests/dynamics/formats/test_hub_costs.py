@@ -1,6 +1,7 @@
 """What is said of the costs of histories on the hub is what is fetched, whatever measures them."""
 
 import json
+import time
 
 import pytest
 
@@ -99,3 +100,16 @@ def test_a_report_fetches_what_is_measured_and_audits_by_hashes(models, tmp_path
     said = CliRunner().invoke(app, ["compare", "a=hf://org/a", "b=hf://org/b", *words])
     assert said.exit_code == 0, said.output
     assert said.output.count("3 revisions") == 2
+
+
+def test_folders_are_opened_at_once(hub, tmp_path):
+    for step in range(16):
+        tensors = {"model.layers.0.self_attn.o_proj.weight": torch.full((64, 64), float(step))}
+        folder = tmp_path / f"local/step_{step}"
+        folder.mkdir(parents=True)
+        safetensors.save_file(tensors, folder / "model.safetensors")
+    hub.repo("org/folders").push(tmp_path / "local", inside="checkpoints/")
+    hub.latency, began = 0.25, time.monotonic()
+    run = dy.open_run("hf://org/folders")
+    assert len(run.steps) == 16
+    assert time.monotonic() - began < 16 * 0.25  # one after the other, it is twice that

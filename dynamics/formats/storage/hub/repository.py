@@ -152,14 +152,21 @@ class Repository:
         trees = [self._trees[each] for each in self._history or self._trees]
         return sum(f.size for tree in trees for f in tree.values() if f.path.endswith(WEIGHTS))
 
-    def prepare_alike(self, commits: Iterable[str]) -> None:
-        """Fetch of many commits at once the parts of files that were fetched of those before."""
-        noted: dict[str, list[tuple[int, int]]] = {}
+    def prepare_alike(self, commits: Iterable[str], *, folders: bool = False) -> None:
+        """Fetch of many commits at once the parts of files that were fetched of those before.
+
+        With `folders`, of files of their names in other folders, too.
+        """
+
+        def kind(path: str) -> str:
+            return f"{path.count('/')} {path.rpartition('/')[2]}" if folders else path
+
+        noted: dict[str, dict[tuple[int, int], None]] = {}
         for path, offset, length in self._noted:
-            noted.setdefault(path, []).append((offset, length))
+            noted.setdefault(kind(path), {})[offset, length] = None
 
         def fetch(commit: str, file: HubFile) -> None:
-            for offset, length in noted[file.path]:
+            for offset, length in noted[kind(file.path)]:
                 at = offset if offset >= 0 else max(file.size + offset, 0)
                 self.metadata(commit, file, at, max(min(length, file.size - at), 0))
 
@@ -167,7 +174,7 @@ class Repository:
             file.content: partial(fetch, commit, file)
             for commit in dict.fromkeys(commits)
             for path, file in self.tree(commit).items()
-            if path in noted
+            if kind(path) in noted
         }
         self._at_once(list(files.values()))
 
