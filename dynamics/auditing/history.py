@@ -180,9 +180,12 @@ def beyond_chance(values: np.ndarray) -> float | None:
     """The largest singular value over that of independent entries of the same mean square.
 
     The latter is the 99.9 % point of its distribution (Johnstone 2001; `largest_singular_value`).
-    None for a matrix that has hardly a spectrum, or is zero.
+    None for a matrix that has hardly a spectrum, is zero, or is sparse: the largest singular value
+    of few entries is that of the row that has most of them.
     """
     rows, cols = values.shape
+    if np.count_nonzero(values) < values.size / 2:
+        return None
     size = float(np.linalg.norm(values)) / (rows * cols) ** 0.5
     if min(rows, cols) < _FEWEST_DIRECTIONS or size == 0:
         return None

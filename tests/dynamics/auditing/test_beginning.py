@@ -110,3 +110,6 @@ def test_independent_entries_stay_below_chance(shape, law):
 def test_no_spectrum_of_few_directions_or_of_zero():
     assert beyond_chance(np.ones((4, 1000))) is None
     assert beyond_chance(np.zeros((40, 40))) is None
+    rng = np.random.default_rng(0)
+    sparse = rng.uniform(-1, 1, (128, 384)) * (rng.random((128, 384)) < 0.03)
+    assert beyond_chance(sparse) is None
