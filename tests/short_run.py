@@ -12,6 +12,7 @@ def short_config(**changes) -> TrainConfig:
     """2 layers, r = 2, 24 steps, merges at 6, 12, 18: seconds."""
     config = replace(
         micro(),
+        learning_rate=1e-3,
         hidden_size=32,
         intermediate_size=48,
         num_layers=2,

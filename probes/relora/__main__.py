@@ -160,7 +160,7 @@ def sweep(
         raise DynamicsError(f"--seeds takes numbers, as in 0,1,2; found {seeds!r}.")
     runs = plan(
         preset,
-        methods=METHODS if method == "all" else method.split(","),
+        methods=method.split(","),
         words=settings or [],
         seeds=[int(seed) for seed in seeds.split(",")],
         given={"max_steps": steps, **_source(text, data)},

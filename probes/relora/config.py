@@ -68,8 +68,8 @@ class TrainConfig:
         gradient_accumulation_steps: forward passes per optimizer step.
         precision: "float32", or "bfloat16": autocast, with parameters and moments in float32.
         learning_rate: the peak; the schedule multiplies it.
-        other_learning_rate: the peak for what is not in `target_modules`, where they have an
-            optimizer of their own (galore, fira, apollo, muon); 0 means `learning_rate`.
+        other_learning_rate: the peak for what is not in `target_modules`: embeddings, norms and
+            the head; 0 means `learning_rate`.
         weight_decay: of AdamW, on all trainable parameters.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         warmup_steps: length of the first linear warm-up.

@@ -29,6 +29,7 @@ def demo_config(seed: int = 0) -> TrainConfig:
     return replace(
         micro(),
         seed=seed,
+        learning_rate=1e-3,
         max_steps=300,
         warmup_steps=30,
         restart_warmup_steps=5,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dynamics.errors import DynamicsError
-from probes.relora.config import ADAPTED, TrainConfig
+from probes.relora.config import ADAPTED, PROJECTED, TrainConfig
 
 
 def tiny(method: str = "relora") -> TrainConfig:
@@ -42,11 +42,26 @@ def small(method: str = "relora") -> TrainConfig:
     return _published(method, hidden_size=384, intermediate_size=1536)
 
 
+# The peak rate of each method at micro: the best of a search by factors of two (experiment.md).
+_MICRO_RATES = {
+    "full_rank": 4e-3,
+    "relora": 8e-3,
+    "lora": 8e-3,
+    "galore": 1.6e-2,
+    "fira": 8e-3,
+    "apollo": 1.6e-2,
+    "muon": 1e-2,
+    "cola": 4e-3,
+    "sltrain": 8e-3,
+}
+
+
 def micro(method: str = "relora") -> TrainConfig:
     """The published proportions in 800 steps: 1.3 M parameters, 1.6 M tokens, nine merges.
 
     It takes about four minutes on one CPU core. As published, a cycle is one tenth of the run and
     begins with a ramp of one twentieth of the cycle, the first warm-up is one cycle, and s = 2.
+    Each method has the learning rate that suits it at this size.
 
     Args:
         method: one of `config.METHODS`.
@@ -70,7 +85,8 @@ def micro(method: str = "relora") -> TrainConfig:
         max_steps=800,
         batch_size=16,
         gradient_accumulation_steps=1,
-        learning_rate=1e-3,
+        learning_rate=_MICRO_RATES.get(method, 0.0),  # an unknown method is refused by its name
+        other_learning_rate=_MICRO_RATES["full_rank"] if method in (*PROJECTED, "muon") else 0.0,
         weight_decay=0.0,
         max_grad_norm=1.0,
         warmup_steps=80,

@@ -11,6 +11,7 @@ from probes.relora.config import (
     ADAPTED,
     ADAPTER_FIELDS,
     FACTORED,
+    METHODS,
     PROJECTED,
     PROJECTION_FIELDS,
     RESTART_FIELDS,
@@ -59,8 +60,8 @@ def plan(
 
     Args:
         preset: one of `PRESETS`.
-        methods: some of `METHODS`. METHOD:as_published is the method with the defects of the
-            published code; methods without them may stand beside it.
+        methods: some of `METHODS`, or "all" alone. METHOD:as_published is the method with the
+            defects of the published code; methods without them may stand beside it.
         words: field=value or field=value,value,...; a field with several values is varied.
         seeds: the seeds of the runs.
         given: field -> value, as in `config_from_words`.
@@ -78,7 +79,8 @@ def plan(
     combinations = [dict(zip(axes, row, strict=True)) for row in rows]
     several = [name for name, values in axes.items() if len(values) > 1]
     runs: dict[str, SweepRun] = {}
-    for word, row, seed in itertools.product(methods, combinations, seeds):
+    words_of_methods = METHODS if list(methods) == ["all"] else methods
+    for word, row, seed in itertools.product(words_of_methods, combinations, seeds):
         method, marked = _variant(word)
         chosen = {name: value for name, value in row.items() if _matters(name, method)}
         varied = {name: chosen.get(name) for name in several}
@@ -170,8 +172,6 @@ def _matters(name: str, method: str) -> bool:
         return adapted or projected or method in FACTORED
     if name == "sparsity":
         return method == "sltrain"
-    if name == "other_learning_rate":
-        return projected or method == "muon"
     return name != "target_modules" or method != "full_rank"
 
 

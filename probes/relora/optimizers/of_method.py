@@ -19,17 +19,23 @@ def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
     """The optimizer of a method, over the parameters of the model that train.
 
     `galore`, `fira`, `apollo` and `muon` treat the weights of `target_modules`, and leave the rest
-    to AdamW at `other_learning_rate`. All other methods train everything by AdamW.
+    to AdamW. All other methods train everything by AdamW. The rest has `other_learning_rate`.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if config.method not in (*PROJECTED, "muon"):
-        return torch.optim.AdamW(
-            trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-    wanted = tuple(f".{each}.weight" for each in config.target_modules)
-    matrices = [parameter for name, parameter in trained.items() if name.endswith(wanted)]
-    others = [parameter for name, parameter in trained.items() if not name.endswith(wanted)]
+    matrices, others = [], []
+    for name, parameter in trained.items():
+        targeted = any(f".{each}." in name for each in config.target_modules)
+        (matrices if targeted else others).append(parameter)
     other_lr = config.other_learning_rate or config.learning_rate
+    if config.method not in (*PROJECTED, "muon"):
+        one_rate = other_lr == config.learning_rate
+        return torch.optim.AdamW(
+            trained.values()
+            if one_rate
+            else [{"params": matrices}, {"params": others, "lr": other_lr}],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+        )
     if config.method == "muon":
         return MuonAndAdamW(
             matrices,

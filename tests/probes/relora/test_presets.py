@@ -89,7 +89,8 @@ def test_micro_has_the_published_proportions() -> None:
     assert len(merges) == 9
     for period in (config.save_every, config.evaluate_every):
         assert period % config.record_every == 0
-    assert replace(config, method="full_rank") == micro("full_rank")
+    rate = micro("full_rank").learning_rate
+    assert replace(config, method="full_rank", learning_rate=rate) == micro("full_rank")
 
 
 def test_as_published_changes_what_the_published_code_did_otherwise() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import dynamics as dy
 from dynamics.errors import DynamicsError, MissingError
 from probes.relora import as_published, micro, parameter_counts, tiny
+from probes.relora.config import METHODS
 from probes.relora.experiment import run_experiment
 from probes.relora.sweep import compare_runs, over_seeds, run_sweep
 from probes.relora.sweep_plan import (
@@ -55,6 +56,14 @@ def test_a_plan_has_every_combination_and_no_run_twice() -> None:
     assert len(runs) == 14
 
 
+def test_all_methods_are_planned_by_one_word() -> None:
+    runs = plan("micro", methods=["all"], seeds=[0, 1, 2])
+    assert [run.varied["method"] for run in runs[::3]] == list(METHODS)
+    assert len(runs) == 3 * len(METHODS)
+    with pytest.raises(DynamicsError, match="method"):
+        plan("micro", methods=["all", "relora"])
+
+
 def test_a_method_as_published_stands_beside_others() -> None:
     runs = plan("micro", methods=["full_rank", "relora", "relora:as_published"], seeds=[0, 1])
     assert [run.name for run in runs if run.config.seed == 1] == [
@@ -94,7 +103,9 @@ def test_runs_are_matched_by_tokens_or_by_trainable_parameters() -> None:
 
 
 def test_runs_whose_learning_rates_differ_are_told() -> None:
-    runs = plan("micro", methods=["relora"], words=["restart_warmup_steps=4,8"])
+    runs = plan(
+        "micro", methods=["relora"], words=["restart_warmup_steps=4,8", "learning_rate=1e-3"]
+    )
     with pytest.warns(
         DifferentSchedulesWarning, match=r"first at step 81 \(0\.00025 and 0\.000125"
     ):
@@ -188,7 +199,8 @@ def test_statistics_over_seeds_take_a_run_as_one_measurement(swept: Any) -> None
 def test_a_folder_of_another_sweep_is_refused(swept: Any) -> None:
     runs, output, _, _, _ = swept
     other = [replace(run, config=replace(run.config, learning_rate=0.5)) for run in runs]
-    with pytest.raises(DynamicsError, match=r"was started with learning_rate = 0\.001, not 0\.5"):
+    rate = micro().learning_rate
+    with pytest.raises(DynamicsError, match=f"was started with learning_rate = {rate}, not 0.5"):
         run_sweep(other, "micro", output, say=lambda line: None)
     with pytest.raises(DynamicsError, match="A sweep takes two runs or more"):
         run_sweep(runs[:1], "micro", output)
