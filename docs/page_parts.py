@@ -1,4 +1,4 @@
-"""What the results pages have in common: tables with intervals, and where they stand in a page."""
+"""What the results pages have in common: tables and lines with intervals, and where they stand."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -7,8 +7,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import xarray as xr
+from matplotlib.axes import Axes
 
 import dynamics as dy
+from dynamics.plots.drawing.lines import Line, quiet
 
 
 def save_figure(path: Path, rows: int, columns: int, draw: Callable[[np.ndarray], None]) -> None:
@@ -49,3 +51,18 @@ def with_tables(page: str, found: dict[str, str]) -> str:
         assert marked.search(page), f"the page has no place for the table {name}"
         page = marked.sub(lambda place, text=text: f"{place[1]}{text}\n{place[2]}", page)
     return page
+
+
+def line_of(found: xr.Dataset, label: str, style: dict[str, object], along: str = "step") -> Line:
+    """A mean over seeds with its interval, where it was measured."""
+    found = found.isel({along: np.flatnonzero(found["mean"].notnull().values)})
+    bounds = (found[name].values for name in ("lower", "upper"))
+    return Line(label, found[along].values, found["mean"].values, style, *bounds)
+
+
+def finish(ax: Axes, xlabel: str, ylabel: str) -> None:
+    """Labels and a quiet frame."""
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    quiet(ax)
+    ax.locator_params(axis="x", nbins=5)

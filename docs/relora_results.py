@@ -18,12 +18,12 @@ import xarray as xr
 from matplotlib.axes import Axes
 
 import dynamics as dy
-from dynamics.plots.drawing.lines import Line, draw_lines, quiet
+from dynamics.plots.drawing.lines import Line, draw_lines
 from dynamics.plots.drawing.style import PALETTE, line_style
 from probes.relora.sweep import over_seeds
 
 sys.path.insert(0, str(Path(__file__).parent))
-from page_parts import interval, save_figure, table, with_tables
+from page_parts import finish, interval, line_of, save_figure, table, with_tables
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "relora_results.md"
@@ -85,21 +85,6 @@ def with_labels(data: xr.Dataset) -> xr.Dataset:
     events = {label(run): each for run, each in json.loads(data.attrs["events"]).items()}
     runs = [label(run) for run in data["run"].values.tolist()]
     return data.assign_coords(run=runs).assign_attrs(events=json.dumps(events))
-
-
-def line_of(found: xr.Dataset, label: str, style: dict[str, object], along: str = "step") -> Line:
-    """A mean over seeds with its interval, where it was measured."""
-    found = found.isel({along: np.flatnonzero(found["mean"].notnull().values)})
-    bounds = (found[name].values for name in ("lower", "upper"))
-    return Line(label, found[along].values, found["mean"].values, style, *bounds)
-
-
-def finish(ax: Axes, xlabel: str, ylabel: str) -> None:
-    """Labels and a quiet frame."""
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
-    quiet(ax)
-    ax.locator_params(axis="x", nbins=5)
 
 
 def mark_merges(ax: Axes) -> None:

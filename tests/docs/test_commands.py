@@ -20,6 +20,7 @@ NOT_RUN = {
     "python -m pytest": "these tests",
     "python -m venv": "an environment of its own",
     "python -m probes.relora": "trains for minutes; test_main.py runs every command",
+    "python docs/": "takes the study's 27 runs; test_results.py makes the tables of the page",
     "torchrun": "trains for days; test_several_processes.py does it small",
     "s3://": "needs a bucket; test_s3.py has one",
     "hf://": "needs a network",

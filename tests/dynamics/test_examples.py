@@ -10,6 +10,7 @@ import dynamics as dy
 from dynamics import schema
 from dynamics.analysis.examples import EXAMPLES
 from dynamics.errors import MissingError
+from probes.relora.config import METHODS as TRAINED
 
 METHODS = ["full_rank", "relora", "relora:as_published", "lora"]
 
@@ -41,6 +42,29 @@ def test_its_displacement_has_at_most_r_directions_a_cycle() -> None:
 
 
 @pytest.mark.slow
+def test_the_nine_methods_keep_what_their_construction_forces() -> None:
+    data = dy.load_example("low_rank_micro")
+    assert sorted(set(data["method"].values.tolist())) == sorted(TRAINED)
+    assert data.sizes["run"] == 3 * len(TRAINED)
+    assert data["eval_loss"].sel(step=560).notnull().all()
+    audits = json.loads(data.attrs["audits"])
+    assert {severity for each in audits.values() for severity, _ in each.values()} <= {
+        "pass",
+        "not checked",
+    }
+    inside = data.isel(matrix=np.flatnonzero(data["layer"].values >= 0))
+    displaced = inside["numerical_rank"].sel(kind=schema.DISPLACEMENT)
+    cycles = np.ceil(displaced["step"] / 80)
+    for method, most in (("relora", 8 * cycles), ("galore", 8 * cycles), ("lora", 8)):
+        of_method = displaced.isel(run=np.flatnonzero(data["method"].values == method))
+        assert of_method.sel(step=560).notnull().any(), method
+        assert (of_method.fillna(0) <= most).all(), method
+    products = inside["numerical_rank"].sel(kind=schema.ADAPTER)
+    sparse = products.isel(run=np.flatnonzero(data["method"].values == "sltrain"))
+    assert float(sparse.max()) == 8
+
+
+@pytest.mark.slow
 def test_an_example_works_with_the_library_s_functions() -> None:
     data = dy.load_example("relora_micro")
     one = dy.select_run(data, "relora-seed=0")
@@ -51,11 +75,13 @@ def test_an_example_works_with_the_library_s_functions() -> None:
 
 @pytest.mark.slow
 def test_examples_are_small_and_say_nothing_of_the_machine_that_made_them() -> None:
-    archives = [
-        each for each in files("dynamics.analysis.examples").iterdir() if each.name.endswith(".zip")
-    ]
-    assert [each.name for each in archives] == [f"{name}.zip" for name in EXAMPLES]
-    assert sum(len(each.read_bytes()) for each in archives) < 5_000_000
+    archives = {
+        each.name: each
+        for each in files("dynamics.analysis.examples").iterdir()
+        if each.name.endswith(".zip")
+    }
+    assert set(archives) == {f"{name}.zip" for name in EXAMPLES}
+    assert sum(len(each.read_bytes()) for each in archives.values()) < 10_000_000
     for name in EXAMPLES:
         written = json.dumps(dy.load_example(name).attrs)
         assert "/home/" not in written
@@ -63,5 +89,7 @@ def test_examples_are_small_and_say_nothing_of_the_machine_that_made_them() -> N
 
 
 def test_an_unknown_example_is_refused() -> None:
-    with pytest.raises(MissingError, match=r"No example 'pythia'; known: relora_micro\."):
+    with pytest.raises(
+        MissingError, match=r"No example 'pythia'; known: relora_micro, low_rank_micro\."
+    ):
         dy.load_example("pythia")

@@ -12,6 +12,7 @@ from dynamics.errors import MissingError, near
 
 EXAMPLES: dict[str, str] = {
     "relora_micro": "full rank, ReLoRA, ReLoRA as published and LoRA at the size micro, compared",
+    "low_rank_micro": "full rank and eight low-rank methods and optimizers at the size micro",
 }
 
 
@@ -21,7 +22,10 @@ def load_example(name: str) -> xr.Dataset:
     Args:
         name: "relora_micro", the reference experiment that docs/relora_results.md reports: three
             seeds of each method along `run`, with the coordinates `method`, `seed` and
-            `trainable_parameters`.
+            `trainable_parameters`. "low_rank_micro", the nine methods of docs/results.md: also
+            where their gradients point (`gradient_...`, see `gradient_subspaces`), how far weights
+            are from earlier ones (`intruder_...`, see `intruders`, since step 280) and from those
+            of the full-rank twin (`twin_...`, see `run_alignment`).
 
     Returns:
         The Dataset, as `compare` returns it.
