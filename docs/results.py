@@ -218,7 +218,7 @@ def displacement_table(data: xr.Dataset) -> str:
     """What the displacement is at the end, beside its bound, and random directions within it."""
     chosen = of_kind(data, "displacement").sel(step=LAST)
     columns = {
-        "bound": ("rank_bound", 0),
+        "bound": ("rank_bound", 1),
         "numerical rank": ("numerical_rank", 1),
         "effective rank": ("effective_rank", 1),
         "stable rank": ("stable_rank", 1),
@@ -237,7 +237,7 @@ def updates_table(data: xr.Dataset) -> str:
     """What 20 steps change, in our words and in those of the study, which two records have."""
     chosen = of_kind(data, "update").sel(step=[320, LAST]).mean("step")
     columns = {
-        "bound": ("rank_bound", 0),
+        "bound": ("rank_bound", 1),
         "numerical rank": ("numerical_rank", 1),
         "effective rank": ("effective_rank", 1),
         "stable rank": ("stable_rank", 1),
