@@ -5,6 +5,7 @@ import sqlite3
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,12 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
 
 def study_key(content: bytes) -> bytes:
     """The key of `study_spectrum` of the numbers with this key."""
-    computed_by = f"study torch {version('torch')}".encode()
-    return hashlib.blake2b(content + computed_by, digest_size=20).digest()
+    return hashlib.blake2b(content + _computed_by(), digest_size=20).digest()
+
+
+@cache
+def _computed_by() -> bytes:
+    return f"study torch {version('torch')}".encode()  # read from a file
 
 
 def _errors(matrix: Dense) -> tuple[np.ndarray, ...]:
