@@ -2,7 +2,7 @@ r"""What docs/relora_results.md is made from: the example `relora_micro`, out of
 
     python -m probes.relora sweep micro --method full_rank,relora,relora:as_published,lora \
         --steps 560 --seeds 0,1,2 --set save_every=80 --set learning_rate=1e-3 \
-        --text TEXT --output RUNS
+        --set other_learning_rate=0 --text TEXT --output RUNS
     python -m probes.relora evaluate RUNS/*/ --blimp BLIMP --text TEXTS --limit 100 --steps 560
     python docs/relora_results_data.py RUNS TEXT [SEEDS]
 
@@ -109,7 +109,7 @@ def _restart(run: Path, text: Path) -> xr.DataArray:
 def main(folder: Path, text: Path, seeds: tuple[int, ...]) -> None:
     """Write the example."""
     words = [f"max_steps={STEPS}", "save_every=80", "learning_rate=1e-3"]
-    words += ["dataset=none", "tokenizer=none"]
+    words += ["other_learning_rate=0", "dataset=none", "tokenizer=none"]
     runs = plan("micro", methods=METHODS, words=words, seeds=seeds)
     with tempfile.TemporaryDirectory() as working:
         dy.save(collect(runs, folder, text), Path(working) / f"{EXAMPLE.stem}.zarr")

@@ -13,6 +13,7 @@ def short_config(**changes) -> TrainConfig:
     config = replace(
         micro(),
         learning_rate=1e-3,
+        other_learning_rate=0.0,
         hidden_size=32,
         intermediate_size=48,
         num_layers=2,

@@ -30,6 +30,7 @@ def demo_config(seed: int = 0) -> TrainConfig:
         micro(),
         seed=seed,
         learning_rate=1e-3,
+        other_learning_rate=0.0,
         max_steps=300,
         warmup_steps=30,
         restart_warmup_steps=5,

@@ -22,17 +22,19 @@ def optimizer_of(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer
     to AdamW. All other methods train everything by AdamW. The rest has `other_learning_rate`.
     """
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in trained.items():
         targeted = any(f".{each}." in name for each in config.target_modules)
         (matrices if targeted else others).append(parameter)
     other_lr = config.other_learning_rate or config.learning_rate
     if config.method not in (*PROJECTED, "muon"):
-        one_rate = other_lr == config.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": matrices},
+            {"params": others, "lr": other_lr},
+        ]
         return torch.optim.AdamW(
-            trained.values()
-            if one_rate
-            else [{"params": matrices}, {"params": others, "lr": other_lr}],
+            trained.values() if other_lr == config.learning_rate else groups,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
