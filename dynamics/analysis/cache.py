@@ -64,9 +64,10 @@ def content_key(matrix: Dense | Factored | Difference, backend: Backend | None =
         other = (matrix.now.dtype, matrix.before.dtype, matrix.merges, matrix.rank_bound)
         parts = [matrix.now.values, matrix.before.values]
         parts += [*_errors(matrix.now), *_errors(matrix.before)]
-        if matrix.adapter is not None:  # its product was rounded
-            other = (*other, matrix.adapter.scale)
-            parts += [matrix.adapter.left, matrix.adapter.right]
+        for position, adapter in enumerate(matrix.adapters):  # their products were rounded
+            if adapter is not None:
+                other = (*other, position, adapter.scale)
+                parts += [adapter.left, adapter.right]
         if matrix.rounded_in_training is not None:
             other = (*other, matrix.rounded_in_training[1])
     else:

@@ -25,7 +25,7 @@ from dynamics.auditing.record_pairs import (
     weight_moved,
 )
 from dynamics.errors import FormatError
-from dynamics.runs.differences import difference_rank_bound
+from dynamics.runs.rank_bounds import difference_rank_bound
 from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
 from dynamics.spectra.random_matrices import TRACY_WIDOM_999, largest_singular_value
 

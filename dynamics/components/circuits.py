@@ -27,29 +27,22 @@ that one step: in relative terms, by how much one step changes the weights.
 added to their product.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dynamics import schema
+from dynamics.components.attention import Attention, Slice, attention_layers
 from dynamics.components.parameters import Measurable
-from dynamics.errors import MissingError
-from dynamics.runs.attention_config import Architecture, check_projections, read_architecture
-from dynamics.runs.differences import reference_step, trained_steps, training_roundings
-from dynamics.runs.fused import Part, kept_whole
-from dynamics.runs.parameter_names import QKV, attention_path, stack_of
+from dynamics.runs.attention_config import Architecture
+from dynamics.runs.differences import Difference, adapters_of, reference_step, trained_steps
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run
 from dynamics.schema import Status
-from dynamics.spectra.noise import noise_norm_bound
+from dynamics.spectra.noise import noise_norm_bound, noise_variance
 from dynamics.spectra.rounding import rounding_variance, ulp
 
-Read = Callable[[str, int, str], Matrix | None]
-# (weight of a projection, architecture, query head) -> the slice of it in that head's circuit
-Slice = Callable[..., np.ndarray]
-# (step, kind) -> the factors (d_model, head_dim) and (head_dim, d_model), None if not recorded
-Factors = Callable[[int, str], tuple[Dense, Dense] | None]
+# (architecture, query head) -> its part of a projection
+SliceOfHead = Callable[[Architecture, int], Slice]
 
 
 def ov_circuit(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
@@ -72,80 +65,6 @@ def qk_circuit(run: Run) -> list[tuple[MatrixInfo, Measurable]]:
     return _circuits(run, "qk_circuit", ("q_proj", _transposed_rows), ("k_proj", _kv_rows))
 
 
-@dataclass(frozen=True)
-class Attention:
-    """The attention of one layer: the path of its module, its projections by module, its heads."""
-
-    path: str
-    projections: dict[str, MatrixInfo]
-    architecture: Architecture
-
-    @property
-    def layer(self) -> int | None:
-        """The index of the layer."""
-        return next(iter(self.projections.values())).layer
-
-    @property
-    def stores_in_out(self) -> bool:
-        """Whether its weights are stored (in, out), as GPT-2's Conv1D does.
-
-        The output projection is square and does not tell; the fused matrix beside it does.
-        """
-        return any(isinstance(i, Part) and i.axis == 1 for i in self.projections.values())
-
-    def shape(self, module: str) -> tuple[int, int]:
-        """(out, in) of a projection."""
-        info = self.projections[module]
-        return (info.cols, info.rows) if self.stores_in_out else (info.rows, info.cols)
-
-    def projection(self, read: Read, module: str, step: int, kind: str) -> Dense | None:
-        """A projection as (out, in), None where the run has none at this step."""
-        stored = read(self.projections[module].name, step, kind)
-        if stored is None:
-            return None
-        assert isinstance(stored, Dense)
-        return stored.part(lambda array: array.T) if self.stores_in_out else stored
-
-
-def attention_layers(run: Run, modules: tuple[str, ...]) -> list[Attention]:
-    """The attention modules of a run that have all these projections.
-
-    Raises:
-        MissingError: there is none, or the run has no weights or no config.
-        DynamicsError: its config contradicts the shapes of its weights.
-    """
-    if schema.WEIGHT not in run.stored_kinds:
-        raise MissingError(f"{run.path} holds no weights; circuits are made of them.")
-    attentions: dict[str, dict[str, MatrixInfo]] = {}
-    for name, info in run.matrices.items():
-        attentions.setdefault(attention_path(name), {})[info.module] = info
-    complete = {
-        path: {module: projections[module] for module in modules}
-        for path, projections in attentions.items()
-        if set(modules) <= set(projections)
-    }
-    if not complete:
-        wanted = " and ".join(modules)
-        fused = [name for name, info in run.matrices.items() if info.module == QKV]
-        if fused:
-            reason = kept_whole(run).get(
-                fused[0], "Open it with split_fused=True (without --keep-fused)."
-            )
-            raise MissingError(
-                f"{run.path} fuses query, key and value in one matrix ({fused[0]}); "
-                f"circuits need {wanted} apart. {reason}"
-            )
-        raise MissingError(f"No attention of {run.path} has {wanted} side by side.")
-    layers = []
-    for path, projections in complete.items():
-        architecture = read_architecture(run.attrs, run.path, stack_of(path + "."))
-        layer = Attention(path, projections, architecture)
-        shapes = {layer.projections[module].name: layer.shape(module) for module in modules}
-        check_projections(architecture, shapes, run.path)
-        layers.append(layer)
-    return layers
-
-
 def coarsest(*dtypes: str) -> str:
     """The dtype with the largest rounding error: one floor holds for factors of mixed dtypes."""
     if len(set(dtypes)) == 1:
@@ -154,7 +73,7 @@ def coarsest(*dtypes: str) -> str:
 
 
 def _circuits(
-    run: Run, component: str, left: tuple[str, Slice], right: tuple[str, Slice]
+    run: Run, component: str, left: tuple[str, SliceOfHead], right: tuple[str, SliceOfHead]
 ) -> list[tuple[MatrixInfo, Measurable]]:
     circuits = []
     for each in attention_layers(run, (left[0], right[0])):
@@ -162,50 +81,53 @@ def _circuits(
         for head in range(each.architecture.num_heads):
             name = f"{each.path}.{component}.{head}"
             info = MatrixInfo(name, each.layer, component, width, width, head)
-            factors = _factors(run.read, each, head, left, right)
-            circuits.append((info, _reader(run, factors, each)))
+            slices = {module: of(each.architecture, head) for module, of in (left, right)}
+            circuits.append((info, _reader(run, each, slices)))
     return circuits
 
 
-def _factors(
-    read: Read,
-    attention: Attention,
-    head: int,
-    left: tuple[str, Slice],
-    right: tuple[str, Slice],
-) -> Factors:
-    def factors(step: int, kind: str) -> tuple[Dense, Dense] | None:
-        slices = []
-        for module, slice_of in (left, right):
-            weight = attention.projection(read, module, step, kind)
-            if weight is None:
-                return None
-            slices.append(
-                weight.part(partial(slice_of, architecture=attention.architecture, head=head))
-            )
-        return slices[0], slices[1]
+def _reader(run: Run, attention: Attention, slices: Mapping[str, Slice]) -> Measurable:
+    def factors(step: int, kind: str) -> list[Dense] | None:
+        """(d_model, head_dim) and (head_dim, d_model), None if not recorded."""
+        found = [attention.projection(run.read, module, step, kind) for module in slices]
+        parts = zip(found, slices.values(), strict=True)
+        return (
+            [w.part(part.of) for w, part in parts if w is not None] if None not in found else None
+        )
 
-    return factors
+    def changes(step: int, before: int) -> list[Difference] | None:
+        now, then = factors(step, schema.WEIGHT), factors(before, schema.WEIGHT)
+        if now is None or then is None:
+            return None
+        differences = []
+        weights = zip(now, then, strict=True)
+        for (module, part), weight in zip(slices.items(), weights, strict=True):
+            name = attention.projections[module].name
+            last, first = adapters_of(run, name, step, before)
+            adapters = attention.adapter_part(part, last), attention.adapter_part(part, first)
+            merges = run.merges_between(name, before, step)
+            steps = trained_steps(run, name, before, step)
+            differences.append(Difference(*weight, merges, None, adapters, steps))
+        return differences
 
-
-def _reader(run: Run, factors: Factors, attention: Attention) -> Measurable:
     def matrix(step: int, kind: str) -> Matrix | Status:
         if kind in schema.DIFFERENCES:
             before = _reference_step(run, attention, step, kind)
             if before is None:
                 return Status.UNDEFINED
-            parts = [factors(step, schema.WEIGHT), factors(before, schema.WEIGHT)]
-            names = [info.name for info in attention.projections.values()]
-            steps = [trained_steps(run, name, before, step) for name in names]
-            combined: Callable[..., Factored] = partial(_difference, steps=steps)
-        elif kind == schema.GRADIENT:
-            parts = [factors(step, schema.WEIGHT), factors(step, schema.GRADIENT)]
-            combined = _first_order_change
-        elif kind in (schema.WEIGHT, schema.BASE):
-            parts, combined = [factors(step, kind)], _product
-        else:
+            found = changes(step, before)
+            return Status.NOT_RECORDED if found is None else _difference(*found)
+        if kind not in (schema.WEIGHT, schema.BASE, schema.GRADIENT):
             return Status.UNDEFINED
-        return Status.NOT_RECORDED if None in parts else combined(*parts)
+        weights = factors(step, schema.WEIGHT if kind == schema.GRADIENT else kind)
+        if weights is None:
+            return Status.NOT_RECORDED
+        if kind != schema.GRADIENT:
+            return _product(*weights)
+        gradients = factors(step, schema.GRADIENT)
+        if gradients is None:
+            return Status.NOT_RECORDED
+        return _first_order_change(weights, gradients)
 
     return matrix
 
@@ -216,35 +138,42 @@ def _reference_step(run: Run, attention: Attention, step: int, kind: str) -> int
     return max((each for each in steps if each is not None), default=None)
 
 
-def _product(pair: tuple[Dense, Dense]) -> Factored:
-    left, right = pair
+def _product(left: Dense, right: Dense) -> Factored:
     noise = noise_of_factors([left], [right])
     return Factored(left.values, right.values, 1.0, coarsest(left.dtype, right.dtype), noise=noise)
 
 
-def _difference(
-    now: tuple[Dense, Dense], before: tuple[Dense, Dense], steps: list[int]
-) -> Factored:
+def _difference(left: Difference, right: Difference) -> Factored:
     # Of the stored numbers themselves, not of their differences: their rounding is the noise.
-    # Where both are of one quantised base, its errors cancel.
-    pairs = list(zip(now, before, strict=True))
-    if all(one.errors is not None and one.errors.are_of(other.errors) for one, other in pairs):
-        now, before = ((replace(o, errors=None), replace(v, errors=None)) for o, v in (now, before))
-    left = np.hstack([now[0].values.astype(np.float64), -before[0].values.astype(np.float64)])
-    right = np.vstack([each[1].values.astype(np.float64) for each in (now, before)])
-    noise, storage = noise_of_factors([now[0], before[0]], [now[1], before[1]]), None
-    if noise is None and any(steps):
-        variances = [[rounding_variance(*weight.stored[0]) for weight in pair] for pair in pairs]
-        storage = _norms(variances)
-        for (of_now, _), weight, count in zip(variances, now, steps, strict=True):
-            dtype, times = training_roundings(weight.dtype, count)
-            of_now += times * rounding_variance(weight.values, dtype)
+    changes = [left, right]
+    cancelled = [each.without_common_errors() for each in changes]
+    if all(one is not other for one, other in zip(changes, cancelled, strict=True)):
+        left, right = changes = cancelled
+    stacked = (
+        np.hstack([left.now.values.astype(np.float64), -left.before.values.astype(np.float64)]),
+        np.vstack([each.values.astype(np.float64) for each in (right.now, right.before)]),
+    )
+    dtype = coarsest(*(each.dtype for c in changes for each in (c.now, c.before)))
+    quantised = any(each.errors is not None for c in changes for each in (c.now, c.before))
+    adapted = any(each is not None for c in changes for each in c.adapters)
+    if not (quantised or adapted or any(c.merges or c.trained_steps for c in changes)):
+        return Factored(*stacked, 1.0, dtype)  # which alone decides the noise
+    variances = [
+        [noise_variance(*each.rounded_since), noise_variance(*each.before.stored)]
+        for each in changes
+    ]
+    noise, storage = _norms(variances), None
+    trained = [each.rounded_in_training for each in changes]
+    if any(trained):
+        storage = noise
+        for (of_now, _), rounded in zip(variances, trained, strict=True):
+            if rounded is not None:
+                of_now += rounded[1] * rounding_variance(*rounded[0])
         noise = _norms(variances)
-    dtype = coarsest(*(each.dtype for each in (*now, *before)))
-    return Factored(left, right, 1.0, dtype, noise=noise, storage_noise=storage)
+    return Factored(*stacked, 1.0, dtype, noise=noise, storage_noise=storage)
 
 
-def _first_order_change(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> Factored:
+def _first_order_change(weights: list[Dense], gradients: list[Dense]) -> Factored:
     # [G_O, W_O] @ [W_V; G_V] = [c·G_O, W_O] @ [W_V/c; G_V]. With c of the order of weight over
     # gradient the factors' norms no longer exceed the terms', nor does the noise floor made of
     # them; as a power of two it leaves all significands, and so the relative rounding, alone.
@@ -281,7 +210,7 @@ def _norms(variances: list[list[np.ndarray]]) -> tuple[float, float]:
     return noise_norm_bound(np.hstack(left)), noise_norm_bound(np.vstack(right))
 
 
-def _balance(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> int:
+def _balance(weights: list[Dense], gradients: list[Dense]) -> int:
     """The exponent of 2 nearest to the geometric mean of ‖W‖/‖G‖ over the two projections."""
     sizes = [
         (float(np.linalg.norm(weight.values)), float(np.linalg.norm(gradient.values)))
@@ -291,14 +220,17 @@ def _balance(weights: tuple[Dense, Dense], gradients: tuple[Dense, Dense]) -> in
     return round(float(np.mean(ratios))) if ratios else 0
 
 
-def _columns(weight: np.ndarray, architecture: Architecture, head: int) -> np.ndarray:
-    return weight[:, head * architecture.head_dim : (head + 1) * architecture.head_dim]
+def _columns(architecture: Architecture, head: int) -> Slice:
+    return Slice(slice(None), _of_head(architecture, head))
 
 
-def _transposed_rows(weight: np.ndarray, architecture: Architecture, head: int) -> np.ndarray:
-    return weight[head * architecture.head_dim : (head + 1) * architecture.head_dim].T
+def _transposed_rows(architecture: Architecture, head: int) -> Slice:
+    return Slice(_of_head(architecture, head), slice(None), transposed=True)
 
 
-def _kv_rows(weight: np.ndarray, architecture: Architecture, head: int) -> np.ndarray:
-    first = architecture.kv_head(head) * architecture.head_dim
-    return weight[first : first + architecture.head_dim]
+def _kv_rows(architecture: Architecture, head: int) -> Slice:
+    return Slice(_of_head(architecture, architecture.kv_head(head)), slice(None))
+
+
+def _of_head(architecture: Architecture, head: int) -> slice:
+    return slice(head * architecture.head_dim, (head + 1) * architecture.head_dim)

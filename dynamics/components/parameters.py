@@ -7,11 +7,12 @@ from dynamics.errors import FormatError
 from dynamics.runs.differences import (
     Difference,
     accumulated_adapter,
-    difference_rank_bound,
+    adapters_of,
     reference_step,
     trained_steps,
 )
-from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run, Spectrum
+from dynamics.runs.rank_bounds import difference_rank_bound
+from dynamics.runs.run import Dense, Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
 
 # (step, kind) -> the matrix, or its spectrum, or why there is none
@@ -50,10 +51,9 @@ def _reader(run: Run, name: str) -> Measurable:
             )
         merges = run.merges_between(name, before_step, step)
         bound = difference_rank_bound(run, name, before_step, step)
-        adapter = run.read(name, step, schema.ADAPTER) if bound is not None else None
-        assert adapter is None or isinstance(adapter, Factored)
+        adapters = adapters_of(run, name, step, before_step)
         steps = trained_steps(run, name, before_step, step)
-        return Difference(now, before, merges, bound, adapter, steps)
+        return Difference(now, before, merges, bound, adapters, steps)
 
     return matrix
 

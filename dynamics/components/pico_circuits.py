@@ -22,7 +22,8 @@ only `weight` and `base` are defined.
 import numpy as np
 
 from dynamics import schema
-from dynamics.components.circuits import Attention, Read, attention_layers, coarsest
+from dynamics.components.attention import Attention, Read, attention_layers
+from dynamics.components.circuits import coarsest
 from dynamics.components.parameters import Measurable
 from dynamics.runs.attention_config import Architecture
 from dynamics.runs.run import Dense, Factored, Matrix, MatrixInfo, Run

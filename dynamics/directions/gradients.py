@@ -18,7 +18,8 @@ from dynamics.directions.pairwise import (
 from dynamics.directions.subspaces import dataset_of_cells, measurable, selected_matrices
 from dynamics.errors import MissingError
 from dynamics.formats import open_run
-from dynamics.runs.differences import Difference, is_finite, projectors
+from dynamics.runs.differences import Difference, is_finite
+from dynamics.runs.rank_bounds import projectors
 from dynamics.runs.run import Dense, Factored, Matrix, Run
 from dynamics.spectra.spectrum import noise_of
 

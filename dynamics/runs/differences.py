@@ -1,12 +1,16 @@
 """Kinds that are made from weights: differences of two stored matrices, and sums of adapters."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from dynamics import schema
 from dynamics.runs.run import Dense, Factored, Matrix, Run, Spectrum, Stored
+
+Array = Any  # of NumPy or torch
 
 
 @dataclass(frozen=True)
@@ -14,10 +18,8 @@ class Difference:
     """now - before, computed in float64.
 
     Its noise is the rounding of both terms, and of every merge in between: each stored
-    W + s·B·A rounds the weight anew. Where an adapter is part of the later weight, the product
-    s·B·A was rounded before it was added, in float32 at each of its r partial sums: those of a
-    sum of independent terms have (r + 1)/2 times the variance of its last rounding. The errors of
-    one quantised base are in both terms and cancel.
+    W + s·B·A rounds the weight anew. The products s·B·A were rounded, too, before they were added:
+    see `rounded_products`. The errors of one quantised base are in both terms and cancel.
 
     A weight that is trained in place is rounded by each optimizer step, too: T + 1 roundings are
     behind a difference over T steps. Where a dtype shorter than float32 is stored, they are those
@@ -28,7 +30,7 @@ class Difference:
         before: the earlier one.
         merges: how often an adapter was merged into the weight between the two.
         rank_bound: the largest rank it can have, where adapters alone moved the weight.
-        adapter: what `now` is the sum of, beside its base.
+        adapters: what `now` and `before` are sums of, beside their bases; None for no adapter.
         trained_steps: how many optimizer steps trained the weight in place between the two.
     """
 
@@ -36,7 +38,7 @@ class Difference:
     before: Dense
     merges: int = 0
     rank_bound: int | None = None
-    adapter: Factored | None = None
+    adapters: tuple[Factored | None, Factored | None] = (None, None)
     trained_steps: int = 0
 
     @property
@@ -52,15 +54,30 @@ class Difference:
     @property
     def stored(self) -> tuple[Stored, ...]:
         """The stored numbers that its noise comes from."""
-        now, before = self.now, self.before
-        if now.errors is not None and now.errors.are_of(before.errors):
-            # One quantised base in both: its errors cancel. What was added to it is known better.
-            now, before = replace(now, errors=None), replace(before, errors=None)
-        sums: tuple[Stored, ...] = (*now.stored * (1 + self.merges), *before.stored)
-        if self.adapter is None:
+        known = self.without_common_errors()
+        return (*known.rounded_since, *known.before.stored)
+
+    @property
+    def rounded_since(self) -> tuple[Stored, ...]:
+        """Those of `stored` that were rounded after `before` was: `now`, merges and products."""
+        sums = self.now.stored * (1 + self.merges)
+        adapter = self.adapters[0] or self.adapters[1]
+        if adapter is None:
             return sums
-        product = (self.adapter.product(), self.now.dtype)
-        return (*sums, *((product,) * product_roundings(self.adapter.rank_bound, self.now.dtype)))
+        products = [each and each.product() for each in self.adapters]
+        rounded = (rounded_products(self.values, *products, merges=self.merges), self.now.dtype)
+        times = product_roundings(adapter.rank_bound, adapter.scale, self.now.dtype)
+        return (*sums, *((rounded,) * times))
+
+    def without_common_errors(self) -> "Difference":
+        """The same without the errors of one quantised base in both; itself where there is none.
+
+        They cancel. What was added to the base is known better.
+        """
+        if self.now.errors is None or not self.now.errors.are_of(self.before.errors):
+            return self
+        now, before = replace(self.now, errors=None), replace(self.before, errors=None)
+        return replace(self, now=now, before=before)
 
     @property
     def rounded_in_training(self) -> tuple[Stored, int] | None:
@@ -101,12 +118,56 @@ def trained_steps(run: Run, name: str, before: int, now: int) -> int:
     return now - before if trains else 0
 
 
-def product_roundings(rank: int, dtype: str) -> int:
-    """How often a product B·A of this rank counts as rounded to `dtype`, see `Difference`.
+def adapters_of(
+    run: Run, name: str, now: int, before: int
+) -> tuple[Factored | None, Factored | None]:
+    """The adapters of a weight at the later and at the earlier of two records."""
+    if schema.ADAPTER not in run.stored_kinds:
+        return None, None
+    last, first = (run.read(name, step, schema.ADAPTER) for step in (now, before))
+    return (
+        last if isinstance(last, Factored) else None,
+        first if isinstance(first, Factored) else None,
+    )
 
-    Products in a shorter dtype are summed up in float32 and rounded once.
+
+def rounded_products(
+    change: Array, now: Array | None, before: Array | None, *, merges: int
+) -> Array:
+    """One matrix whose rounding has the variances of that of all products behind a difference.
+
+    These are the s·B·A of the later weight, that of the earlier one, and those that were merged in
+    between. Roundings of different products are independent, so their variances add up, and a
+    variance goes with the square of what is rounded: the matrix is the root of the sum of squares.
+    What the merges added together, change - now + before, counts as one product. This is right for
+    one merge, and for several whose products are orthogonal; it is too much where they agree.
+
+    Args:
+        change: (rows, cols) float64, the later weight minus the earlier one; array or tensor.
+        now: the product in the later weight, None where that has no adapter.
+        before: the product in the earlier weight, likewise.
+        merges: how many merges there were in between.
     """
-    return (rank + 2) // 2 if dtype in ("float32", "float64") else 1
+    merged = change if now is None else change - now
+    merged = merged if before is None else merged + before
+    products = [now, before, merged if merges else None]
+    squares = sum(each * each for each in products if each is not None)
+    return squares**0.5
+
+
+def product_roundings(rank: int, scale: float, dtype: str) -> int:
+    """How often a product s·(B·A) of this rank counts as rounded to `dtype`.
+
+    float32 and float64 round B·A at each of its r partial sums, which makes (r + 1)/2 times the
+    variance of one rounding. Products in a shorter dtype are summed up in float32 and rounded once.
+    The scale s rounds once more, unless it is a power of two.
+
+    Example:
+        >>> product_roundings(8, 2.0, "float32"), product_roundings(8, 1.5, "bfloat16")
+        (5, 2)
+    """
+    once = math.frexp(scale)[0] not in (0.5, -0.5)
+    return (((rank + 2) // 2) if dtype in ("float32", "float64") else 1) + once
 
 
 def is_finite(
@@ -157,75 +218,6 @@ def cycle_start(run: Run, name: str, step: int) -> int:
     while before > 0 and not run.merges_between(name, int(run.steps[before]), step):
         before -= 1
     return int(run.steps[before])
-
-
-def difference_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
-    """The largest rank of W_now - W_before, None where nothing bounds it.
-
-    Adapters bound it (`cycles_rank_bound`), and so does an optimizer that moves a weight within a
-    projector's directions alone: GaLore, whose recording has an event at each new projector.
-    """
-    if schema.ADAPTER not in run.stored_kinds:
-        return _projections_rank_bound(run, name, before, now)
-    if run.trains(name):  # the base itself, beside its adapter
-        return None
-    adapter, earlier = (run.read(name, step, schema.ADAPTER) for step in (now, before))
-    if not isinstance(adapter, Factored) or not isinstance(earlier, Factored):
-        return None
-    merged_there = any(event.kind == schema.MERGE and event.step == before for event in run.events)
-    is_zero = not (earlier.left.any() and earlier.right.any())
-    bound = cycles_rank_bound(
-        adapter.rank_bound,
-        0 if is_zero else earlier.rank_bound,
-        run.merges_between(name, before, now),
-        merged_there=merged_there,
-    )
-    return min(bound, *adapter.shape)
-
-
-def cycles_rank_bound(rank: int, earlier: int, merges: int, *, merged_there: bool) -> int:
-    """The largest rank of a difference of two weights between which only adapters changed.
-
-    Every merge in between adds the s·B·A of one cycle, of rank r, and the present adapter adds one
-    more: r·(merges + 1). The earlier adapter is subtracted, which adds its rank, too. It does not
-    if it was merged at that very step: then it cancels against the first merge. It cancels only if
-    the merge added what it should, so a merge that leaves out s exceeds this bound.
-
-    Args:
-        rank: r of the present adapter.
-        earlier: the rank of the adapter at the earlier step, 0 where that adapter was zero.
-        merges: how many there were from the earlier step to the present one.
-        merged_there: whether the first of them happened at the earlier step.
-    """
-    return rank * merges if merged_there else rank * (merges + 1) + earlier
-
-
-def projectors(run: Run, name: str) -> dict[int, int]:
-    """Step -> rank of each projector within whose directions alone the next steps move a weight.
-
-    It is in use from the step after until the step at which the next one is taken.
-    """
-    return {  # a run that was resumed may have told one twice
-        event.step: event.attrs["rank"]
-        for event in run.events
-        if event.kind == schema.PROJECTION
-        and event.attrs.get("bounded") is True
-        and isinstance(event.attrs.get("rank"), int)
-        and isinstance(event.attrs.get("matrices"), list)
-        and name in event.attrs["matrices"]
-    }
-
-
-def _projections_rank_bound(run: Run, name: str, before: int, now: int) -> int | None:
-    ranks = {step: rank for step, rank in projectors(run, name).items() if step < now}
-    used = [rank for step, rank in ranks.items() if step >= before]
-    if before not in ranks:  # the projector before goes on
-        earlier = [step for step in ranks if step < before]
-        if not earlier:
-            return None
-        used.append(ranks[max(earlier)])
-    info = run.matrices[name]
-    return min(sum(used), info.rows, info.cols)
 
 
 def accumulated_adapter(run: Run, name: str, step: int) -> Factored | None:

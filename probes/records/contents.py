@@ -7,7 +7,7 @@ import torch
 
 from dynamics import schema
 from dynamics.errors import DynamicsError
-from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, Recording
+from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, Recording, factor_path
 from dynamics.runs.run import Event
 from dynamics.runs.stacks import Part
 from probes.gradients.of_step import GRADIENT_BEFORE_CLIPPING, PROBED_GRADIENT, Gradients
@@ -82,6 +82,15 @@ def gathered_factors(each: Tracked, *, keep: bool) -> Iterator[tuple[Part, Facto
     if a is not None and b is not None:
         whole = factors._replace(a=a, b=b)
         yield from ((part, each.factors_of(part, whole)) for part in each.parts)
+
+
+def factor_arrays(
+    name: str, factors: Factors
+) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """(array path, factor, attributes of the array) of A and of B."""
+    attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}
+    yield factor_path(name, "A"), factors.a, attrs
+    yield factor_path(name, "B"), factors.b, attrs
 
 
 def recorded_kinds(record: Collection[str], spectra_only: bool) -> set[str]:

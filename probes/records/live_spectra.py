@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from dynamics.runs.differences import product_roundings, training_roundings
+from dynamics.runs.differences import product_roundings, rounded_products, training_roundings
 from dynamics.runs.run import Factored, Spectrum
 from dynamics.spectra import spectrum
 from dynamics.spectra.noise import bound_of_sums
@@ -20,7 +20,7 @@ def live_spectrum(
     before: torch.Tensor | None = None,
     merges: int = 0,
     rank_bound: int | None = None,
-    adapter: Factors | None = None,
+    adapters: tuple[Factors | None, Factors | None] = (None, None),
     trained_steps: int = 0,
 ) -> Spectrum:
     """What `dynamics.spectrum` gives for the stored matrix: the same singular values and floors.
@@ -30,7 +30,7 @@ def live_spectrum(
         before: an earlier matrix to subtract; its rounding counts too.
         merges: how often an adapter was merged in between, see `differences.Difference`.
         rank_bound: the largest rank that the difference can have, where only adapters changed it.
-        adapter: the adapter that is part of `matrix`; the rounding of its product counts.
+        adapters: those that are part of `matrix` and of `before`, see `differences.Difference`.
         trained_steps: how many optimizer steps trained the matrix in place since `before`.
 
     Returns:
@@ -38,12 +38,10 @@ def live_spectrum(
         sizes and the rank bound is NaN.
     """
     try:
-        return _spectrum(matrix, before, merges, rank_bound, adapter, trained_steps)
+        return _spectrum(matrix, before, merges, rank_bound, adapters, trained_steps)
     except torch.OutOfMemoryError:  # training uses the rest of the GPU, and must go on
         matrix, before = matrix.cpu(), None if before is None else before.cpu()
-        if adapter is not None:
-            adapter = adapter._replace(a=adapter.a.cpu(), b=adapter.b.cpu())
-        return _spectrum(matrix, before, merges, rank_bound, adapter, trained_steps)
+        return _spectrum(matrix, before, merges, rank_bound, adapters, trained_steps)
 
 
 def _spectrum(
@@ -51,7 +49,7 @@ def _spectrum(
     before: torch.Tensor | None,
     merges: int,
     rank_bound: int | None,
-    adapter: Factors | None,
+    adapters: tuple[Factors | None, Factors | None],
     trained_steps: int,
 ) -> Spectrum:
     rows, cols = matrix.shape
@@ -65,9 +63,14 @@ def _spectrum(
     for each, count in terms:
         of_rows, of_cols = variance_sums(each, _name(each.dtype))
         row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
-    if adapter is not None:
-        count = product_roundings(adapter.a.shape[0], _name(matrix.dtype))
-        of_rows, of_cols = variance_sums(_product(adapter), _name(matrix.dtype))
+    adapter = adapters[0] or adapters[1]
+    if adapter is not None and before is not None:
+        products = [each and _product(each, matrix.device) for each in adapters]
+        change = matrix.double() - before.double()
+        rounded = rounded_products(change, *products, merges=merges)
+        dtype = _name(matrix.dtype)
+        count = product_roundings(adapter.a.shape[0], adapter.scaling, dtype)
+        of_rows, of_cols = variance_sums(rounded, dtype)
         row_sums, col_sums = row_sums + count * of_rows, col_sums + count * of_cols
     noise, storage = bound_of_sums(row_sums, col_sums), None
     dtype, count = training_roundings(_name(matrix.dtype), trained_steps)
@@ -91,8 +94,9 @@ def adapter_spectrum(factors: Factors) -> Spectrum:
     return spectrum.spectrum(Factored(left, right, factors.scaling, dtype, factors.transposed))
 
 
-def _product(factors: Factors) -> torch.Tensor:
-    product = factors.scaling * (factors.b.double() @ factors.a.double())
+def _product(factors: Factors, device: torch.device) -> torch.Tensor:
+    a, b = (each.to(device).double() for each in (factors.a, factors.b))
+    product = factors.scaling * (b @ a)
     return product.T if factors.transposed else product
 
 

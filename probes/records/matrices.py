@@ -11,14 +11,13 @@ from dynamics.recordings import (
     GRADIENT,
     SPARSE_ENTRIES,
     WEIGHT,
-    factor_path,
     matrix_path,
 )
 from dynamics.runs.stacks import Part
 from probes.gradients.of_step import Gradients
 from probes.model.parameters import Tracked
 from probes.model.sharding import gather
-from probes.records.contents import Contents, gathered_factors
+from probes.records.contents import Contents, factor_arrays, gathered_factors
 from probes.records.cpu_buffers import CpuBuffers
 from probes.records.record import Record
 
@@ -74,6 +73,4 @@ class MatrixContents(Contents):
                 yield matrix_path(BASE, part.name), base, attrs
         if ADAPTER in self._record:
             for part, factors in gathered_factors(each, keep=self._writes):
-                attrs = {"scaling": factors.scaling, "transposed": bool(factors.transposed)}
-                yield factor_path(part.name, "A"), factors.a, attrs
-                yield factor_path(part.name, "B"), factors.b, attrs
+                yield from factor_arrays(part.name, factors)

@@ -7,14 +7,22 @@ from typing import Any
 import torch
 
 from dynamics import schema
-from dynamics.recordings import ADAPTER, GRADIENT, WEIGHT, Recording, matrix_path, spectra_arrays
-from dynamics.runs.differences import cycles_rank_bound
+from dynamics.recordings import (
+    ADAPTER,
+    GRADIENT,
+    WEIGHT,
+    Recording,
+    factor_path,
+    matrix_path,
+    spectra_arrays,
+)
+from dynamics.runs.rank_bounds import cycles_rank_bound
 from dynamics.runs.run import Event, Spectrum
 from probes.gradients.of_step import Gradients
 from probes.model.parameters import Tracked
 from probes.model.sharding import gather
 from probes.model.weights import Factors
-from probes.records.contents import DIFFERENCES, Contents, gathered_factors
+from probes.records.contents import DIFFERENCES, Contents, factor_arrays, gathered_factors
 from probes.records.live_spectra import adapter_spectrum, live_spectrum
 from probes.records.record import Record
 
@@ -28,6 +36,7 @@ class _Reference:
     step: int
     weight: torch.Tensor
     adapter_rank: int | None  # 0 for an adapter of zeros, None without an adapter
+    factors: Factors | None  # of an adapter that is not zero
 
 
 class SpectrumContents(Contents):
@@ -84,7 +93,8 @@ class SpectrumContents(Contents):
                 dtype = getattr(torch, recording.attr(path, "source_dtype", str))
                 rank = recording.attr(path, _ADAPTER_RANK, int, type(None))
                 weight = torch.from_numpy(values).to(dtype)
-                first[name] = _Reference(int(recording.steps[0]), weight, rank)
+                factors = _recorded_factors(recording, name) if rank else None
+                first[name] = _Reference(int(recording.steps[0]), weight, rank, factors)
 
     def _measure(self, each: Tracked, record: Record) -> Iterator[tuple[str, str, Spectrum]]:
         """(kind, name of the matrix, spectrum) of everything that is read from one weight."""
@@ -141,13 +151,12 @@ class SpectrumContents(Contents):
                     merged_there=before.step in self._merges,
                 )
         earlier = before.weight.to(weight.device)
-        adapter = None if bound is None else factors
         return live_spectrum(
             weight,
             before=earlier,
             merges=merges,
             rank_bound=bound,
-            adapter=adapter,
+            adapters=(factors, before.factors),
             trained_steps=trained_steps,
         )
 
@@ -164,14 +173,16 @@ class SpectrumContents(Contents):
         if kind == schema.DISPLACEMENT and name in references:
             return
         rank = None if factors is None else _rank(factors)
+        kept = _copied(factors) if factors is not None and rank else None
         if name in references:
-            references[name].weight.copy_(weight)
-            references[name].step, references[name].adapter_rank = record.step, rank
-            return
-        copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight)
-        references[name] = _Reference(record.step, copy, rank)
+            copy = references[name].weight.copy_(weight)
+        else:
+            copy = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda).copy_(weight)
+        references[name] = _Reference(record.step, copy, rank, kept)
         if kind == schema.DISPLACEMENT:
             record.add(matrix_path(WEIGHT, name), copy, {_ADAPTER_RANK: rank})
+            for path, factor, attrs in [] if kept is None else factor_arrays(name, kept):
+                record.add(path, factor, attrs)
 
 
 def _descriptions(each: Tracked) -> Iterator[Mapping[str, Any]]:
@@ -179,6 +190,22 @@ def _descriptions(each: Tracked) -> Iterator[Mapping[str, Any]]:
     for part in each.parts:
         facts = {"name": part.name, "rows": part.rows, "cols": part.cols, "source_dtype": dtype}
         yield {**facts, **part.attrs}
+
+
+def _copied(factors: Factors) -> Factors:
+    a, b = (each.detach().to("cpu", copy=True) for each in (factors.a, factors.b))
+    return factors._replace(a=a, b=b)
+
+
+def _recorded_factors(recording: Recording, name: str) -> Factors | None:
+    """Those of the first record; None in a recording of version 0.1, which does not hold them."""
+    path = factor_path(name, "A")
+    if name not in recording.parameters(ADAPTER):
+        return None
+    read = (recording.read(factor_path(name, factor), 0) for factor in "AB")
+    a, b = (torch.from_numpy(each) for each in read if each is not None)
+    scaling = float(recording.attr(path, "scaling", int, float))
+    return Factors(a, b, scaling, recording.attr(path, "transposed", bool))
 
 
 def _rank(factors: Factors) -> int:

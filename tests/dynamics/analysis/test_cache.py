@@ -368,10 +368,11 @@ def test_an_adapter_of_another_scaling_is_another_matrix():
         Dense(left.T, "float32"),
         Difference(Dense(left, "float32"), Dense(left, "float32")),
         *(
-            Difference(Dense(left, "float32"), Dense(left, "float32"), adapter=each)
+            Difference(Dense(left, "float32"), Dense(left, "float32"), adapters=each)
             for each in (
-                Factored(left, right, 1.0, "float32"),
-                Factored(left, right, 2.0, "float32"),
+                (Factored(left, right, 1.0, "float32"), None),
+                (Factored(left, right, 2.0, "float32"), None),
+                (None, Factored(left, right, 2.0, "float32")),
             )
         ),
     ]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dynamics as dy
-from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter, matrix_path
+from dynamics.recordings import GRADIENT, WEIGHT, RecordingWriter, factor_path, matrix_path
 from dynamics.runs.run import Event, Factored
 from dynamics.schema import Status
 from dynamics.spectra.spectrum import spectrum
@@ -121,6 +121,50 @@ def test_the_floor_of_a_difference_covers_the_rounding_of_each_step(
         assert noise <= found.noise_floor <= 6 * noise
         assert noise > found.storage_noise_floor / 3
         assert 3 < found.noise_floor / found.storage_noise_floor < 7.1  # at most √50
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("size", [0.1, 5.0])  # of the adapters' entries, over the weights'
+def test_the_floor_of_a_difference_covers_merges_and_products(
+    component, size, random_attention, dense_circuit, circuits, tmp_path
+):
+    """ReLoRA on all projections: 30 merges of rank 1, and an adapter in the last record."""
+    rng, scale = np.random.default_rng(0), np.float32(2.0)
+    config, base = random_attention(4, 2, 16, 64, dtype=np.float32)
+    exact = {name: each.astype(np.float64) for name, each in base.items()}
+    writer = RecordingWriter(tmp_path / "run.zarr", {"config": config})
+    for step in range(32):
+        adapters = {
+            name: (
+                rng.standard_normal((each.shape[0], 1)).astype(np.float32),
+                np.float32(size / 2) * rng.standard_normal((1, each.shape[1])).astype(np.float32),
+            )
+            for name, each in base.items()
+        }
+        arrays = {}
+        for name, (b, a) in adapters.items():
+            b *= step > 0  # as in a run that begins
+            arrays[factor_path(name, "A")], arrays[factor_path(name, "B")] = a, b
+            arrays[matrix_path(WEIGHT, name)] = base[name] + scale * (b @ a)
+            exact[name] = exact[name] + scale * (b.astype(np.float64) @ a.astype(np.float64))
+        attrs = {path: {"source_dtype": "float32"} for path in arrays}
+        for path in arrays:
+            if path.startswith("adapter"):
+                attrs[path] |= {"scaling": float(scale), "transposed": False}
+        writer.append(step, arrays, attrs=attrs)
+        if 0 < step < 31:
+            writer.event(Event(step, "merge", {}))
+            base = {name: arrays[matrix_path(WEIGHT, name)] for name in base}
+    run = dy.open_run(tmp_path / "run.zarr")
+    first, last = ({n: run.read(n, s, WEIGHT).values for n in base} for s in (0, 31))
+    for head in range(4):
+        of_first, of_last, of_exact = (
+            dense_circuit(each, config, component, head) for each in (first, last, exact)
+        )
+        noise = np.linalg.norm(of_last - of_exact, 2)
+        displacement = circuits(run, component)[NAME.format(component, head)](31, "displacement")
+        np.testing.assert_allclose(displacement.product(), of_last - of_first, atol=1e-9)
+        assert noise <= spectrum(displacement).noise_floor <= 6 * noise
 
 
 # Gradients --------------------------------------------------------------------------------------

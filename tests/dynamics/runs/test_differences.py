@@ -62,12 +62,53 @@ def test_the_floor_covers_the_rounding_of_the_adapter_s_product(dtype, size, sha
         Difference(
             Dense(now.double().numpy(), name),
             Dense(weight.double().numpy(), name),
-            adapter=Factored(*factors, 2.0, name),
+            adapters=(Factored(*factors, 2.0, name), None),
         )
     )
     exact = 2.0 * factors[0] @ factors[1]
     noise = np.linalg.norm((now.double() - weight.double()).numpy() - exact, 2)
     assert noise <= found.noise_floor <= 2 * noise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.1, 1.0, 50.0])  # of the adapters' entries, over the weight's
+@pytest.mark.parametrize("merges", [0, 1, 2, 6])
+@pytest.mark.parametrize("begins", ["merged", "within a cycle"])
+@pytest.mark.parametrize("scale", [2.0, 1.5])
+def test_the_floor_covers_the_rounding_of_every_product_in_between(
+    dtype, size, merges, begins, scale
+):
+    """As PEFT computes them: each cycle is merged, and both weights may have an adapter."""
+    name, (rows, cols), rank = str(dtype).removeprefix("torch."), (96, 128), 8
+    generator = torch.Generator().manual_seed(merges)
+
+    def cycle():
+        b = torch.randn((rows, rank), generator=generator).to(dtype)
+        a = 0.01 * size * rank**-0.5 * torch.randn((rank, cols), generator=generator)
+        return b, a.to(dtype)
+
+    def adapter(b, a):
+        return Factored(b.double().numpy(), a.double().numpy(), scale, name)
+
+    base = (0.02 * torch.randn((rows, cols), generator=generator)).to(dtype)
+    cycles = [cycle() for _ in range(merges + 1)]
+    earlier = None if begins == "merged" else (0.5 * cycles[0][0], cycles[0][1])
+    before = base if earlier is None else base + scale * (earlier[0] @ earlier[1])
+    for b, a in cycles[:-1]:
+        base = base + scale * (b @ a)
+    now = base + scale * (cycles[-1][0] @ cycles[-1][1])
+
+    adapters = adapter(*cycles[-1]), None if earlier is None else adapter(*earlier)
+    exact = sum(adapter(*each).product() for each in cycles)
+    exact -= 0 if earlier is None else adapters[1].product()
+    weights = [Dense(each.double().numpy(), name) for each in (now, before)]
+    difference = Difference(*weights, merges, None, adapters)
+    noise = np.linalg.norm(difference.values - exact, 2)
+    found = spectrum(difference)
+    assert noise <= found.noise_floor <= 3 * noise
+    if noise < 0.1 * np.linalg.norm(exact, 2) / rank:
+        directions = rank * (merges + 1)  # the earlier adapter has those of the first cycle
+        assert numerical_rank(found.s, found.floor) == min(directions, rows)
 
 
 def test_an_update_below_the_rounding_of_bfloat16_has_no_rank_above_the_floor():

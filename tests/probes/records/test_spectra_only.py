@@ -105,19 +105,21 @@ def test_blocks_of_a_tall_matrix_are_measured_as_the_whole(monkeypatch):
         np.testing.assert_allclose(each.s, exact, rtol=0, atol=1e-14 * exact[0] * 10)
 
 
-def _train_adapted(path, **options):
-    """Eight steps with a merge after the fourth; returns the model."""
+def _train_adapted(path, resume_at=None, **options):
+    """Eight steps with a merge after the fourth, recorded in one part or two; returns the model."""
     model = adapted.adapted_model()
     optimizer = adapted.adam(model)
-    with Recorder(model, optimizer, path, every=2, **options) as recorder:
-        for step in range(1, 9):
-            optimizer.zero_grad()
-            ids = adapted.tokens(step)
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            if step == 4:
-                _merge(model)
-                recorder.event(schema.MERGE)
+    for first, last in [(0, 8)] if resume_at is None else [(0, resume_at), (resume_at, 8)]:
+        again = {"resume_at": first} if first else {}
+        with Recorder(model, optimizer, path, every=2, **again, **options) as recorder:
+            for step in range(first + 1, last + 1):
+                optimizer.zero_grad()
+                ids = adapted.tokens(step)
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                if step == 4:
+                    _merge(model)
+                    recorder.event(schema.MERGE)
     return model
 
 
@@ -160,6 +162,19 @@ def test_spectra_measured_in_training_are_those_of_the_recorded_matrices(matrice
     for name in ("numerical_rank", "rank_bound", "effective_rank_above_floor"):
         np.testing.assert_allclose(live[name], stored[name], rtol=1e-9, err_msg=name)
     assert set(dy.open_run(matrices_and_spectra[1]).kinds) == set(kinds)
+
+
+@pytest.mark.slow
+def test_a_resumed_recording_knows_the_adapters_of_the_weights_it_refers_to(
+    matrices_and_spectra, tmp_path
+):
+    _train_adapted(tmp_path / "resumed", resume_at=6, spectra_only=True, record=ALL)
+    resumed, whole = (
+        dy.analyze(path, kinds=["displacement"])
+        for path in (tmp_path / "resumed", matrices_and_spectra[1])
+    )
+    for name in (schema.SINGULAR_VALUE, *BOUNDS, "rank_bound"):
+        np.testing.assert_array_equal(resumed[name], whole[name])
 
 
 @pytest.mark.slow
