@@ -67,16 +67,15 @@ def lines(data: xr.Dataset, metric: str, methods: Sequence[str], ax: Axes) -> No
 
 
 def draw_losses(data: xr.Dataset, axes: Sequence[Axes]) -> None:
-    """The validation loss, of methods without and with a bound."""
-    for ax, methods in zip(axes, (FREE, ("full_rank", *BOUND, "sltrain", "cola")), strict=True):
-        lines(data, "eval_loss", methods, ax)
-        finish(ax, "optimizer step", "validation loss (nats)")
-        ax.set_ylim(*_limits(data))
-
-
-def _limits(data: xr.Dataset) -> tuple[float, float]:
-    values = data["eval_loss"].sel(step=slice(GAP, None))
-    return float(values.min()) - 0.05, float(values.max()) + 0.05
+    """The validation loss, and how far it is from that of full rank with the same seed."""
+    lines(data, "eval_loss", list(LABELS), axes[0])
+    finish(axes[0], "optimizer step", "validation loss (nats)")
+    losses = data["eval_loss"]
+    twins = losses.sel(run=[f"full_rank-seed={seed}" for seed in data["seed"].values])
+    others = [each for each in LABELS if each not in ("full_rank", "cola")]
+    lines(data.assign(eval_loss=losses - twins.values), "eval_loss", others, axes[1])
+    finish(axes[1], "optimizer step", "minus full rank's (nats)")
+    axes[1].axhline(0, color="0.5", linewidth=0.8, linestyle=":")
 
 
 def draw_displacement(data: xr.Dataset, axes: Sequence[Axes]) -> None:

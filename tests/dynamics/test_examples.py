@@ -64,10 +64,7 @@ def test_the_nine_methods_keep_what_their_construction_forces() -> None:
         at_end = of_method.sel(step=560)
         assert (at_end.where(at_end.notnull(), last) == last).all(), method
         assert at_end.notnull().sum() == 3 * 28, method
-        beyond = (of_method - most).where(of_method > most)
-        # The floor does not count the rounding of products: docs/results.md.
-        assert int(beyond.notnull().sum()) == (4 if method == "relora" else 0), method
-        assert float(beyond.max(skipna=True).fillna(0)) <= 2
+        assert not (of_method > most).any(), method
     products = inside["numerical_rank"].sel(kind=schema.ADAPTER)
     sparse = products.isel(run=np.flatnonzero(data["method"].values == "sltrain"))
     assert float(sparse.max()) == 8
