@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from probes.model.twin import whole
 from probes.model.weight import Factors, NotRead, Weight, not_read, plain_weight
@@ -69,8 +70,12 @@ class SparseLowRankSource:
     base_trains: ClassVar[bool] = True
 
     def read(self) -> torch.Tensor:
-        """W: the `weight` that the layer forms, where it has one, else s·B·A + S."""
-        if isinstance(getattr(type(self.layer), "weight", None), property):
+        """W: the `weight` that the layer forms, where it has one and can, else s·B·A + S.
+
+        It cannot where its parts are sharded (FSDP2): the index of its buffer is that of the whole.
+        """
+        sharded = any(isinstance(each, DTensor) for each in self.layer._parameters.values())
+        if not sharded and isinstance(getattr(type(self.layer), "weight", None), property):
             weight: torch.Tensor = self.layer.weight
             return weight.detach()
         a, b, scaling, _ = self.factors()

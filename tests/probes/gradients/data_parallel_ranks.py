@@ -4,16 +4,21 @@ torchrun --standalone --nproc_per_node 2 -m tests.probes.gradients.data_parallel
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dynamics.errors import DynamicsError
 from probes import Recorder
+from probes.model.twin import whole
+from probes.relora.layers.sltrain import SLTrainLinear
 from tests.probes.adapted import (
     adam,
     adapted_model,
@@ -86,6 +91,58 @@ def some_ranks_only(folder):
         optimizer.step()
 
 
+def sparse_low_rank_model():
+    """Two layers of SLTrain, all of whose parts are random, as after some training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        SLTrainLinear(9, 12, 2, scaling=2.0, sparsity=0.2),
+        nn.Tanh(),
+        SLTrainLinear(12, 7, 2, scaling=2.0, sparsity=0.2),
+    )
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+def inputs(step, rank):
+    """(4, 9), which differ from process to process."""
+    return torch.randn(4, 9, generator=torch.Generator().manual_seed(10 * step + rank))
+
+
+def fully_sharded(model):
+    mesh = init_device_mesh("cpu", (2,))
+    for each in (model[0], model[2], model):
+        fully_shard(each, mesh=mesh)
+    return model
+
+
+WRAPPED = {"ddp": DistributedDataParallel, "fsdp2": fully_sharded}
+
+
+def sparse_low_rank(folder, name):
+    """With a recorder and without, which must train the same bits."""
+    ends = []
+    for recorded in (True, False):
+        parallel = WRAPPED[name](sparse_low_rank_model())
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=1e-3)
+        recorder = Recorder(
+            parallel,
+            optimizer,
+            folder / f"sltrain-{name}.zarr",
+            every=1,
+            process_group=dist.group.WORLD,
+        )
+        with recorder if recorded else nullcontext():
+            for step in range(STEPS):
+                optimizer.zero_grad()
+                with parallel.no_sync() if name == "ddp" else nullcontext():
+                    parallel(inputs(step, dist.get_rank())).square().sum().backward()
+                parallel(-inputs(step, dist.get_rank())).exp().sum().backward()
+                optimizer.step()
+        ends.append([whole(each.detach()) for each in parallel.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
 def the_module_inside_needs_a_group(folder):
     model = adapted_model()
     DistributedDataParallel(model)
@@ -109,6 +166,8 @@ def main(folder):
         (folder / name).mkdir(exist_ok=True)
         probed_and_unfrozen(folder / name, options)
     some_ranks_only(folder)
+    for name in WRAPPED:
+        sparse_low_rank(folder, name)
     the_module_inside_needs_a_group(folder)
     trained_by_trainer(folder, "trainer", batch=2, every=1)
     dist.destroy_process_group()

@@ -53,6 +53,27 @@ def test_a_rank_that_did_not_use_a_weight_counts_as_zero(two_ranks):
     assert run.read("never.weight", 1, "gradient") is None
 
 
+@pytest.mark.parametrize("name", data_parallel_ranks.WRAPPED)
+def test_the_gradient_of_a_sum_of_parts_is_the_mean_over_the_ranks(two_ranks, name):
+    """dL/dW of SLTrain's layers, which have no parameter W, over two micro-batches."""
+    model = data_parallel_ranks.sparse_low_rank_model()
+    run = dy.open_run(two_ranks / f"sltrain-{name}.zarr")
+    assert run.steps.tolist() == list(range(data_parallel_ranks.STEPS + 1))
+    weights = {
+        name: torch.from_numpy(run.read(name, 0, "weight").values).double().requires_grad_()
+        for name in ("0.weight", "2.weight")
+    }
+    for rank in (0, 1):
+        for sign, loss in ((1, torch.square), (-1, torch.exp)):
+            x = sign * data_parallel_ranks.inputs(0, rank).double()
+            for path, layer in model.named_children():
+                x = x @ weights[f"{path}.weight"].T if f"{path}.weight" in weights else layer(x)
+            (loss(x).sum() / 2).backward()
+    for path, weight in weights.items():
+        found = run.read(path, 1, "gradient").values
+        assert relative_error(found, weight.grad) < 1e-5
+
+
 def test_the_trainer_in_two_processes_records_what_it_does_in_one(two_ranks, tmp_path):
     trained_by_trainer(tmp_path, "single", batch=4, every=1)
     run, single = dy.open_run(two_ranks / "trainer.zarr"), dy.open_run(tmp_path / "single.zarr")

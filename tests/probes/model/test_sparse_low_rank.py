@@ -111,6 +111,35 @@ def test_a_recorded_training_computes_the_same_bits(tmp_path):
     assert all(torch.equal(with_recorder[name], without[name]) for name in without)
 
 
+@pytest.mark.slow  # the compiler takes seconds
+def test_a_compiled_model_has_the_gradients_of_the_same_model(tmp_path):
+    """Called before the recorder is there, and recorded at every second step."""
+    found = {}
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            SLTrainLinear(9, 12, RANK, scaling=2.0, sparsity=0.2),
+            nn.Tanh(),
+            SLTrainLinear(12, 7, RANK, scaling=2.0, sparsity=0.2),
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        called = torch.compile(model, backend="aot_eager") if compiled else model
+        x = torch.randn(4, 9)
+        called(x).sum()
+        with Recorder(called, optimizer, tmp_path / f"{compiled}.zarr", every=2):
+            for _ in range(4):
+                optimizer.zero_grad()
+                called(x).square().sum().backward()
+                optimizer.step()
+        run = dy.open_run(tmp_path / f"{compiled}.zarr")
+        found[compiled] = [
+            run.read(name, step, "gradient").values for name in run.matrices for step in (2, 4)
+        ]
+    for one, other in zip(*found.values(), strict=True):
+        assert np.abs(one).max() > 0
+        np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
+
+
 def test_layers_whose_scaling_is_not_known_are_left_out_by_name():
     weights, others = find_weights(LayerOfUsers(9, 12, scaling=None))
     assert [each.name for each in weights] == ["bias"]
