@@ -91,7 +91,7 @@ class RecordingRun(Run):
             matrix_path(GRADIENT, name) for name in self._recording.parameters(GRADIENT)
         }
         if self.spectrum_kinds:
-            self.stored_kinds = ()  # at most the first weights, which displacements refer to
+            self.stored_kinds = ()  # at most those that displacements refer to
             return
         weights = self._recording.parameters(WEIGHT)
         self.stored_kinds = (

@@ -42,9 +42,9 @@ class _Reference:
 class SpectrumContents(Contents):
     """Singular values, measured at the record step on the device that trains; see `Contents`.
 
-    `update` and `displacement` each keep a copy of the weights in CPU memory. If displacements
-    are recorded, the first record also holds the weights that they refer to: a resumed recording
-    reads them from there.
+    `update` and `displacement` each keep a copy of the weights, and of adapters that are not zero,
+    in CPU memory. If displacements are recorded, the first record also holds what they refer to: a
+    resumed recording reads it from there.
     """
 
     def __init__(self, tracked: Sequence[Tracked], record: frozenset[str], writes: bool):
