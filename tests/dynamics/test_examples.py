@@ -65,6 +65,10 @@ def test_the_nine_methods_keep_what_their_construction_forces() -> None:
         assert (at_end.where(at_end.notnull(), last) == last).all(), method
         assert at_end.notnull().sum() == 3 * 28, method
         assert not (of_method > most).any(), method
+    bounded = data["rank_bound"] < np.minimum(data["rows"], data["cols"])
+    for kind in (schema.ADAPTER, schema.UPDATE, schema.DISPLACEMENT):
+        assert bounded.sel(kind=kind).sum() > 2000
+    assert not (data["numerical_rank"] > data["rank_bound"]).any()
     products = inside["numerical_rank"].sel(kind=schema.ADAPTER)
     sparse = products.isel(run=np.flatnonzero(data["method"].values == "sltrain"))
     assert float(sparse.max()) == 8
