@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -151,8 +152,11 @@ def rounded_products(
     merged = change if now is None else change - now
     merged = merged if before is None else merged + before
     products = [now, before, merged if merges else None]
-    squares = sum(each * each for each in products if each is not None)
-    return squares**0.5
+    return reduce(_hypot, [each for each in products if each is not None])
+
+
+def _hypot(x: Array, y: Array) -> Array:
+    return np.hypot(x, y) if isinstance(x, np.ndarray) else x.hypot(y)  # squares may overflow
 
 
 def product_roundings(rank: int, scale: float, dtype: str) -> int:

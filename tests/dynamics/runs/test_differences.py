@@ -111,6 +111,19 @@ def test_the_floor_covers_the_rounding_of_every_product_in_between(
         assert numerical_rank(found.s, found.floor) == min(directions, rows)
 
 
+@pytest.mark.parametrize("scale", [2.0**-500, 2.0**540])
+def test_the_floor_of_numbers_whose_squares_overflow_is_that_of_the_others(scale):
+    rng = np.random.default_rng(0)
+    now, before, b, a = (rng.standard_normal(s) for s in ((24, 16), (24, 16), (24, 2), (2, 16)))
+
+    def floor(by):
+        adapter = Factored(by * b, a, 1.0, "float64")
+        weights = Dense(by * now, "float64"), Dense(by * before, "float64")
+        return spectrum(Difference(*weights, 1, None, (adapter, adapter))).noise_floor
+
+    assert floor(scale) == pytest.approx(scale * floor(1.0), rel=1e-12)
+
+
 def test_an_update_below_the_rounding_of_bfloat16_has_no_rank_above_the_floor():
     before, _, _ = _merged(torch.bfloat16, 0, 1, (96, 96))
     rng = np.random.default_rng(0)
