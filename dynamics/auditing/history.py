@@ -24,8 +24,8 @@ from dynamics.auditing.record_pairs import (
     update_beyond_bound,
     weight_moved,
 )
+from dynamics.components.rank_bounds import difference_rank_bound
 from dynamics.errors import FormatError
-from dynamics.runs.rank_bounds import difference_rank_bound
 from dynamics.runs.run import Dense, Factored, MatrixInfo, Run
 from dynamics.spectra.random_matrices import TRACY_WIDOM_999, largest_singular_value
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from dynamics import schema
+from dynamics.components.rank_bounds import difference_rank_bound
 from dynamics.errors import FormatError
 from dynamics.runs.differences import (
     Difference,
@@ -11,7 +12,6 @@ from dynamics.runs.differences import (
     reference_step,
     trained_steps,
 )
-from dynamics.runs.rank_bounds import difference_rank_bound
 from dynamics.runs.run import Dense, Matrix, MatrixInfo, Run, Spectrum
 from dynamics.schema import Status
 

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
+from dynamics.components.rank_bounds import projectors
 from dynamics.directions.pairwise import (
     Subspaces,
     all_subspaces,
@@ -19,7 +20,6 @@ from dynamics.directions.subspaces import dataset_of_cells, measurable, selected
 from dynamics.errors import MissingError
 from dynamics.formats import open_run
 from dynamics.runs.differences import Difference, is_finite
-from dynamics.runs.rank_bounds import projectors
 from dynamics.runs.run import Dense, Factored, Matrix, Run
 from dynamics.spectra.spectrum import noise_of
 

@@ -8,11 +8,11 @@ import numpy as np
 import xarray as xr
 
 from dynamics import schema
+from dynamics.components.rank_bounds import difference_rank_bound
 from dynamics.directions.subspaces import dataset_of_cells, measurable, selected_matrices
 from dynamics.errors import MissingError, RandomReferenceWarning
 from dynamics.formats import open_run
 from dynamics.runs.differences import Difference
-from dynamics.runs.rank_bounds import difference_rank_bound
 from dynamics.runs.run import Factored, Matrix, Run
 
 _DRAWS = 4

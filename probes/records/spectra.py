@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dynamics import schema
+from dynamics.components.rank_bounds import cycles_rank_bound
 from dynamics.recordings import (
     ADAPTER,
     GRADIENT,
@@ -16,7 +17,6 @@ from dynamics.recordings import (
     matrix_path,
     spectra_arrays,
 )
-from dynamics.runs.rank_bounds import cycles_rank_bound
 from dynamics.runs.run import Event, Spectrum
 from probes.gradients.of_step import Gradients
 from probes.model.parameters import Tracked

@@ -48,7 +48,9 @@ def test_an_update_has_the_values_that_the_published_code_gives(share):
 
 
 def test_a_weight_has_the_values_that_the_published_code_gives():
-    assert measured(Dense(weights(1)[0], "float32")) == pytest.approx(PUBLISHED_OF_WEIGHT, rel=1e-5)
+    found = measured(Dense(weights(1)[0], "float32"))
+    # The gap, 1 - σ₂/σ₁, is a small difference: the last bits of float32 depend on the processor.
+    assert found == pytest.approx(PUBLISHED_OF_WEIGHT, rel=1e-5, abs=1e-6)
 
 
 def independently(matrix):

@@ -11,6 +11,7 @@ import scipy
 
 import dynamics as dy
 from dynamics.analysis import tasks
+from dynamics.runs.differences import Difference
 
 ARCHIVES = sorted((Path(__file__).parent / "written_before").glob("version_*.zip"))
 
@@ -74,7 +75,7 @@ def test_a_cache_is_accepted(written, expected, monkeypatch):
     monkeypatch.setattr(
         tasks,
         "spectrum",
-        lambda *args, _of=tasks.spectrum, **kw: measured.append(1) or _of(*args, **kw),
+        lambda *args, _of=tasks.spectrum, **kw: measured.append(args[0]) or _of(*args, **kw),
     )
     # Without the kinds that subtract s·B·A: their numbers depend on the processor's rounding.
     kinds = ["weight", "adapter", "gradient", "update", "displacement"]
@@ -91,4 +92,6 @@ def test_a_cache_is_accepted(written, expected, monkeypatch):
         )
     # A cache is for the releases of NumPy and SciPy that measured; others measure once more.
     if (np.__version__, scipy.__version__) == (expected["numpy"], expected["scipy"]):
-        assert not measured
+        # But for the floors of what adapters changed, which count more than they did.
+        adapted = [each for each in measured if isinstance(each, Difference) and any(each.adapters)]
+        assert len(measured) == len(adapted)
