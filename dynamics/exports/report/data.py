@@ -12,7 +12,7 @@ import xarray as xr
 from scipy.stats import t as student_t
 
 from dynamics import schema
-from dynamics.exports.report.numbers import listed
+from dynamics.exports.report.numbers import DIGITS, listed
 from dynamics.exports.report.runs import (
     by_run,
     groups_of,
@@ -23,8 +23,9 @@ from dynamics.exports.report.runs import (
 from dynamics.exports.report.spectra import chart_spectra
 from dynamics.metrics.modules import metric_names
 
-# How many numbers of metrics a report holds: about 3 bytes each in the file, compressed.
-CELLS = 800_000
+# How many numbers of metrics a report holds, and from where on they have a digit less. Each takes
+# about 4 bytes of the file, compressed.
+CELLS, _MANY = 1_160_000, 800_000
 _FEWEST_RECORDS = 40  # rather than fewer, matrices of one layer and module become one
 _LOGARITHMIC = ("condition_number", "condition_number_raw")
 
@@ -60,8 +61,12 @@ def chart_data(comparison: xr.Dataset) -> ChartData:
     steps = comparison[schema.STEP].values
     kinds = [str(each) for each in comparison[schema.KIND].values]
     metrics = metric_names(comparison)
-    rows = _rows(comparison, len(runs) * len(kinds) * len(metrics), data)
-    shown = _shown_steps(comparison, len(runs) * len(kinds) * len(metrics) * len(rows), data)
+    # Many metrics are those of one kind, and NaN in all others, which takes next to nothing.
+    per_step = sum(int(comparison[name].count()) for name in metrics) / steps.size
+    rows = _rows(comparison, per_step, data)
+    of_rows = per_step * len(rows) / comparison.sizes[schema.MATRIX]
+    shown = _shown_steps(comparison, of_rows, data)
+    digits = DIGITS if of_rows * shown.size <= _MANY else DIGITS - 1
     events = by_run(comparison, "events")
     seeds = {i: seed for g in groups for i, seed in zip(g.runs, g.seeds, strict=True)}
     data.document = {
@@ -80,7 +85,7 @@ def chart_data(comparison: xr.Dataset) -> ChartData:
         "kinds": [{"name": kind, "meaning": schema.KINDS.get(kind, "")} for kind in kinds],
         "rows": [each.document for each in rows],
         "metrics": [_described(comparison, name) for name in metrics],
-        "values": {name: _cells(comparison, name, rows, shown) for name in metrics},
+        "values": {name: _cells(comparison, name, rows, shown, digits) for name in metrics},
         "logged": {
             name: {"label": _label(comparison, name), "values": _logged(comparison, name, shown)}
             for name in _logged_names(comparison)
@@ -103,7 +108,7 @@ class Row:
     document: dict[str, Any]
 
 
-def _rows(comparison: xr.Dataset, cells: int, data: ChartData) -> list[Row]:
+def _rows(comparison: xr.Dataset, per_step: float, data: ChartData) -> list[Row]:
     names = [str(each) for each in comparison[schema.MATRIX].values]
     layers = of_matrices(comparison, "layer").tolist()
     stacks = list(map(str, of_matrices(comparison, "stack")))
@@ -111,7 +116,7 @@ def _rows(comparison: xr.Dataset, cells: int, data: ChartData) -> list[Row]:
         stacks = [""] * len(stacks)  # there is one: it needs no name
     modules, inside = modules_of(comparison), in_layers(comparison)
     places: dict[Any, list[int]] = {}
-    whole = len(names) * cells * min(_FEWEST_RECORDS, comparison.sizes[schema.STEP]) <= CELLS
+    whole = per_step * min(_FEWEST_RECORDS, comparison.sizes[schema.STEP]) <= CELLS
     for position, name in enumerate(names):
         alone = whole or layers[position] == schema.NO_LAYER
         key = name if alone else (stacks[position], layers[position], modules[position])
@@ -140,10 +145,10 @@ def _rows(comparison: xr.Dataset, cells: int, data: ChartData) -> list[Row]:
     ]
 
 
-def _shown_steps(comparison: xr.Dataset, per_step: int, data: ChartData) -> np.ndarray:
+def _shown_steps(comparison: xr.Dataset, per_step: float, data: ChartData) -> np.ndarray:
     """Positions of the steps whose numbers the report holds."""
     steps = comparison[schema.STEP].values
-    room = max(2, CELLS // max(per_step, 1))
+    room = max(2, int(CELLS / max(per_step, 1)))
     if steps.size <= room:
         return np.arange(steps.size)
     shown = np.unique(np.linspace(0, steps.size - 1, room).round().astype(int))
@@ -155,18 +160,21 @@ def _shown_steps(comparison: xr.Dataset, per_step: int, data: ChartData) -> np.n
 
 
 def _cells(
-    comparison: xr.Dataset, metric: str, rows: Sequence[Row], shown: np.ndarray
+    comparison: xr.Dataset, metric: str, rows: Sequence[Row], shown: np.ndarray, digits: int
 ) -> list[list[list[Any]]]:
     """[run][kind] -> numbers of all (step, row), step by step; [] where none was measured."""
     dims = (schema.RUN, schema.KIND, schema.STEP, schema.MATRIX)
     values = comparison[metric].transpose(*dims)
     return [
-        [_of_rows(values[r, k].values[shown], rows) for k in range(comparison.sizes[schema.KIND])]
+        [
+            _of_rows(values[r, k].values[shown], rows, digits)
+            for k in range(comparison.sizes[schema.KIND])
+        ]
         for r in range(comparison.sizes[schema.RUN])
     ]
 
 
-def _of_rows(values: np.ndarray, rows: Sequence[Row]) -> list[Any]:
+def _of_rows(values: np.ndarray, rows: Sequence[Row], digits: int) -> list[Any]:
     values = values.astype(np.float64)
     if np.isnan(values).all():
         return []
@@ -174,7 +182,7 @@ def _of_rows(values: np.ndarray, rows: Sequence[Row]) -> list[Any]:
         found = values[:, [each.members[0] for each in rows]]
     else:
         found = np.stack([_mean(values[:, list(each.members)]) for each in rows], axis=-1)
-    return listed(found)
+    return listed(found, digits)
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -161,6 +161,15 @@ def test_long_runs_show_fewer_records_and_say_so(monkeypatch):
     assert all(len(of) == 50 * 4 for of in data.document["values"]["effective_rank"][0])
 
 
+def test_only_numbers_that_are_there_take_room(monkeypatch):
+    result = made_by_hand(steps=range(0, 500, 5))
+    alone = result["effective_rank"].where(result["kind"] == "weight")
+    for number in range(20):  # as the metrics of gradients, or of a twin, are
+        result[f"other_{number}"] = alone.where(False)
+    monkeypatch.setattr(report_data, "CELLS", 3 * 2 * 4 * 100)
+    assert len(chart_data(result).document["steps"]) == 100
+
+
 def test_many_matrices_of_one_place_become_their_mean(monkeypatch):
     result = made_by_hand(layers=3)
     result = result.assign_coords(module=("matrix", ["experts"] * 6))
