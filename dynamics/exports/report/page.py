@@ -1,6 +1,7 @@
 """The page: sentences, figures and sections as one HTML document that needs nothing else."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -273,7 +274,7 @@ def _typical_run(comparison: xr.Dataset, data: ChartData, kind: str) -> str:
 
 
 def _spectrum(data: ChartData) -> dict[str, Any]:
-    """The kind and matrix whose spectrum is shown first: the kind that training changed."""
+    """The kind and matrix whose spectrum is shown first: what training changed in most runs."""
     kinds = [each["name"] for each in data.document["kinds"]]
     offered = data.document["spectra"]
     if not offered:
@@ -282,7 +283,8 @@ def _spectrum(data: ChartData) -> dict[str, Any]:
     kind = next(k for k in order if any(kinds[each["kind"]] == k for each in offered))
     of_kind = [each["matrix"] for each in offered if kinds[each["kind"]] == kind]
     inside = {each["name"] for each in data.document["rows"] if each["inside"]}
-    names = list(dict.fromkeys(each for each in of_kind if each in inside)) or of_kind
+    runs = Counter(each for each in of_kind if each in inside) or Counter(of_kind)
+    names = [name for name, count in runs.items() if count == max(runs.values())]
     return {"kind": kind, "matrix": names[len(names) // 2]}
 
 

@@ -161,6 +161,16 @@ def test_long_runs_show_fewer_records_and_say_so(monkeypatch):
     assert all(len(of) == 50 * 4 for of in data.document["values"]["effective_rank"][0])
 
 
+def test_the_spectrum_that_is_shown_first_is_of_a_matrix_that_most_runs_have(tmp_path):
+    result = made_by_hand(runs=("a", "b", "c"), layers=3)
+    common = result["matrix"].values[1]  # a and b have this one alone, and c has all
+    kept = (result["run"] == "c") | (result["matrix"] == common)
+    result["singular_value"] = result["singular_value"].where(kept)
+    page = Elements(dy.report(result, tmp_path / "page.html").read_text())
+    (figure,) = (each for each in page.of("figure") if each["id"] == "spectrum")
+    assert json.loads(figure["data-options"])["matrix"] == common
+
+
 def test_only_numbers_that_are_there_take_room(monkeypatch):
     result = made_by_hand(steps=range(0, 500, 5))
     alone = result["effective_rank"].where(result["kind"] == "weight")
