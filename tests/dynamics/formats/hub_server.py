@@ -229,6 +229,12 @@ def _handler(hub, which):
                 answer = hub.answer_hub if which == "hub" else hub.answer_cdn
                 status, headers, body = answer(url.path, parse_qs(url.query), self.headers)
             cut = hub.cut is not None and which == "cdn" and hub.cut(self.path)
+            if not cut:  # before the answer: a client may go on as soon as it has the headers
+                sent = len(body) if status in (200, 206) else 0
+                of_headers = (self.headers.get(each) for each in ("Range", "Authorization"))
+                hub.requests.append(
+                    Request(which, self.command, self.path, sent, status, *of_headers)
+                )
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
@@ -237,19 +243,7 @@ def _handler(hub, which):
             if cut:
                 self.wfile.write(body[: len(body) // 2])
                 self.close_connection = True
-                return
-            hub.requests.append(
-                Request(
-                    which,
-                    self.command,
-                    self.path,
-                    len(body) if status in (200, 206) else 0,
-                    status,
-                    self.headers.get("Range"),
-                    self.headers.get("Authorization"),
-                )
-            )
-            if self.command == "GET":
+            elif self.command == "GET":
                 self.wfile.write(body)
 
         do_HEAD = do_GET
@@ -260,14 +254,18 @@ def _handler(hub, which):
     return Handler
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # a client that finds no room in it waits for up to a minute
+
+
 @contextmanager
 def serving():
     """A hub that runs, with its CDN."""
     hub = HubServer()
     servers = []
     for which in ("hub", "cdn"):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub, which))
-        server.daemon_threads = True
+        server = Server(("127.0.0.1", 0), _handler(hub, which))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         servers.append((server, thread))
