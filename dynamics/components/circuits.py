@@ -89,11 +89,13 @@ def _circuits(
 def _reader(run: Run, attention: Attention, slices: Mapping[str, Slice]) -> Measurable:
     def factors(step: int, kind: str) -> list[Dense] | None:
         """(d_model, head_dim) and (head_dim, d_model), None if not recorded."""
-        found = [attention.projection(run.read, module, step, kind) for module in slices]
-        parts = zip(found, slices.values(), strict=True)
-        return (
-            [w.part(part.of) for w, part in parts if w is not None] if None not in found else None
-        )
+        found = []
+        for module, part in slices.items():
+            weight = attention.projection(run.read, module, step, kind)
+            if weight is None:
+                return None
+            found.append(weight.part(part.of))
+        return found
 
     def changes(step: int, before: int) -> list[Difference] | None:
         now, then = factors(step, schema.WEIGHT), factors(before, schema.WEIGHT)

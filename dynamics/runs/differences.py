@@ -141,7 +141,8 @@ def rounded_products(
     between. Roundings of different products are independent, so their variances add up, and a
     variance goes with the square of what is rounded: the matrix is the root of the sum of squares.
     What the merges added together, change - now + before, counts as one product. This is right for
-    one merge, and for several whose products are orthogonal; it is too much where they agree.
+    one merge, and for several whose products are orthogonal. It is too much where they agree, and
+    too little where later ones take back what earlier ones added.
 
     Args:
         change: (rows, cols) float64, the later weight minus the earlier one; array or tensor.

@@ -134,20 +134,20 @@ def spectrum(
     else:
         s, error = backend.singular_values(matrix)
         bound = (matrix.rank_bound if isinstance(matrix, Difference) else None) or k
-        noise, storage = noise_of(matrix, backend), None
-        if isinstance(matrix, Difference) and matrix.rounded_in_training is not None:
-            storage = noise_floor(*matrix.stored, sums=backend.variance_sums)
+        stored, sums = matrix.stored, backend.variance_sums  # products of adapters: made once
+        trained = matrix.rounded_in_training if isinstance(matrix, Difference) else None
+        noise = noise_floor(*stored, repeated=trained, sums=sums)
+        storage = None if trained is None else noise_floor(*stored, sums=sums)
     bound = bound if rank_bound is None else min(bound, rank_bound)
     return Spectrum(s, rows, cols, bound, error, noise, storage)
 
 
-def noise_of(matrix: Dense | Factored | Difference, backend: Backend | None = None) -> float:
+def noise_of(matrix: Dense | Factored | Difference) -> float:
     """The spectral norm of the noise of all roundings behind a matrix of a run: its noise floor."""
     if isinstance(matrix, Factored):
         return _product_noise(matrix, matrix.noise)
     trained = matrix.rounded_in_training if isinstance(matrix, Difference) else None
-    sums = (backend or NumpyBackend()).variance_sums
-    return noise_floor(*matrix.stored, repeated=trained, sums=sums)
+    return noise_floor(*matrix.stored, repeated=trained)
 
 
 def _product_noise(

@@ -199,13 +199,15 @@ def _copied(factors: Factors) -> Factors:
 
 def _recorded_factors(recording: Recording, name: str) -> Factors | None:
     """Those of the first record; None in a recording of version 0.1, which does not hold them."""
-    path = factor_path(name, "A")
     if name not in recording.parameters(ADAPTER):
         return None
-    read = (recording.read(factor_path(name, factor), 0) for factor in "AB")
-    a, b = (torch.from_numpy(each) for each in read if each is not None)
+    path = factor_path(name, "A")
+    a, b = (recording.read(factor_path(name, factor), 0) for factor in "AB")
+    if a is None or b is None:
+        return None
     scaling = float(recording.attr(path, "scaling", int, float))
-    return Factors(a, b, scaling, recording.attr(path, "transposed", bool))
+    transposed = recording.attr(path, "transposed", bool)
+    return Factors(torch.from_numpy(a), torch.from_numpy(b), scaling, transposed)
 
 
 def _rank(factors: Factors) -> int:
